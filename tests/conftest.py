@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small things that tests share: a tokenizer trained on a few titles, tiny models, real data where it is at hand."""
+
+import os
+import sys
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.insert(0, str(ROOT / "tests"))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from from_scratch import train_tokenizer  # noqa: E402
+from helpers import TITLES  # noqa: E402
+
+from trl_msl import ItemCatalog, PromptTemplate  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with real data and a real tokenizer beside the repository; not part of it."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("no folder shared/ with real data beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer([*TITLES, "The user has read: ", "Next: "], vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def catalog() -> ItemCatalog:
+    return ItemCatalog([f"b{index}" for index in range(len(TITLES))], TITLES, template='"{text}"')
+
+
+@pytest.fixture(scope="session")
+def trie(catalog, tokenizer):
+    return catalog.build_trie(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def chat_trie(catalog, tokenizer):
+    return catalog.build_trie(tokenizer, conversational=True)
+
+
+@pytest.fixture(scope="session")
+def template() -> PromptTemplate:
+    return PromptTemplate("The user has read: {history}\nNext: ")

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import logging
+
+import pytest
+from datasets import Dataset
+from helpers import TITLES
+
+from trl_msl import ItemCatalog, encode_items
+
+
+QWEN3_LIKE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if no_think %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_from_json_dict_and_dataset_agree(tmp_path):
+    items = {"7": "Dune", "5": "Emma"}
+    path = tmp_path / "items.json"
+    path.write_text(json.dumps(items))
+    dataset = Dataset.from_dict({"item_id": [7, 5], "title": ["Dune", "Emma"]})
+    for catalog in (ItemCatalog.from_json(path), ItemCatalog.from_dict(items), ItemCatalog.from_dataset(dataset)):
+        assert (catalog.ids, catalog.texts, catalog.completions) == (["7", "5"], ["Dune", "Emma"], ["Dune", "Emma"])
+        assert catalog.indices([5, "7"]) == [1, 0]
+
+
+def test_policies_and_counts(caplog):
+    ids, texts = ["0", "1", "2", "3"], ["Salt &amp; Tea", "", "Dune", "Dune"]
+    with caplog.at_level(logging.WARNING):
+        catalog = ItemCatalog(ids, texts, empty_texts="id", html_entities="decode")
+    assert catalog.texts == ["Salt & Tea", "1", "Dune", "Dune"]
+    assert catalog.counts == {"items": 4, "empty_texts": 1, "duplicate_texts": 1, "html_entities": 1}
+    for found in ("1 of 4 texts hold HTML entities", "1 of 4 items have an empty text", "repeat another item's text"):
+        assert found in caplog.text
+    assert ItemCatalog(ids, texts, empty_texts="keep").texts == texts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ids": [], "texts": []}, "0 and 0 entries"),
+        ({"ids": [1, 2], "texts": ["a"]}, "2 and 1 entries"),
+        ({"ids": [1, "1"], "texts": ["a", "b"]}, "1 repeated id.*'1'"),
+        ({"ids": [1], "texts": [None]}, "1 value.*no string, such as item '1'"),
+        ({"ids": [1], "texts": [" \n"]}, "1 of 1 items have an empty text, such as item '1'.*empty_texts='id'"),
+        ({"ids": [1, 2], "texts": ["a", "a"], "duplicate_texts": "error"}, "1 of 2 items repeat.*'share'"),
+        ({"ids": [1], "texts": ["a"], "template": "item"}, "`template` is 'item'"),
+        ({"ids": [1], "texts": ["a"], "empty_texts": "skip"}, "`empty_texts` is 'skip'"),
+    ],
+)
+def test_bad_items(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ItemCatalog(**arguments)
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", '"text"', "\xff"])
+def test_bad_json(tmp_path, content):
+    path = tmp_path / "items.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="is no JSON file|must hold one JSON object"):
+        ItemCatalog.from_json(path)
+
+
+def test_repeated_ids_in_json_are_not_lost_silently(tmp_path):
+    path = tmp_path / "items.json"
+    path.write_text('{"1": "Dune", "1": "Emma"}')
+    with pytest.raises(ValueError, match="repeated id"):
+        ItemCatalog.from_json(path)
+
+
+def test_missing_column_and_unknown_ids(catalog):
+    with pytest.raises(ValueError, match="`text_column` = 'title' is no column"):
+        ItemCatalog.from_dataset(Dataset.from_dict({"item_id": [1], "name": ["a"]}))
+    with pytest.raises(ValueError, match=r"2 id\(s\) of 3 that are not in the catalogue.*'x', 'y'"):
+        catalog.indices(["x", "b0", "y"])
+
+
+def test_items_of_a_base_model_are_the_text_and_eos(catalog, tokenizer):
+    expected = [tokenizer.encode(f'"{t}"', add_special_tokens=False) + [tokenizer.eos_token_id] for t in TITLES]
+    assert encode_items(tokenizer, catalog.completions) == expected
+
+
+def test_items_of_a_chat_model_are_what_the_template_puts_after_the_generation_prompt(tokenizer):
+    prompt = [{"role": "user", "content": "Hi"}]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for title, ids in zip(TITLES, encode_items(tokenizer, TITLES, conversational=True)):
+        whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": title}], tokenize=False)
+        before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        assert ids[-1] == end != tokenizer.eos_token_id
+        assert before + tokenizer.decode(ids) + "\n" == whole
+
+
+def test_think_block_belongs_to_the_item_or_to_the_prompt(tokenizer):
+    import copy
+
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = QWEN3_LIKE
+    (with_block,) = encode_items(thinking, ["Dune"], conversational=True)
+    assert thinking.decode(with_block) == "<think>\n\n</think>\n\nDune<|im_end|>"
+    (without,) = encode_items(thinking, ["Dune"], conversational=True, chat_template_kwargs={"no_think": True})
+    assert thinking.decode(without) == "Dune<|im_end|>"
+
+
+def test_tokenizers_that_cannot_end_an_item(tokenizer):
+    import copy
+
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = "{{ messages[-1].content }}{% if add_generation_prompt %}>{% endif %}"
+    with pytest.raises(ValueError, match="does not continue its own generation prompt"):
+        encode_items(broken, ["Dune"], conversational=True)
+    broken.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    with pytest.raises(ValueError, match="holds no special token to stop at"):
+        encode_items(broken, ["Dune"], conversational=True)
+    broken.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        encode_items(broken, ["Dune"], conversational=True)
+    broken.eos_token = None
+    with pytest.raises(ValueError, match="has no EOS token"):
+        encode_items(broken, ["Dune"])
+
+
+def test_end_token_within_a_text_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="must hold the end token '<|eos|>' once"):
+        encode_items(tokenizer, ["Dune", "Emma<|eos|>"])
+
+
+def test_trie_of_the_catalogue(catalog, trie):
+    shared = trie.items(int(trie.item_nodes[5]))
+    assert [catalog.texts[index] for index in shared] == ["A History of Tea"] * 2
+    assert trie.num_items == len(catalog)

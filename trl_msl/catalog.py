@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The catalogue's items, and the one place where item text becomes tokens."""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .trie import ItemTrie
+
+
+logger = logging.getLogger(__name__)
+
+_CONTENT = "\u2063item text\u2063"  # stands for the item where a chat template is rendered once for all items
+
+
+class ItemCatalog:
+    """
+    Items that can be recommended: an id and a text each. An item's *index* is its place in the catalogue.
+
+    Two items with the same text are the same token sequence, so no model can tell them apart: they share a leaf of the
+    trie, are recommended together in index order, and a warning says how many there are.
+
+    Args:
+        ids (`Sequence`):
+            Item ids, unique. Kept as strings.
+        texts (`Sequence[str]`):
+            What the model reads and writes for each item, usually its title.
+        template (`str`, *optional*, defaults to `"{text}"`):
+            How a text is written into prompts and completions; the MSL paper quotes titles: `'"{text}"'`. It is
+            formatted before tokenisation, as closing quotes merge with the characters before them.
+        empty_texts (`str`, *optional*, defaults to `"error"`):
+            What to do with items whose text is empty or blank: `"error"`, `"keep"`, or `"id"` (use the item's id).
+        duplicate_texts (`str`, *optional*, defaults to `"share"`):
+            What to do with texts that occur several times: `"share"` (with a warning) or `"error"`.
+        html_entities (`str`, *optional*, defaults to `"keep"`):
+            What to do with entities such as `&amp;`: `"keep"` (with a warning) or `"decode"`.
+
+    Raises:
+        `ValueError`: if there are no items, ids repeat, a text is not a string, or a policy says so.
+
+    Example:
+
+    ```python
+    >>> from trl_msl import ItemCatalog
+
+    >>> catalog = ItemCatalog.from_dict({"0": "Dune", "1": "Emma"}, template='"{text}"')
+    >>> catalog.completions
+    ['"Dune"', '"Emma"']
+    >>> catalog.indices(["1"])
+    [1]
+
+    ```
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[Any],
+        texts: Sequence[str],
+        *,
+        template: str = "{text}",
+        empty_texts: str = "error",
+        duplicate_texts: str = "share",
+        html_entities: str = "keep",
+    ):
+        _check_choice("empty_texts", empty_texts, ("error", "keep", "id"))
+        _check_choice("duplicate_texts", duplicate_texts, ("share", "error"))
+        _check_choice("html_entities", html_entities, ("keep", "decode"))
+        if template.count("{text}") != 1:
+            raise ValueError(f"`template` is {template!r}: it must contain {{text}} exactly once.")
+        if len(ids) != len(texts) or len(ids) == 0:
+            raise ValueError(
+                f"`ids` and `texts` have {len(ids)} and {len(texts)} entries: they must be as many, not 0."
+            )
+        self.template = template
+        self.ids = [str(item) for item in ids]
+        if len(self.index_of_id) < len(self.ids):
+            repeated = [item for item, count in Counter(self.ids).items() if count > 1]
+            raise ValueError(
+                f"`ids` holds {len(repeated)} repeated id(s), such as {repeated[:3]}: ids must be unique."
+            )
+        not_text = [item for item, text in zip(self.ids, texts) if not isinstance(text, str)]
+        if not_text:
+            raise ValueError(
+                f"`texts` holds {len(not_text)} value(s) that are no string, such as item {not_text[0]!r}."
+            )
+        self.texts = self._with_empty_texts(self._with_html_entities(texts, html_entities), empty_texts)
+        self._report_duplicates(duplicate_texts)
+
+    # ------------------------------------------------------------------ reading
+
+    @classmethod
+    def from_dict(cls, items: Mapping[Any, str], **kwargs: Any) -> ItemCatalog:
+        """Catalogue from a mapping of id to text; `kwargs` as for [`ItemCatalog`]."""
+        return cls(list(items.keys()), list(items.values()), **kwargs)
+
+    @classmethod
+    def from_json(cls, path: str | Path, **kwargs: Any) -> ItemCatalog:
+        """Catalogue from a JSON file that maps id to text; `kwargs` as for [`ItemCatalog`]."""
+        try:
+            pairs = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=list)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"`path` = {str(path)!r} is no JSON file ({error}).") from error
+        if not (isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)):
+            raise ValueError(f"`path` = {str(path)!r} must hold one JSON object that maps item ids to texts.")
+        return cls([item for item, _ in pairs], [text for _, text in pairs], **kwargs)
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: Dataset, id_column: str = "item_id", text_column: str = "title", **kwargs: Any
+    ) -> ItemCatalog:
+        """Catalogue from two columns of a [`~datasets.Dataset`]; `kwargs` as for [`ItemCatalog`]."""
+        for argument, column in (("id_column", id_column), ("text_column", text_column)):
+            if column not in dataset.column_names:
+                raise ValueError(f"`{argument}` = {column!r} is no column of the dataset: {dataset.column_names}.")
+        return cls(dataset[id_column][:], dataset[text_column][:], **kwargs)
+
+    # ------------------------------------------------------------------ items
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"ItemCatalog(num_items={len(self)}, template={self.template!r})"
+
+    @cached_property
+    def index_of_id(self) -> dict[str, int]:
+        return {item: index for index, item in enumerate(self.ids)}
+
+    @cached_property
+    def completions(self) -> list[str]:
+        """Each item as it is written into prompts and completions: its text in the template."""
+        before, after = self.template.split("{text}")
+        return [before + text + after for text in self.texts]
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """What was found: items, empty texts, items whose text an earlier one has, texts with HTML entities."""
+        return {
+            "items": len(self),
+            "empty_texts": self._num_empty,
+            "duplicate_texts": len(self) - len(set(self.texts)),
+            "html_entities": self._num_entities,
+        }
+
+    def indices(self, ids: Iterable[Any]) -> list[int]:
+        """
+        Indices of items by id.
+
+        Raises:
+            `ValueError`: if ids are not in the catalogue; it says how many and shows the first ones.
+        """
+        ids = [str(item) for item in ids]
+        unknown = [item for item in ids if item not in self.index_of_id]
+        if unknown:
+            raise ValueError(
+                f"`ids` holds {len(unknown)} id(s) of {len(ids)} that are not in the catalogue of {len(self)} items, "
+                f"such as {list(dict.fromkeys(unknown))[:5]}. Add these items or leave their interactions out."
+            )
+        return [self.index_of_id[item] for item in ids]
+
+    def build_trie(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        conversational: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> ItemTrie:
+        """
+        Trie of all items' token sequences, end token included.
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer of the model to train.
+            conversational (`bool`, *optional*, defaults to `False`):
+                Whether rows are conversational: see [`encode_items`].
+            chat_template_kwargs (`dict[str, Any]`, *optional*):
+                Passed to the chat template, e.g. `{"enable_thinking": False}`.
+        """
+        sequences = encode_items(tokenizer, self.completions, conversational, chat_template_kwargs)
+        return ItemTrie.from_sequences(sequences, vocab_size=max(len(tokenizer), max(map(max, sequences)) + 1))
+
+    # ------------------------------------------------------------------ policies
+
+    def _with_html_entities(self, texts: Sequence[str], policy: str) -> list[str]:
+        decoded = [html.unescape(text) for text in texts]
+        self._num_entities = sum(before != after for before, after in zip(texts, decoded))
+        if self._num_entities:
+            done = "decoded" if policy == "decode" else "kept as they are: consider html_entities='decode'"
+            logger.warning("%d of %d texts hold HTML entities (%s).", self._num_entities, len(self), done)
+        return decoded if policy == "decode" else list(texts)
+
+    def _with_empty_texts(self, texts: list[str], policy: str) -> list[str]:
+        empty = [item for item, text in zip(self.ids, texts) if not text.strip()]
+        self._num_empty = len(empty)
+        if not empty:
+            return texts
+        found = f"{len(empty)} of {len(self)} items have an empty text, such as item {empty[0]!r}"
+        if policy == "error":
+            raise ValueError(
+                f"`texts`: {found}. Mend them, or pass empty_texts='id' to use the id as the text, or 'keep'."
+            )
+        logger.warning("%s (empty_texts=%r).", found, policy)
+        return texts if policy == "keep" else [text if text.strip() else i for i, text in zip(self.ids, texts)]
+
+    def _report_duplicates(self, policy: str) -> None:
+        count = self.counts["duplicate_texts"]
+        if count == 0:
+            return
+        example = Counter(self.texts).most_common(1)[0][0]
+        found = f"{count} of {len(self)} items repeat another item's text, such as {example!r}"
+        if policy == "error":
+            raise ValueError(f"`texts`: {found}. Make texts unique, or pass duplicate_texts='share'.")
+        logger.warning("%s: they share a leaf and are recommended together.", found)
+
+
+# ---------------------------------------------------------------------- text to tokens
+
+
+def encode_items(
+    tokenizer: PreTrainedTokenizerBase,
+    completions: Sequence[str],
+    conversational: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[list[int]]:
+    """
+    Token ids that a model has to write for each item, tokenised apart from the prompt.
+
+    For a base model these are the text's tokens and the tokenizer's EOS. For a conversation they are exactly the
+    tokens that the chat template puts after the generation prompt (an empty think block, say), up to and including the
+    token that ends the assistant's turn, which need not be the tokenizer's EOS.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        completions (`Sequence[str]`):
+            Items as they are written: [`ItemCatalog.completions`].
+        conversational (`bool`, *optional*, defaults to `False`):
+            Whether the item is the content of an assistant's turn.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Passed to the chat template.
+
+    Raises:
+        `ValueError`: if the tokenizer has no end token or chat template, the template does not continue its own
+        generation prompt, or a text holds the end token.
+    """
+    if conversational:
+        before, after, end_token = _chat_turn(tokenizer, chat_template_kwargs or {})
+    elif tokenizer.eos_token_id is None:
+        raise ValueError("`tokenizer` has no EOS token, which must end an item: set `tokenizer.eos_token`.")
+    else:
+        before, after, end_token = "", tokenizer.eos_token, tokenizer.eos_token_id
+    sequences = tokenizer([before + text + after for text in completions], add_special_tokens=False)["input_ids"]
+    for text, sequence in zip(completions, sequences):
+        if sequence.count(end_token) != 1 or sequence[-1] != end_token:
+            raise ValueError(
+                f"`completions`: the tokens of {text!r} must hold the end token {tokenizer.decode([end_token])!r} "
+                "once, at the end. Remove it from the item's text."
+            )
+    return sequences
+
+
+def _chat_turn(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> tuple[str, str, int]:
+    """What the chat template puts before and after an assistant's content: text, text, and the end token's id."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "`tokenizer` has no chat template, but the rows are conversational: set one, or use text rows."
+        )
+    messages = [{"role": "user", "content": "Hello."}]
+    prompt = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **chat_template_kwargs
+    )
+    messages.append({"role": "assistant", "content": _CONTENT})
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, **chat_template_kwargs)
+    if not whole.startswith(prompt) or whole.count(_CONTENT) != 1:
+        raise ValueError(
+            "`tokenizer.chat_template` does not continue its own generation prompt, so the model would be trained on "
+            f"another context than it sees in use. Generation prompt: {prompt!r}; conversation: {whole!r}. Try "
+            "`chat_template_kwargs`, such as {'enable_thinking': False}."
+        )
+    before, after = whole[len(prompt) :].split(_CONTENT)
+    ends = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = [(after.index(text), text) for text in ends if text in after]
+    if not found:
+        raise ValueError(
+            f"`tokenizer.chat_template` ends a turn by {after!r}, which holds no special token to stop at."
+        )
+    place, end = min(found)
+    return before, after[: place + len(end)], ends[end]
+
+
+def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{argument}` is {value!r}: it must be one of {', '.join(map(repr, choices))}.")
