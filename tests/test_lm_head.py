@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from helpers import dense_positions, make_model, make_windows
+from transformers import (
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from trl_msl import ItemTrie, add_sparse_lm_head, build_rows, tokenize_rows
+
+
+@pytest.fixture(scope="module")
+def batch(catalog, tokenizer, trie, template):
+    rows = build_rows(make_windows(catalog.ids, num_rows=5), catalog, template)
+    encoded = tokenize_rows(rows[:], tokenizer, trie)
+    longest = max(map(len, encoded["input_ids"]))
+    return {
+        "input_ids": torch.tensor(
+            [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in encoded["input_ids"]]
+        ),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in encoded["input_ids"]]),
+        "labels": torch.tensor([ids + [-100] * (longest - len(ids)) for ids in encoded["labels"]]),
+    }
+
+
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+FALCON_H1 = {
+    "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 16, "lm_head_multiplier": 0.3,
+}  # fmt: skip
+MODELS = {
+    "llama": (LlamaConfig, {}),
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
+    "mistral": (MistralConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 8}),
+    "gpt2": (GPT2Config, GPT2),
+    "gemma2-softcap": (Gemma2Config, GEMMA),
+    "cohere-logit-scale": (CohereConfig, {"logit_scale": 0.2}),
+    "granite-logits-scaling": (GraniteConfig, {"logits_scaling": 7.0}),
+    "falcon-h1-lm-head-multiplier": (FalconH1Config, FALCON_H1),
+    "phi-bias": (PhiConfig, {}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_equal_those_of_the_models_own_forward(name, batch, tokenizer, trie):
+    config_class, kwargs = MODELS[name]
+    model = make_model(tokenizer, config_class, **kwargs)
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias)
+    own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    rows, masks, targets = dense_positions(trie, own, batch["labels"])
+    add_sparse_lm_head(model, trie)
+    output = model(**batch, sparse_lm_head=True)
+    assert output.logits.dtype == torch.float32
+    assert output.logits.shape[1] < own.shape[-1] / 4  # not the vocabulary
+    assert torch.equal(output.valid_mask.sum(dim=1), masks.sum(dim=1))
+    torch.testing.assert_close(output.logits[output.valid_mask], rows[masks], rtol=1e-4, atol=1e-4)
+    chosen = output.logits.gather(1, output.targets[:, None])[:, 0]
+    torch.testing.assert_close(chosen, rows[torch.arange(len(targets)), targets], rtol=1e-4, atol=1e-4)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = torch.randn(int(masks.sum()))
+    sparse_gradients = torch.autograd.grad(
+        (output.logits[output.valid_mask] * weights).sum(), parameters, allow_unused=True
+    )
+    dense_gradients = torch.autograd.grad((rows[masks] * weights).sum(), parameters, allow_unused=True)
+    for sparse, dense in zip(sparse_gradients, dense_gradients):
+        if dense is not None:
+            torch.testing.assert_close(sparse, dense, rtol=1e-3, atol=1e-4)
+
+
+def test_without_the_flag_the_forward_is_the_models_own(batch, tokenizer, trie):
+    model = make_model(tokenizer)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    before = model(**inputs, labels=batch["input_ids"])
+    generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    add_sparse_lm_head(model, trie)
+    after = model(**inputs, labels=batch["input_ids"])
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.loss, after.loss)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), generated)
+
+
+def test_shifted_labels_and_vocabulary_losses(batch, tokenizer, trie):
+    model = make_model(tokenizer)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    logits = model(**inputs).logits[:, :-1]
+    supervised = batch["labels"][:, 1:] != -100
+    expected = torch.nn.functional.cross_entropy(
+        logits[supervised], batch["input_ids"][:, 1:][supervised], reduction="none"
+    )
+    add_sparse_lm_head(model, trie)
+    output = model(**batch, sparse_lm_head=True, output_vocab_losses=True)
+    torch.testing.assert_close(output.vocab_losses, expected)
+    shifted = torch.cat([batch["labels"][:, 1:], torch.full((len(logits), 1), -100)], dim=1)
+    again = model(**inputs, shift_labels=shifted, sparse_lm_head=True)
+    assert torch.equal(again.logits, output.logits)
+    assert torch.equal(again.targets, output.targets)
+
+
+def test_no_supervised_position_gives_a_zero_that_can_be_differentiated(batch, tokenizer, trie):
+    model = make_model(tokenizer)
+    add_sparse_lm_head(model, trie)
+    labels = torch.full_like(batch["labels"], -100)
+    output = model(**{**batch, "labels": labels}, sparse_lm_head=True, output_vocab_losses=True)
+    assert output.logits.shape[0] == output.vocab_losses.numel() == 0
+    output.logits.sum().backward()
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_bfloat16_model_is_projected_in_fp32(batch, tokenizer, trie):
+    """The error of a bf16 model stays within that of its own bf16 logits."""
+    exact, low = make_model(tokenizer), make_model(tokenizer).bfloat16()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    reference, _, _ = dense_positions(trie, exact(**inputs).logits, batch["labels"])
+    own, masks, _ = dense_positions(trie, low(**inputs).logits.float(), batch["labels"])
+    add_sparse_lm_head(low, trie)
+    output = low(**batch, sparse_lm_head=True)
+    error = (output.logits[output.valid_mask] - reference[masks]).abs().max()
+    assert error <= (own - reference)[masks].abs().max() + 1e-2
+
+
+def test_load_balancing_loss_of_a_mixture_of_experts(batch, tokenizer, trie):
+    model = make_model(tokenizer, MixtralConfig, num_local_experts=4)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    expected = model(**inputs, output_router_logits=True).aux_loss
+    add_sparse_lm_head(model, trie)
+    output = model(**batch, sparse_lm_head=True, output_router_logits=True)
+    torch.testing.assert_close(output.aux_loss, expected)
+
+
+def test_trie_of_another_tokenizer_and_quantised_heads_are_errors(tokenizer):
+    model = make_model(tokenizer)
+    with pytest.raises(ValueError, match="token 5000, but the model's LM head has"):
+        add_sparse_lm_head(model, ItemTrie.from_sequences([[1], [5000]]))
+    weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    model.lm_head.weight = weight
+    with pytest.raises(ValueError, match="LM head of torch.int8"):
+        add_sparse_lm_head(model, ItemTrie.from_sequences([[1], [2]]))

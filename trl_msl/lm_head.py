@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse LM head: only the logits that the catalogue asks for, computed inside the model's forward."""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from .trie import ItemTrie
+
+
+@dataclass
+class SparseCausalLMOutput(ModelOutput):
+    """
+    Output of a model given a sparse LM head with [`add_sparse_lm_head`] and called with `sparse_lm_head=True`.
+
+    A *branching position* is one where several tokens are valid. `logits` spans the union of the tokens that are valid
+    at some branching position of the batch, so `valid_mask` says which of them are valid at which position.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_positions, num_tokens)`, fp32):
+            Logits at the branching positions.
+        valid_mask (`torch.Tensor` of shape `(num_positions, num_tokens)`, bool):
+            Which tokens are valid at which position.
+        targets (`torch.Tensor` of shape `(num_positions,)`, int64):
+            Column of the right token.
+        parents (`torch.Tensor` of shape `(num_positions,)`, int64):
+            Trie node at which each position chooses.
+        vocab_losses (`torch.Tensor` of shape `(num_supervised,)`, fp32, *optional*):
+            Language modeling loss of every supervised position, forced ones too, when called with
+            `output_vocab_losses=True`. Detached.
+        aux_loss (`torch.Tensor`, *optional*):
+            MoE load-balancing loss, when called with `output_router_logits=True`.
+    """
+
+    logits: Tensor | None = None
+    valid_mask: Tensor | None = None
+    targets: Tensor | None = None
+    parents: Tensor | None = None
+    vocab_losses: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
+    """
+    Add a sparse LM head to `model`: `model(..., labels=nodes, sparse_lm_head=True)` returns a
+    [`SparseCausalLMOutput`].
+
+    The forward runs the backbone and projects the hidden states at branching positions onto the rows of the head that
+    are valid somewhere in the batch: a few positions times a few hundred tokens instead of every token times the
+    vocabulary. Without `sparse_lm_head=True` the forward is the original one, so generation is unchanged. It happens
+    inside the forward so that the hooks of DDP, FSDP and ZeRO-3 are armed, as in TRL's `add_fused_lm_head`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model to patch: the base model, not its PEFT wrapper.
+        trie ([`ItemTrie`]):
+            Trie of the catalogue, whose nodes are the labels.
+
+    Raises:
+        `ValueError`: if the head's weight is no floating-point matrix or smaller than the trie's vocabulary needs.
+    """
+    _check_head(model, trie)
+    original_forward = model.forward
+    text_config = model.config.get_text_config()
+    softcap = getattr(text_config, "final_logit_softcapping", None)
+    scale = _logit_scale(text_config)
+    state = {"trie": trie}  # moved to the model's device once
+
+    # Keep the original signature: `generate` validates its model kwargs against it
+    @functools.wraps(type(model).forward)
+    def forward(
+        self, *args, sparse_lm_head=False, labels=None, shift_labels=None, output_vocab_losses=False, **kwargs
+    ):
+        if not sparse_lm_head:
+            given = {"labels": labels, "shift_labels": shift_labels}
+            return original_forward(*args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
+        kwargs["use_cache"] = False
+        # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
+        backbone_outputs = self.base_model(*args, **kwargs)
+        hidden, nodes = backbone_outputs.last_hidden_state, shift_labels
+        if nodes is None:
+            hidden, nodes = hidden[:, :-1], labels[:, 1:]
+        head = self.get_output_embeddings()
+        # With the model split across devices (`device_map`), the backbone can end on another device than the head
+        hidden, nodes = hidden.to(head.weight.device), nodes.to(head.weight.device)
+        trie = state["trie"] = state["trie"].to(hidden.device)
+        supervised = nodes != -100
+        hidden, nodes = hidden[supervised], nodes[supervised]
+        branching = trie.num_valid_tokens(nodes) > 1
+
+        weight, bias = head.weight, head.bias
+        # FSDP2 exposes sharded parameters as DTensors: gather them before rows are picked
+        if isinstance(weight, DTensor):
+            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        with torch.autocast(hidden.device.type, enabled=False), maybe_gather_lm_head_ctx(weight, bias):
+            project = functools.partial(_project, weight=weight, bias=bias, scale=scale, softcap=softcap)
+            output = _sparse_output(trie, nodes[branching], hidden[branching], project)
+            if output_vocab_losses:
+                output.vocab_losses = _vocab_losses(trie.tokens(nodes), hidden.detach(), project)
+        if kwargs.get("output_router_logits"):
+            output.aux_loss = _load_balancing_loss(text_config, backbone_outputs, kwargs.get("attention_mask"))
+        return output
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _sparse_output(trie: ItemTrie, nodes: Tensor, hidden: Tensor, project) -> SparseCausalLMOutput:
+    """Logits of `hidden [positions, hidden_size]` over the union of the tokens that are valid before `nodes`."""
+    parents = trie.parents(nodes)
+    rows, tokens = trie.valid_tokens(parents)
+    union, columns = tokens.unique(return_inverse=True)
+    valid_mask = torch.zeros(len(nodes), len(union), dtype=torch.bool, device=nodes.device)
+    valid_mask[rows, columns] = True
+    return SparseCausalLMOutput(
+        logits=project(hidden, rows=union),
+        valid_mask=valid_mask,
+        targets=torch.searchsorted(union, trie.tokens(nodes)),
+        parents=parents,
+    )
+
+
+def _project(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, rows: Tensor | slice
+) -> Tensor:
+    """Logits of some rows of the head in fp32, scaled and softcapped as the model's own forward does."""
+    logits = hidden.float() @ weight[rows].float().T
+    if bias is not None:
+        logits = logits + bias[rows].float()
+    logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+@torch.no_grad()
+def _vocab_losses(tokens: Tensor, hidden: Tensor, project, chunk_size: int = 256) -> Tensor:
+    """Language modeling loss of each supervised position, a few positions at a time. For diagnosis only."""
+    losses = [
+        torch.nn.functional.cross_entropy(project(states, rows=slice(None)), targets, reduction="none")
+        for states, targets in zip(hidden.split(chunk_size), tokens.split(chunk_size))
+    ]
+    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _logit_scale(text_config: PretrainedConfig) -> float:
+    """Factor on the logits, under the names that transformers' models give it (the list is TRL's)."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(text_config, name, None) is not None:
+            return getattr(text_config, name)
+    scaling = getattr(text_config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
+
+
+def _load_balancing_loss(text_config: PretrainedConfig, backbone_outputs: ModelOutput, attention_mask) -> Tensor:
+    # Every MoE family of transformers takes this function from Mixtral
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    num_experts = text_config.num_experts if hasattr(text_config, "num_experts") else text_config.num_local_experts
+    return load_balancing_loss_func(
+        backbone_outputs.router_logits, num_experts, text_config.num_experts_per_tok, attention_mask
+    )
+
+
+def _check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
+    weight = model.get_output_embeddings().weight
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"`model` has an LM head of {weight.dtype}, whose rows can't be picked: keep it out of the quantisation, "
+            "e.g. `BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])`."
+        )
+    largest = int(trie.tokens(torch.arange(1, trie.num_nodes, device=trie.device)).max())
+    vocab_size = getattr(weight, "ds_shape", weight.shape)[0]
+    if largest >= vocab_size:
+        raise ValueError(
+            f"`trie` holds token {largest}, but the model's LM head has {vocab_size} rows. Was the trie built with "
+            "another tokenizer?"
+        )

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked softmax loss and adaptive temperature, as pure functions of tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def masked_softmax_loss(
+    logits: Tensor, valid_mask: Tensor, targets: Tensor, temperature: float | Tensor = 1.0
+) -> Tensor:
+    r"""
+    Masked softmax loss (MSL) of each position: Eq. 5 of the [MSL paper](https://huggingface.co/papers/2504.04178), and
+    with a temperature Eq. 9:
+
+    $$ -\tau \log \frac{\exp(f_y / \tau)}{\sum_{z \text{ valid}} \exp(f_z / \tau)} $$
+
+    The factor τ keeps the gradient's scale when τ changes. Where a single token is valid the loss and its gradient
+    are exactly zero, so such positions can be left out.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_positions, num_tokens)`):
+            Logits, over the vocabulary or any part of it that holds the valid tokens. Computed in fp32 or wider.
+        valid_mask (`torch.Tensor` of shape `(num_positions, num_tokens)`, bool):
+            Which tokens continue some item.
+        targets (`torch.Tensor` of shape `(num_positions,)`, int64):
+            Column of the right token, which must be valid.
+        temperature (`float` or scalar `torch.Tensor`, *optional*, defaults to `1.0`):
+            τ. No gradient flows into it.
+
+    Returns:
+        `torch.Tensor` of shape `(num_positions,)`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_msl import masked_softmax_loss
+
+    >>> logits, valid_mask = torch.tensor([[1.0, 1.0, 99.0]]), torch.tensor([[True, True, False]])
+    >>> masked_softmax_loss(logits, valid_mask, torch.tensor([0]))  # log 2: the third token does not count
+    tensor([0.6931])
+
+    ```
+    """
+    if not torch.is_tensor(temperature) and not temperature > 0:
+        raise ValueError(f"`temperature` is {temperature}: it must be positive.")
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    target_logits = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    valid_logits = logits.masked_fill(~valid_mask, -math.inf)
+    return temperature * torch.logsumexp(valid_logits / temperature, dim=-1) - target_logits
+
+
+def temperature_statistics(logits: Tensor, valid_mask: Tensor, targets: Tensor) -> Tensor:
+    """
+    What [`adaptive_temperature`] needs to know about some positions. Sums, so micro-batches and ranks add up.
+
+    Args:
+        logits, valid_mask, targets:
+            As for [`masked_softmax_loss`].
+
+    Returns:
+        `torch.Tensor` of shape `(6,)`: the number of positions, and the sums over them of the target's logit, of the
+        mean, the mean square and the variance of the valid logits, and of the logarithm of their number. Detached.
+    """
+    logits = logits.detach().float()
+    num_valid = valid_mask.sum(dim=-1)
+    target_logits = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    mean = (logits * valid_mask).sum(dim=-1) / num_valid
+    deviation = (logits - mean.unsqueeze(-1)) * valid_mask
+    variance = deviation.square().sum(dim=-1) / num_valid
+    columns = [torch.ones_like(mean), target_logits, mean, mean.square() + variance, variance, num_valid.log()]
+    return torch.stack(columns, dim=-1).sum(dim=0)
+
+
+def adaptive_temperature(statistics: Tensor, eta: float = 0.25, num_items: float | Tensor | None = None) -> Tensor:
+    r"""
+    Temperature at which the target's restricted probability is about η: Eq. 10-12 of the
+    [MSL paper](https://huggingface.co/papers/2504.04178).
+
+    With `m` valid tokens of mean logit μ and variance σ², and the target's logit `μ + d`, a second-order expansion of
+    the log-partition function turns `log P(target) = log η` into
+
+    $$ \frac{d}{\tau} - \frac{\sigma^2}{2\tau^2} = C, \quad C = \log(m \eta), \qquad
+       \tau = \frac{d + \sqrt{\max(d^2 - 2 \sigma^2 C, 0)}}{2C} $$
+
+    **Erratum.** The paper prints a minus before the root (Eq. 11-12). That root of the quadratic tends to 0 as
+    σ → 0, where the exact answer is `d / C`: the plus root. The authors' released code has the plus, and so have we.
+
+    Where `C ≤ 0` even the uniform distribution gives the target more than η: the answer is `inf`, to be clamped.
+
+    Args:
+        statistics (`torch.Tensor` of shape `(6,)`):
+            Sum of [`temperature_statistics`] over a batch with at least one position.
+        eta (`float`, *optional*, defaults to `0.25`):
+            η, the probability that the target should have.
+        num_items (`float` or `torch.Tensor`, *optional*):
+            If `None`, each position is to have probability η, and the valid logits of all positions are pooled: the
+            released code, which takes the positions where items begin to differ. Otherwise the number of items that
+            the positions belong to: each *item*, the product over its positions, is to have probability η (Eq. 12).
+
+    Returns:
+        scalar `torch.Tensor`.
+    """
+    if not 0 < eta < 1:
+        raise ValueError(f"`eta` is {eta}: it must lie between 0 and 1.")
+    count, target, mean, mean_square, variance, log_num_valid = statistics
+    if num_items is None:
+        difference, log_num_valid = (target - mean) / count, log_num_valid / count
+        variance = mean_square / count - (mean / count).square()
+    else:
+        difference, variance, log_num_valid = (
+            (target - mean) / num_items,
+            variance / num_items,
+            log_num_valid / num_items,
+        )
+    c = log_num_valid + math.log(eta)
+    root = (difference.square() - 2 * variance * c).clamp(min=0).sqrt()
+    return torch.where(c > 0, (difference + root) / (2 * c), math.inf)
