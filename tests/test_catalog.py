@@ -9,10 +9,11 @@ from helpers import TITLES
 from trl_msl import ItemCatalog, encode_items
 
 
+THINK = "<think>\n\n</think>\n\n"  # as Qwen3 has it
 QWEN3_LIKE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if no_think %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if m.role == 'assistant' and loop.last %}" + THINK + "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if no_think %}" + THINK + "{% endif %}{% endif %}"
 )
 
 

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A tokenizer trained on the catalogue and a small causal language model made from a config.
+
+They stand in for a pretrained pair where there is no hub to download one from. Both are plain `transformers` objects:
+save them with `save_pretrained` into one folder, and `AutoTokenizer` and `AutoModelForCausalLM` load them from it.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+
+# Llama 3's split into words. A punctuation mark joins the word after it (`"The`), so that a trie of quoted titles has
+# the shape it has with Llama 3's tokenizer: broad at the root, instead of a lone quote.
+WORD_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+    r"""
+    Train a byte-level BPE tokenizer: any text without special tokens in it decodes to exactly what was encoded.
+
+    It adds a BOS token at the start, as Llama's tokenizers do, unless called with `add_special_tokens=False`. Its chat
+    template is ChatML: a turn is `<|im_start|>role\ncontent<|im_end|>\n`, without BOS. So a chat turn ends with
+    `<|im_end|>`, while `eos_token` is `<|eos|>`.
+
+    Args:
+        texts (`Iterable[str]`):
+            Texts in the form that the model will see, such as titles with their quotes.
+        vocab_size (`int`, *optional*, defaults to `2000`):
+            Most tokens to have, at least 261: the 256 bytes and 5 special tokens. Fewer if the texts have no more to
+            merge, so size the model by `len(tokenizer)`.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerFast`]: The tokenizer.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special_tokens = [BOS, EOS, PAD, TURN_START, TURN_END]
+    smallest = len(alphabet) + len(special_tokens)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"`vocab_size` must be at least {smallest}, for {len(alphabet)} bytes and {len(special_tokens)} special "
+            f"tokens; got {vocab_size}. Raise it: with fewer tokens some texts could not be encoded."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[TURN_START, TURN_END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    max_position_embeddings: int = 512,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """
+    Build a small Llama with random weights for a tokenizer.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
+            Tokenizer that gives the vocabulary size and the ids of the BOS, EOS and padding tokens.
+        hidden_size (`int`, *optional*, defaults to `128`):
+            Size of the hidden states; the MLP's is four times that.
+        num_layers (`int`, *optional*, defaults to `2`):
+            Number of layers.
+        num_heads (`int`, *optional*, defaults to `4`):
+            Number of attention heads. Rotary embeddings need `hidden_size / num_heads` to be an even whole number.
+        max_position_embeddings (`int`, *optional*, defaults to `512`):
+            Longest sequence, in tokens.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global random state is left as it was.
+
+    Returns:
+        [`~transformers.LlamaForCausalLM`]: The model, in `float32`, with input and output embeddings of its own.
+    """
+    if hidden_size % (2 * num_heads):
+        raise ValueError(
+            f"`hidden_size` must be a multiple of twice `num_heads`, {2 * num_heads}, for heads of an even size; got "
+            f"{hidden_size}. Choose {hidden_size - hidden_size % (2 * num_heads) + 2 * num_heads}, or other heads."
+        )
+    token_ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=False,
+        **token_ids,
+    )
+    with torch.random.fork_rng(devices=[]):  # the weights are made on the CPU
+        torch.default_generator.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config.update(**token_ids)
+    return model

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import make_windows
+
+from trl_msl import PromptTemplate, build_rows, encode_items, encode_prompts, tokenize_rows
+
+
+@pytest.fixture(scope="module")
+def rows(catalog, template):
+    return build_rows(make_windows(catalog.ids), catalog, template)
+
+
+def test_rows(rows, catalog):
+    windows = make_windows(catalog.ids)
+    assert rows.column_names == ["user_id", "prompt", "completion", "history", "history_ids", "item_id"]
+    for window, row in zip(windows, rows):
+        texts = [catalog.completions[catalog.index_of_id[item]] for item in window["item_ids"]]
+        assert row["prompt"] == f"The user has read: {', '.join(texts[:-1])}\nNext: "
+        assert (row["completion"], row["history"]) == (texts[-1], texts[:-1])
+        assert [*row["history_ids"], row["item_id"]] == window["item_ids"]
+
+
+def test_conversational_rows(catalog, template):
+    chat = PromptTemplate(template.text, conversational=True)
+    row = build_rows(make_windows(catalog.ids), catalog, chat)[0]
+    assert row["prompt"] == [{"role": "user", "content": template.render(row["history"])}]
+    assert row["completion"] == [
+        {"role": "assistant", "content": catalog.completions[catalog.indices([row["item_id"]])[0]]}
+    ]
+
+
+def test_prompt_of_the_paper():
+    prompt = PromptTemplate.from_paper("book", "books", "read").render(['"Dune"', '"Emma"'])
+    assert "Given a list of books the user has read before, please recommend a new book" in prompt
+    assert prompt.endswith('The user has read the following books before: "Dune", "Emma"\n\n### Response:\n')
+
+
+def test_braces_in_titles_are_left_alone():
+    assert PromptTemplate("{history}!").render(["{x}", "{0}"]) == "{x}, {0}!"
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_labels_are_the_nodes_of_the_tokens(conversational, catalog, template, tokenizer, trie, chat_trie):
+    trie = chat_trie if conversational else trie
+    rows = build_rows(make_windows(catalog.ids), catalog, PromptTemplate(template.text, conversational=conversational))
+    encoded = tokenize_rows(rows[:], tokenizer, trie)
+    as_tokens = tokenize_rows(rows[:], tokenizer, trie, labels="tokens")
+    assert encoded["input_ids"] == as_tokens["input_ids"]
+    items = encode_items(tokenizer, catalog.completions, conversational)
+    prompts = encode_prompts(tokenizer, rows["prompt"][:])
+    for row, ids, nodes, tokens, prompt in zip(rows, *encoded.values(), as_tokens["labels"], prompts):
+        index = catalog.index_of_id[row["item_id"]]
+        item = items[index]
+        assert ids == prompt + item
+        assert tokens == [-100] * len(prompt) + item
+        assert nodes[: len(prompt)] == [-100] * len(prompt)
+        assert trie.tokens(torch.tensor(nodes[len(prompt) :])).tolist() == item
+        assert trie.parents(torch.tensor(nodes[len(prompt) :])).tolist() == [0, *nodes[len(prompt) : -1]]
+        assert index in trie.items(nodes[-1])
+
+
+def test_prompts_begin_with_bos_and_do_not_end_with_eos(tokenizer):
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    adds_eos = copy.deepcopy(tokenizer)
+    adds_eos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A <|eos|>",
+        special_tokens=[("<|bos|>", tokenizer.bos_token_id), ("<|eos|>", tokenizer.eos_token_id)],
+    )
+    assert adds_eos("Next: ")["input_ids"][-1] == tokenizer.eos_token_id
+    (expected,) = encode_prompts(tokenizer, ["Next: "])
+    assert encode_prompts(adds_eos, ["Next: "]) == [expected]
+    assert expected[0] == tokenizer.bos_token_id
+
+
+def test_map_function_on_a_dataset_and_a_stream(rows, tokenizer, trie):
+    kwargs = {
+        "batched": True,
+        "remove_columns": rows.column_names,
+        "fn_kwargs": {"tokenizer": tokenizer, "trie": trie},
+    }
+    mapped = rows.map(tokenize_rows, **kwargs)
+    assert mapped.column_names == ["input_ids", "labels"]
+    assert list(rows.to_iterable_dataset().map(tokenize_rows, **kwargs)) == mapped.to_list()
+
+
+# ---------------------------------------------------------------------- rows that are too long
+
+
+def test_long_rows_lose_their_oldest_items_and_never_the_title(rows, tokenizer, trie, template, caplog):
+    whole = tokenize_rows(rows[:], tokenizer, trie)
+    max_length = 40
+    too_long = [len(ids) > max_length for ids in whole["input_ids"]]
+    assert 0 < sum(too_long) < len(rows)
+    with caplog.at_level(logging.WARNING):
+        short = tokenize_rows(rows[:], tokenizer, trie, max_length=max_length, prompt_template=template)
+    assert f"{sum(too_long)} of {len(rows)} rows were longer than max_length=40" in caplog.text
+    for index, row in enumerate(rows):
+        ids, nodes = short["input_ids"][index], short["labels"][index]
+        assert len(ids) <= max_length
+        kept = [node for node in nodes if node != -100]
+        assert kept == [node for node in whole["labels"][index] if node != -100]
+        prompt = tokenizer.decode(ids[: len(ids) - len(kept)], skip_special_tokens=True)
+        drops = [d for d in range(len(row["history"])) if template.render(row["history"][d:]) == prompt]
+        (dropped,) = drops
+        assert (dropped > 0) == too_long[index]
+        if dropped:  # no more than needed
+            one_less = encode_prompts(tokenizer, [template.render(row["history"][dropped - 1 :])])[0]
+            assert len(one_less) + len(kept) > max_length
+
+
+def test_prompts_that_cannot_be_shortened(rows, tokenizer, trie, template):
+    batch = rows[:]
+    for kwargs in ({"max_length": 40}, {"max_length": 8, "prompt_template": template}):
+        with pytest.raises(ValueError, match=r"`max_length` = \d+: \d+ of the 40 rows read are longer and can't"):
+            tokenize_rows(batch, tokenizer, trie, **kwargs)
+    without_history = {key: values for key, values in batch.items() if key != "history"}
+    with pytest.raises(ValueError, match="`history` column"):
+        tokenize_rows(without_history, tokenizer, trie, max_length=40, prompt_template=template)
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def test_completions_off_the_catalogue(rows, tokenizer, trie, chat_trie):
+    batch = rows[:]
+    batch["completion"] = ['"Ulysses"', *batch["completion"][1:-1], '"dune"']
+    with pytest.raises(ValueError, match=r"2 of the 40 rows read are no item.*Ulysses.*dune"):
+        tokenize_rows(batch, tokenizer, trie)
+    with pytest.raises(ValueError, match="40 of the 40 rows read are no item.*conversational=False"):
+        tokenize_rows(rows[:], tokenizer, chat_trie)
+
+
+def test_other_bad_rows(rows, catalog, tokenizer, trie, chat_trie, template):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['completion'\]"):
+        tokenize_rows({"prompt": ["a"]}, tokenizer, trie)
+    with pytest.raises(ValueError, match="`labels` is 'mask'"):
+        tokenize_rows(rows[:], tokenizer, trie, labels="mask")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Dune"}]
+    with pytest.raises(ValueError, match="must be a single message of the assistant"):
+        tokenize_rows({"prompt": [turns[:1]], "completion": [turns]}, tokenizer, chat_trie)
+    with pytest.raises(ValueError, match="1 `item_ids` hold fewer than two items"):
+        build_rows(Dataset.from_list([{"item_ids": ["b0"]}]), catalog, template)
+    with pytest.raises(ValueError, match="not in the catalogue"):
+        build_rows(Dataset.from_list([{"item_ids": ["b0", "b99"]}]), catalog, template)
+    with pytest.raises(ValueError, match="must contain {history} exactly once"):
+        PromptTemplate("Next: ")

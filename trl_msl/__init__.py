@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked Softmax Loss for TRL: fine-tune an LLM to rank the items of a catalogue."""
+
+from .catalog import ItemCatalog, encode_items
+from .data import PromptTemplate, build_rows, encode_prompts, tokenize_rows
+from .evaluation import RecommendationCallback, Recommendations, evaluate_recommendations, recommend
+from .interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
+from .lm_head import SparseCausalLMOutput, add_sparse_lm_head
+from .logits_process import TrieLogitsProcessor
+from .losses import adaptive_temperature, masked_softmax_loss, temperature_statistics
+from .metrics import bootstrap_interval, coverage, per_user_metrics, ranking_metrics, ranks_of_targets
+from .msl_config import MSLConfig
+from .msl_trainer import MSLTrainer
+from .temperature import TemperatureCallback
+from .trie import ItemTrie
+
+
+__all__ = [
+    "ItemCatalog",
+    "ItemTrie",
+    "MSLConfig",
+    "MSLTrainer",
+    "PromptTemplate",
+    "RecommendationCallback",
+    "Recommendations",
+    "SparseCausalLMOutput",
+    "TemperatureCallback",
+    "TrieLogitsProcessor",
+    "adaptive_temperature",
+    "add_sparse_lm_head",
+    "bootstrap_interval",
+    "build_rows",
+    "coverage",
+    "encode_items",
+    "encode_prompts",
+    "evaluate_recommendations",
+    "k_core",
+    "masked_softmax_loss",
+    "per_user_metrics",
+    "ranking_metrics",
+    "ranks_of_targets",
+    "read_interactions",
+    "read_windows",
+    "recommend",
+    "sliding_windows",
+    "split_by_time",
+    "temperature_statistics",
+    "tokenize_rows",
+]

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows of interactions → prompt/completion rows → token ids with their trie nodes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+
+from .catalog import ItemCatalog, encode_items
+from .trie import ItemTrie
+
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """
+    How a user's history becomes a prompt.
+
+    Args:
+        text (`str`):
+            Prompt with `{history}` where the items go.
+        separator (`str`, *optional*, defaults to `", "`):
+            Between two items of the history.
+        conversational (`bool`, *optional*, defaults to `False`):
+            Whether the prompt is a user's message, to be put into the tokenizer's chat template.
+
+    Example:
+
+    ```python
+    >>> from trl_msl import PromptTemplate
+
+    >>> PromptTemplate("Read: {history}. Next: ").render(['"Dune"', '"Emma"'])
+    'Read: "Dune", "Emma". Next: '
+
+    ```
+    """
+
+    text: str
+    separator: str = ", "
+    conversational: bool = False
+
+    def __post_init__(self):
+        if self.text.count("{history}") != 1:
+            raise ValueError(f"`text` is {self.text!r}: it must contain {{history}} exactly once.")
+
+    @classmethod
+    def from_paper(cls, item: str = "item", items: str = "items", verb: str = "interacted with") -> PromptTemplate:
+        """The prompt of the MSL paper (Table 1), e.g. `from_paper("book", "books", "read")`."""
+        return cls(
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\nGiven a list of {items} the user has {verb} before, please recommend a new {item} "
+            "that the user likes to the user.\n\n"
+            f"### Input:\nThe user has {verb} the following {items} before: {{history}}\n\n### Response:\n"
+        )
+
+    def render(self, history: Sequence[str]) -> Prompt:
+        """The prompt for a history of items as they are written, oldest first."""
+        before, after = self.text.split("{history}")
+        text = before + self.separator.join(history) + after
+        return [{"role": "user", "content": text}] if self.conversational else text
+
+
+def build_rows(windows: Dataset, catalog: ItemCatalog, template: PromptTemplate) -> Dataset:
+    """
+    Turn windows of interactions into TRL prompt/completion rows.
+
+    Args:
+        windows ([`~datasets.Dataset`]):
+            Rows with `item_ids`, a list of ids in time order, the last one the target. Other columns are kept.
+        catalog ([`ItemCatalog`]):
+            The items.
+        template ([`PromptTemplate`]):
+            How a history becomes a prompt.
+
+    Returns:
+        [`~datasets.Dataset`] with `prompt`, `completion`, `history` (the items as written, so that a prompt that is
+        too long can be shortened), `history_ids` and `item_id` (the target).
+
+    Raises:
+        `ValueError`: if an item is not in the catalogue, or a window has no history.
+    """
+
+    def rows(batch: dict[str, list]) -> dict[str, list]:
+        short = [ids for ids in batch["item_ids"] if len(ids) < 2]
+        if short:
+            raise ValueError(f"`windows`: {len(short)} `item_ids` hold fewer than two items, such as {short[0]}.")
+        indices = [catalog.indices(ids) for ids in batch["item_ids"]]
+        texts = [[catalog.completions[index] for index in window] for window in indices]
+        targets = [window[-1] for window in texts]
+        return {
+            "prompt": [template.render(window[:-1]) for window in texts],
+            "completion": (
+                [[{"role": "assistant", "content": text}] for text in targets] if template.conversational else targets
+            ),
+            "history": [window[:-1] for window in texts],
+            "history_ids": [[str(item) for item in ids[:-1]] for ids in batch["item_ids"]],
+            "item_id": [str(ids[-1]) for ids in batch["item_ids"]],
+        }
+
+    return windows.map(rows, batched=True, remove_columns=["item_ids"], desc="Building rows")
+
+
+def tokenize_rows(
+    batch: dict[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    trie: ItemTrie,
+    max_length: int | None = None,
+    prompt_template: PromptTemplate | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    labels: str = "nodes",
+) -> dict[str, list[list[int]]]:
+    """
+    Attach the valid tokens of the catalogue to prompt/completion rows: the function to `map` over a dataset.
+
+    A trie node says which tokens were valid (its parent's children) and which one is right (its own), so one integer
+    per token stands for a mask over the vocabulary, and travels in the `labels` column through TRL's packing, padding
+    and counting. Prompt and item are tokenised apart and their ids concatenated, here and at inference alike.
+
+    Args:
+        batch (`dict[str, list]`):
+            `prompt` and `completion`, standard or conversational, as TRL takes them; optionally `history`, the items
+            in the prompt as they are written, oldest first, by which a long prompt is shortened.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer that the trie was built with.
+        trie ([`ItemTrie`]):
+            Trie of the catalogue.
+        max_length (`int`, *optional*):
+            Longest row, in tokens. Longer rows lose their oldest history items, never part of the title.
+        prompt_template ([`PromptTemplate`], *optional*):
+            Needed to shorten a prompt.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Passed to the chat template.
+        labels (`str`, *optional*, defaults to `"nodes"`):
+            `"nodes"` for [`MSLTrainer`], or `"tokens"` for TRL's `SFTTrainer` on the very same tokens.
+
+    Returns:
+        `dict` of `input_ids` and `labels` (`-100` on the prompt), lists of int.
+
+    Raises:
+        `ValueError`: if a completion is no item of the catalogue, or a row is too long and can't be shortened.
+
+    Example:
+
+    ```python
+    rows = rows.map(tokenize_rows, batched=True, fn_kwargs={"tokenizer": tokenizer, "trie": trie, "max_length": 512})
+    ```
+    """
+    if labels not in ("nodes", "tokens"):
+        raise ValueError(f"`labels` is {labels!r}: it must be 'nodes' or 'tokens'.")
+    missing = {"prompt", "completion"} - batch.keys()
+    if missing:
+        raise ValueError(f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}.")
+    conversational = is_conversational({key: values[0] for key, values in batch.items()})
+    texts = [_completion_text(completion, conversational) for completion in batch["completion"]]
+    items = encode_items(tokenizer, texts, conversational, chat_template_kwargs)
+    nodes = trie.find(items).cpu()
+    if (nodes < 0).any():
+        unknown = [text for text, node in zip(texts, nodes.tolist()) if node < 0]
+        raise ValueError(
+            f"`completion`: {len(unknown)} of the {len(texts)} rows read are no item of the catalogue, such as "
+            f"{unknown[:3]}. Write items as `ItemCatalog.completions` has them, and build the trie with this "
+            f"tokenizer and conversational={conversational}."
+        )
+    prompts = encode_prompts(tokenizer, batch["prompt"], chat_template_kwargs)
+    if max_length is not None:
+        _shorten(prompts, items, batch, tokenizer, max_length, prompt_template, chat_template_kwargs)
+    paths = trie.to("cpu").paths(nodes).tolist()
+    targets = [path[: len(item)] for path, item in zip(paths, items)] if labels == "nodes" else items
+    return {
+        "input_ids": [prompt + item for prompt, item in zip(prompts, items)],
+        "labels": [[-100] * len(prompt) + target for prompt, target in zip(prompts, targets)],
+    }
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """
+    Token ids of prompts, up to where the item begins.
+
+    A text gets the special tokens that the tokenizer puts before it (BOS), not an EOS after it; a list of messages is
+    put into the chat template, generation prompt included.
+    """
+    if not isinstance(prompts[0], str):
+        prompts = [
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+            )
+            for messages in prompts
+        ]
+        return tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(list(prompts))["input_ids"]
+    adds_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    return [ids[:-1] for ids in encoded] if adds_eos else encoded
+
+
+def _completion_text(completion: Any, conversational: bool) -> str:
+    if not conversational:
+        return completion
+    if len(completion) != 1 or completion[0]["role"] != "assistant":
+        raise ValueError(f"`completion` must be a single message of the assistant, the item's text, not {completion}.")
+    return completion[0]["content"]
+
+
+def _shorten(
+    prompts: list[list[int]],
+    items: list[list[int]],
+    batch: dict[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: PromptTemplate | None,
+    chat_template_kwargs: dict[str, Any] | None,
+) -> None:
+    """Drop the oldest history items of prompts that are too long, one more in each round, in place."""
+    too_long = [row for row in range(len(prompts)) if len(prompts[row]) + len(items[row]) > max_length]
+    num_shortened, dropped = len(too_long), 0
+    while too_long:
+        dropped += 1
+        stuck = [
+            row
+            for row in too_long
+            if template is None or "history" not in batch or len(batch["history"][row]) <= dropped
+        ]
+        if stuck:
+            raise ValueError(
+                f"`max_length` = {max_length}: {len(stuck)} of the {len(prompts)} rows read are longer and can't be "
+                f"shortened, the first with {len(prompts[stuck[0]]) + len(items[stuck[0]])} tokens. Raise `max_length`"
+                ", or give rows a `history` column (see `build_rows`) and pass the `prompt_template`."
+            )
+        shorter = encode_prompts(
+            tokenizer, [template.render(batch["history"][row][dropped:]) for row in too_long], chat_template_kwargs
+        )
+        for row, prompt in zip(too_long, shorter):
+            prompts[row] = prompt
+        too_long = [row for row in too_long if len(prompts[row]) + len(items[row]) > max_length]
+    if num_shortened:
+        logger.warning(
+            "%d of %d rows were longer than max_length=%d: up to %d of their oldest history items were left out.",
+            num_shortened, len(prompts), max_length, dropped,
+        )  # fmt: skip

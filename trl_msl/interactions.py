@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interaction logs -> windows -> time-ordered splits.
+
+An *interaction* is a user, an item and a time. A *window* is one training or test case cut from a user's interactions,
+`{"user_id": str, "item_ids": list[str], "timestamp": int}`: items in time order, the last one the target, and the time
+of the target (a float where the log has fractions). Ids are always strings. Error messages count rows from 0, without
+the header.
+"""
+
+import ast
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, load_dataset
+
+
+logger = logging.getLogger(__name__)
+Source = str | Path | Dataset | pd.DataFrame
+
+
+def read_windows(
+    data_dir: str | Path, train_file: str = "train.csv", test_file: str = "test.csv", validation_fraction: float = 0.1
+) -> DatasetDict:
+    """
+    Reads CSV files of windows, whose `item_ids` are lists such as `"[12, 7, 31]"`: the format of the authors of MSL.
+    `train` and `validation` come sorted by timestamp (ties in file order), `test` in file order.
+
+    Args:
+        data_dir (`str` or `Path`):
+            Folder with both files.
+        train_file (`str`, *optional*, defaults to `"train.csv"`):
+            File with the train and validation windows.
+        test_file (`str`, *optional*, defaults to `"test.csv"`):
+            File with the test windows.
+        validation_fraction (`float`, *optional*, defaults to `0.1`):
+            Fraction of the train file, the last by time, that is held out for validation.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}; pass 0.1.")
+    windows = _read_window_file(Path(data_dir) / train_file)
+    splits = _cut_by_time(windows, {"train": 1 - validation_fraction, "validation": validation_fraction})
+    return DatasetDict(splits, test=_read_window_file(Path(data_dir) / test_file))
+
+
+def read_interactions(
+    source: Source, user_column: str = "user_id", item_column: str = "item_id", timestamp_column: str = "timestamp"
+) -> pd.DataFrame:
+    """
+    Reads an interaction log, one row per interaction.
+
+    Args:
+        source (`str`, `Path`, [`~datasets.Dataset`] or `pandas.DataFrame`):
+            The log, the path of a `.csv` or `.parquet` file, or else the name of a Hub dataset with a train split.
+        user_column (`str`, *optional*, defaults to `"user_id"`):
+            Column of user ids, strings or integers.
+        item_column (`str`, *optional*, defaults to `"item_id"`):
+            Column of item ids, strings or integers.
+        timestamp_column (`str`, *optional*, defaults to `"timestamp"`):
+            Column of numbers (kept), or of datetimes or ISO 8601 strings (made seconds since 1970, UTC by default).
+
+    Returns:
+        `pandas.DataFrame` with `user_id` and `item_id` (strings) and `timestamp` (int64, or float64 if not all are
+        whole), sorted by user and timestamp; ties stay in the order of the source.
+    """
+    table, name = _load_table(source, [user_column, item_column, timestamp_column])
+    users, items = _ids_as_strings(table[user_column], name), _ids_as_strings(table[item_column], name)
+    timestamps = _as_timestamps(table[timestamp_column], name)
+    order = np.lexsort((timestamps, pd.factorize(users, sort=True)[0]))  # stable
+    return pd.DataFrame({"user_id": users.array[order], "item_id": items.array[order], "timestamp": timestamps[order]})
+
+
+def k_core(interactions: pd.DataFrame, k: int = 5) -> pd.DataFrame:
+    """
+    Drops users and items with fewer than `k` interactions, again and again until none is left.
+
+    Args:
+        interactions (`pandas.DataFrame`):
+            Interactions, with columns as [`read_interactions`] returns them.
+        k (`int`, *optional*, defaults to `5`):
+            Fewest interactions of a user and of an item; repeated ones count. MSL (Section 5.1) uses 5.
+
+    Example: item `z` is too rare, and without it so is user `b`.
+    ```python
+    >>> log = pd.DataFrame({"user_id": list("aabb"), "item_id": list("xxxz"), "timestamp": [1, 2, 3, 4]})
+    >>> k_core(log, k=2)["user_id"].tolist()
+    ['a', 'a']
+
+    ```
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}; pass for example 5.")
+    interactions = read_interactions(interactions)
+    codes = [pd.factorize(interactions[column])[0] for column in ("user_id", "item_id")]
+    kept, num_before = np.ones(len(interactions), dtype=bool), None
+    while num_before != kept.sum():
+        num_before = kept.sum()
+        for code in codes:
+            kept &= np.bincount(code, weights=kept)[code] >= k
+    core = interactions[kept].reset_index(drop=True)
+    for unit, column in (("users", "user_id"), ("items", "item_id")):
+        logger.info("%d-core: %d of %d %s.", k, core[column].nunique(), interactions[column].nunique(), unit)
+    logger.info("%d-core: %d of %d interactions.", k, len(core), len(interactions))
+    if core.empty:
+        raise ValueError(f"k={k} leaves none of {len(interactions)} interactions; lower k or read a longer log.")
+    return core
+
+
+def sliding_windows(interactions: pd.DataFrame, window: int = 11) -> Dataset:
+    """
+    Cuts each user's interactions into overlapping windows (MSL, https://arxiv.org/abs/2504.04178, Section 5.1), sorted
+    by user and timestamp.
+
+    A user with `n <= window` interactions gives one window of them all, a longer one `n - window + 1` full windows. A
+    single interaction is a target without a history: such users give no window, and a warning counts them.
+
+    Args:
+        interactions (`pandas.DataFrame`):
+            Interactions, with columns as [`read_interactions`] returns them.
+        window (`int`, *optional*, defaults to `11`):
+            Most items in a window, the target included.
+
+    Example:
+    ```python
+    >>> log = pd.DataFrame({"user_id": list("aaabb"), "item_id": list("xyzxz"), "timestamp": [1, 2, 3, 8, 9]})
+    >>> sliding_windows(log, window=2)[:]["item_ids"]
+    [['x', 'y'], ['y', 'z'], ['x', 'z']]
+
+    ```
+    """
+    if window < 2:
+        raise ValueError(f"window must be at least 2 (a history and the target), got {window}; MSL uses 11.")
+    interactions = read_interactions(interactions)
+    codes, _ = pd.factorize(interactions["user_id"])  # sorted, so each user's rows are contiguous
+    counts = np.bincount(codes)
+    if num_single := (counts == 1).sum():
+        logger.warning("%d of %d users have a single interaction and give no window.", num_single, len(counts))
+    history = np.arange(len(codes)) - (np.cumsum(counts) - counts)[codes]  # how many of the user's rows come before
+    targets = np.flatnonzero((history > 0) & (history >= np.minimum(window, counts[codes]) - 1))
+    if len(targets) == 0:
+        raise ValueError(f"None of {len(counts)} users has 2 interactions, so there is no window; read a longer log.")
+    lengths = np.minimum(history[targets] + 1, window)
+    ends = np.cumsum(lengths)
+    rows = np.arange(ends[-1]) + np.repeat(targets + 1 - ends, lengths)  # each window's rows end at its target
+    items = pa.array(interactions["item_id"], pa.string()).take(pa.array(rows))
+    windows = pa.ListArray.from_arrays(np.append(0, ends), items)
+    users, timestamps = interactions["user_id"].iloc[targets], interactions["timestamp"].to_numpy()[targets]
+    return Dataset.from_dict({"user_id": users.tolist(), "item_ids": windows, "timestamp": timestamps})
+
+
+def split_by_time(windows: Dataset, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)) -> DatasetDict:
+    """
+    Sorts windows by timestamp (ties keep their order) and cuts them into `train`, `validation` and `test`.
+
+    Args:
+        windows ([`~datasets.Dataset`]):
+            Windows as [`sliding_windows`] returns them.
+        fractions (`tuple[float, float, float]`, *optional*, defaults to `(0.8, 0.1, 0.1)`):
+            Positive sizes of the three splits, which sum to 1.
+    """
+    if len(fractions) != 3 or min(fractions) <= 0 or not abs(sum(fractions) - 1) < 1e-9:
+        raise ValueError(f"fractions must be 3 positive numbers that sum to 1, got {fractions}; pass (0.8, 0.1, 0.1).")
+    if "timestamp" not in windows.column_names:
+        raise ValueError(f"windows has no column 'timestamp' but {windows.column_names}; pass `sliding_windows(...)`.")
+    return _cut_by_time(windows, dict(zip(("train", "validation", "test"), fractions, strict=True)))
+
+
+def _cut_by_time(windows: Dataset, fractions: dict[str, float]) -> DatasetDict:
+    timestamps = windows.select_columns("timestamp").to_pandas()["timestamp"]
+    order = np.argsort(_as_timestamps(timestamps, "the windows"), kind="stable")
+    cuts = np.rint(np.cumsum(list(fractions.values())) * len(order)).astype(int)[:-1]
+    splits = dict(zip(fractions, np.split(order, cuts), strict=True))
+    if empty := [name for name, indices in splits.items() if len(indices) == 0]:
+        raise ValueError(f"{len(order)} windows leave {empty} empty with {fractions}; change either of the two.")
+    return DatasetDict({name: windows.select(indices) for name, indices in splits.items()})
+
+
+def _read_window_file(path: Path) -> Dataset:
+    table, name = _load_table(path, ["user_id", "item_ids", "timestamp"])
+    items = [_parse_items(cell, f"{name}, row {row}") for row, cell in enumerate(table["item_ids"])]
+    users, timestamps = _ids_as_strings(table["user_id"], name), _as_timestamps(table["timestamp"], name)
+    return Dataset.from_dict({"user_id": users.tolist(), "item_ids": items, "timestamp": timestamps})
+
+
+def _parse_items(cell: str, where: str) -> list[str]:
+    try:
+        items = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        items = None
+    ids = items if isinstance(items, list) and all(type(item) in (int, str) and item != "" for item in items) else []
+    if len(ids) < 2:
+        raise ValueError(f"{where}: item_ids must be a list of at least 2 ids, like [12, 7], got {cell!r}; repair it.")
+    return [str(item) for item in ids]
+
+
+def _load_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
+    """Returns the rows of `source`, which has `columns`, and its name for error messages."""
+    name = str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"
+    try:
+        if isinstance(source, Dataset | pd.DataFrame):
+            table = source.to_pandas() if isinstance(source, Dataset) else source
+        elif name.endswith(".parquet"):
+            table = pd.read_parquet(name)
+        elif name.endswith(".csv"):
+            # Only strings, so that ids keep leading zeros, and "NA" is an id: nothing but an empty cell is missing.
+            table = pd.read_csv(name, dtype=str, keep_default_na=False, na_values=[""])
+            if not isinstance(table.index, pd.RangeIndex):  # pandas has made an index of surplus cells
+                raise ValueError("its rows have more cells than its header; quote cells that hold commas")
+        elif isinstance(source, str):
+            table = load_dataset(name, split="train").to_pandas()
+        else:
+            raise ValueError("it must be a DataFrame, one Dataset, a .csv or .parquet file, or a Hub dataset's name")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read: {error}. Check its path, type and format.") from error
+    if missing := [column for column in columns if column not in table.columns]:
+        raise ValueError(f"{name} lacks the columns {missing} and has {list(table.columns)}; name or rename them.")
+    if table.empty:
+        raise ValueError(f"{name} has no rows; check how it was written.")
+    return table, name
+
+
+def _ids_as_strings(column: pd.Series, name: str) -> pd.Series:
+    strings = column.astype(str)
+    _reject((column.isna() | (strings == "")).to_numpy(dtype=bool), column, name, "an id")
+    kind = pd.api.types.infer_dtype(column.astype(object))  # as objects, so that categories are judged by their values
+    if kind not in ("string", "integer"):  # not "floating": str(12.0) is another id than str(12)
+        raise ValueError(f"{name}: {column.name!r} has {kind} ids; make all strings or, by astype('int64'), integers.")
+    return strings
+
+
+def _as_timestamps(column: pd.Series, name: str) -> np.ndarray:
+    """Numbers as they are, dates as seconds since 1970; int64 if all are whole, else float64."""
+    numbers = pd.to_numeric(column, errors="coerce")
+    if pd.api.types.is_datetime64_any_dtype(column) or numbers.isna().all():
+        dates = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
+        numbers = (dates - pd.Timestamp(0, tz="UTC")).dt.as_unit("us").dt.total_seconds()
+    floats = numbers.to_numpy(np.float64, na_value=np.nan)
+    _reject(~np.isfinite(floats), column, name, "a number or an ISO 8601 date")
+    exact = pd.api.types.is_signed_integer_dtype(numbers) or ((floats % 1 == 0) & (np.abs(floats) < 2**53)).all()
+    return numbers.to_numpy(np.int64) if exact else floats
+
+
+def _reject(invalid: np.ndarray, column: pd.Series, name: str, expected: str) -> None:
+    if len(rows := np.flatnonzero(invalid)):
+        raise ValueError(
+            f"{name}: {column.name!r} must hold {expected}, but {len(rows)} of {len(column)} rows do not (the first: "
+            f"{rows[:5].tolist()}, with {column.iloc[rows[0]]!r}); repair or drop them."
+        )

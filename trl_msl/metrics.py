@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hit rate, NDCG and MRR from ranks.
+
+Every test case has exactly one relevant item, the target. Its 0-based rank in the recommended list is then all that
+the metrics need: `recommended -> ranks_of_targets -> per_user_metrics -> mean or bootstrap_interval`.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def ranks_of_targets(recommended: ArrayLike, targets: ArrayLike) -> np.ndarray:
+    """
+    Finds each user's target in the list recommended to that user.
+
+    Args:
+        recommended (`np.ndarray` of shape `(num_users, k)`, integer):
+            Item indices, best first; `-1` marks a place without an item.
+        targets (`np.ndarray` of shape `(num_users,)`, integer):
+            Index of the one relevant item of each user.
+
+    Returns:
+        `np.ndarray` of shape `(num_users,)`, int64: the target's 0-based column, or `-1` where it was not recommended.
+
+    Example:
+
+    The first user's target, 4, is in second place; the second user's target, 9, is absent:
+
+    ```python
+    >>> ranks_of_targets([[7, 4, 1], [2, 0, -1]], targets=[4, 9])
+    array([ 1, -1])
+
+    ```
+    """
+    recommended = _recommended(recommended)
+    targets = _integers(targets, "targets", ndim=1)
+    if len(targets) != len(recommended):
+        raise ValueError(
+            f"targets has {len(targets)} entries but recommended has {len(recommended)} rows; pass one target per row."
+        )
+    if (targets < 0).any():
+        raise ValueError(
+            f"targets has {(targets < 0).sum()} negative entries (the first in row {np.argmax(targets < 0)}), which "
+            "would match empty places; drop users without a target before ranking."
+        )
+    ordered = np.sort(recommended, axis=1)
+    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+    if repeated.any():
+        row = np.argmax(repeated)
+        raise ValueError(
+            f"recommended holds an item twice in {repeated.sum()} rows (the first: row {row}, "
+            f"{recommended[row].tolist()}), so later ranks are too low; remove repeats before ranking."
+        )
+    is_target = recommended == targets[:, None]
+    return np.where(is_target.any(axis=1), is_target.argmax(axis=1), -1)
+
+
+def per_user_metrics(ranks: ArrayLike, ks: tuple[int, ...] = (5, 10)) -> dict[str, np.ndarray]:
+    """
+    Computes HR@k, NDCG@k and MRR@k of every user.
+
+    With one relevant item at 0-based rank `r < k`, HR@k (which is Recall@k) is 1, NDCG@k is `1 / log2(r + 2)` and
+    MRR@k is `1 / (r + 1)`; otherwise all three are 0. So `hr >= ndcg >= mrr`, and none falls as `k` grows.
+
+    Args:
+        ranks (`np.ndarray` of shape `(num_users,)`, integer):
+            Ranks as [`ranks_of_targets`] returns them; `-1` is a miss.
+        ks (`tuple[int, ...]`, *optional*, defaults to `(5, 10)`):
+            Cut-offs. Ranks do not tell how long the lists were: a `k` beyond their length equals that length.
+
+    Returns:
+        `dict[str, np.ndarray]`: arrays of shape `(num_users,)`, float64, under `"hr@5"`, `"ndcg@5"`, `"mrr@5"`, ...
+
+    Example:
+
+    First place counts 1, third place `1 / log2(4)`, and a rank of 5 is beyond the cut-off:
+
+    ```python
+    >>> per_user_metrics([0, 2, 5, -1], ks=(5,))["ndcg@5"]
+    array([1. , 0.5, 0. , 0. ])
+
+    ```
+    """
+    ranks = _integers(ranks, "ranks", ndim=1)
+    if (ranks < -1).any():
+        raise ValueError(f"ranks must be -1 (a miss) or a 0-based rank, got {ranks.min()}; use `ranks_of_targets`.")
+    cutoffs = _integers(ks, "ks", ndim=1)
+    if len(cutoffs) == 0 or (cutoffs < 1).any():
+        raise ValueError(f"ks must hold cut-offs of at least 1, got {ks}; pass for example (5, 10).")
+    rank = np.maximum(ranks, 0)  # a miss has no place; `hit` below blanks it
+    metrics = {}
+    for k in cutoffs.tolist():
+        hit = (ranks >= 0) & (ranks < k)
+        metrics[f"hr@{k}"] = hit.astype(np.float64)
+        metrics[f"ndcg@{k}"] = np.where(hit, 1 / np.log2(rank + 2), 0.0)
+        metrics[f"mrr@{k}"] = np.where(hit, 1 / (rank + 1), 0.0)
+    return metrics
+
+
+def ranking_metrics(ranks: ArrayLike, ks: tuple[int, ...] = (5, 10)) -> dict[str, float]:
+    """
+    Averages [`per_user_metrics`] over the users.
+
+    Args:
+        ranks (`np.ndarray` of shape `(num_users,)`, integer):
+            Ranks as [`ranks_of_targets`] returns them; `-1` is a miss and counts as 0.
+        ks (`tuple[int, ...]`, *optional*, defaults to `(5, 10)`):
+            Cut-offs.
+
+    Returns:
+        `dict[str, float]`: `"hr@5"`, `"ndcg@5"`, `"mrr@5"`, ... for each cut-off.
+
+    Example:
+
+    Three users, with the target in first place, in third place, and absent: NDCG is `(1 + 1/2 + 0) / 3`.
+
+    ```python
+    >>> ranking_metrics([0, 2, -1], ks=(3,))
+    {'hr@3': 0.6666666666666666, 'ndcg@3': 0.5, 'mrr@3': 0.4444444444444444}
+
+    ```
+    """
+    if np.size(ranks) == 0:
+        raise ValueError("ranks is empty, so there is no mean; evaluate at least one user.")
+    return {name: float(values.mean()) for name, values in per_user_metrics(ranks, ks).items()}
+
+
+def bootstrap_interval(
+    values: ArrayLike, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """
+    Percentile bootstrap interval of a mean: resamples users with replacement and cuts both tails of the means.
+
+    To compare two models on the same users, pass the per-user *differences*: the interval is much tighter than the two
+    separate ones suggest.
+
+    Args:
+        values (`np.ndarray` of shape `(num_users,)`):
+            One metric per user, such as `per_user_metrics(ranks)["ndcg@10"]`.
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Probability mass inside the interval, strictly between 0 and 1.
+        num_resamples (`int`, *optional*, defaults to `1000`):
+            Number of bootstrap samples.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the resampling; the same seed gives the same interval.
+
+    Returns:
+        `tuple[float, float]`: lower and upper end.
+
+    Example:
+
+    Without spread every resample has the same mean:
+
+    ```python
+    >>> bootstrap_interval([0.5, 0.5, 0.5])
+    (0.5, 0.5)
+
+    ```
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+        raise ValueError(
+            f"values must be a non-empty one-dimensional array of finite numbers, got shape {values.shape}; pass one "
+            'metric such as `per_user_metrics(ranks)["ndcg@10"]`.'
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}; pass for example 0.95.")
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}; 1000 is customary.")
+    rng = np.random.default_rng(seed)
+    per_chunk = max(1, 2**20 // len(values))  # bounds the index matrix to 8 MiB, or to one resample if that is larger
+    means = np.empty(num_resamples)
+    for start in range(0, num_resamples, per_chunk):
+        chunk = means[start : start + per_chunk]
+        chunk[:] = values[rng.integers(len(values), size=(len(chunk), len(values)))].mean(axis=1)
+    lower, upper = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(lower), float(upper)
+
+
+def coverage(recommended: ArrayLike, num_items: int) -> float:
+    """
+    Share of the catalogue that is recommended to at least one user.
+
+    Args:
+        recommended (`np.ndarray` of shape `(num_users, k)`, integer):
+            Item indices below `num_items`; `-1` marks a place without an item.
+        num_items (`int`):
+            Number of items in the catalogue.
+
+    Returns:
+        `float` between 0 and 1.
+
+    Example:
+
+    Items 0, 1 and 3 out of four:
+
+    ```python
+    >>> coverage([[0, 1], [1, 3], [0, -1]], num_items=4)
+    0.75
+
+    ```
+    """
+    recommended = _recommended(recommended)
+    if num_items < 1:
+        raise ValueError(f"num_items must be at least 1, got {num_items}; pass the size of the catalogue.")
+    if recommended.max(initial=-1) >= num_items:
+        raise ValueError(
+            f"recommended holds item {recommended.max()} but num_items is {num_items}; pass 0-based indices into the "
+            "same catalogue."
+        )
+    is_recommended = np.zeros(num_items, dtype=bool)
+    is_recommended[recommended[recommended >= 0]] = True
+    return float(is_recommended.mean())
+
+
+def _recommended(recommended: ArrayLike) -> np.ndarray:
+    recommended = _integers(recommended, "recommended", ndim=2)
+    if recommended.shape[1] == 0:
+        raise ValueError(f"recommended has shape {recommended.shape}; recommend at least one item per user.")
+    if recommended.min(initial=-1) < -1:
+        raise ValueError(
+            f"recommended holds {recommended.min()}; use 0-based item indices, and -1 for a place without an item."
+        )
+    return recommended
+
+
+def _integers(values: ArrayLike, name: str, ndim: int) -> np.ndarray:
+    """Returns `values` as int64, and never truncates floats or counts `True` as item 1."""
+    values = np.asarray(values)
+    if values.ndim != ndim or (values.dtype.kind not in "iu" and values.size):
+        raise ValueError(
+            f"{name} must be a {ndim}-dimensional array of integers, got shape {values.shape} of {values.dtype}; "
+            "convert it first."
+        )
+    return values.astype(np.int64)

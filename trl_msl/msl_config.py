@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+
+@dataclass
+class MSLConfig(SFTConfig):
+    r"""
+    Configuration class for the [`MSLTrainer`].
+
+    It adds the parameters of the masked softmax loss to [`~trl.SFTConfig`]. Defaults are those of the code that the
+    authors of the [MSL paper](https://huggingface.co/papers/2504.04178) released.
+
+    Parameters:
+        temperature (`float` or `str`, *optional*, defaults to `"adaptive"`):
+            Temperature τ of the loss: a positive number, or `"adaptive"` for the adaptive temperature strategy (ATS),
+            which starts at `temperature_init`.
+        temperature_eta (`float`, *optional*, defaults to `0.25`):
+            Probability η that ATS aims to give the target.
+        temperature_init (`float`, *optional*, defaults to `1.5`):
+            First value of the adaptive temperature.
+        temperature_min (`float`, *optional*, defaults to `1.5`):
+            Lower bound on each new estimate of the adaptive temperature.
+        temperature_max (`float`, *optional*, defaults to `5.0`):
+            Upper bound on each new estimate of the adaptive temperature.
+        temperature_ema (`float`, *optional*, defaults to `0.05`):
+            Weight of a new estimate in the exponential moving average, updated once per optimizer step.
+        temperature_warmup_steps (`int`, *optional*, defaults to `0`):
+            Optimizer steps during which the adaptive temperature stays at `temperature_init`.
+        temperature_positions (`str`, *optional*, defaults to `"first"`):
+            Positions that the estimate is made from: `"first"`, where items begin to differ, as in the released code;
+            or `"all"`, the product over an item's tokens, as in Eq. 12 of the paper.
+        log_lml_parts (`bool`, *optional*, defaults to `False`):
+            Whether to log the language modeling loss (LML) of the titles and its two parts (Eq. 2-4): `lml1`, minus
+            the log-probability of the valid tokens, and `lml2`, the masked softmax loss at τ = 1. Costs a projection
+            on the whole vocabulary, without gradient, at each step.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Passed to the chat template of conversational rows, e.g. `{"enable_thinking": False}`.
+    """
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["chat_template_kwargs"]
+
+    # `None` stands in the annotation only because the argument parser takes `float | str | None` as a string
+    temperature: float | str | None = field(
+        default="adaptive",
+        metadata={"help": "Temperature of the loss: a positive number, or 'adaptive'."},
+    )
+    temperature_eta: float = field(
+        default=0.25,
+        metadata={"help": "Probability that the adaptive temperature aims to give the target."},
+    )
+    temperature_init: float = field(
+        default=1.5,
+        metadata={"help": "First value of the adaptive temperature."},
+    )
+    temperature_min: float = field(
+        default=1.5,
+        metadata={"help": "Lower bound on each new estimate of the adaptive temperature."},
+    )
+    temperature_max: float = field(
+        default=5.0,
+        metadata={"help": "Upper bound on each new estimate of the adaptive temperature."},
+    )
+    temperature_ema: float = field(
+        default=0.05,
+        metadata={"help": "Weight of a new estimate in the exponential moving average."},
+    )
+    temperature_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps during which the adaptive temperature stays at `temperature_init`."},
+    )
+    temperature_positions: str = field(
+        default="first",
+        metadata={
+            "help": "Positions that the adaptive temperature is estimated from: 'first', where items begin to differ "
+            "(the released code), or 'all' tokens of an item (Eq. 12 of the paper).",
+            "choices": ["first", "all"],
+        },
+    )
+    log_lml_parts: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to log the language modeling loss and its two parts, at the cost of a projection on the "
+            "whole vocabulary at each step."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Passed to the chat template of conversational rows."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature != "adaptive":
+            self.temperature = _positive("temperature", self.temperature, " or 'adaptive'")
+        for name in ("temperature_init", "temperature_min", "temperature_max"):
+            _positive(name, getattr(self, name))
+        if self.temperature_min > self.temperature_max:
+            raise ValueError(
+                f"`temperature_min` = {self.temperature_min} is above `temperature_max` = {self.temperature_max}."
+            )
+        for name in ("temperature_eta", "temperature_ema"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: it must lie between 0 and 1.")
+        if self.temperature_positions not in ("first", "all"):
+            raise ValueError(
+                f"`temperature_positions` is {self.temperature_positions!r}: it must be 'first' or 'all'."
+            )
+        self._reject_unsupported()
+
+    def _reject_unsupported(self) -> None:
+        """Options of SFT that would change, or silently not change, what the loss means."""
+        reasons = {
+            "loss_type": (self.loss_type == "nll", "the loss is the masked softmax loss: leave it at 'nll'"),
+            "label_smoothing_factor": (self.label_smoothing_factor == 0, "it is not defined for this loss: use 0"),
+            "completion_only_loss": (self.completion_only_loss is not False, "only items are supervised: use True"),
+            "assistant_only_loss": (not self.assistant_only_loss, "use conversational prompt/completion rows"),
+            "truncation_mode": (self.truncation_mode == "keep_start", "rows are shortened at their oldest item"),
+        }
+        for name, (supported, remedy) in reasons.items():
+            if not supported:
+                raise ValueError(f"`{name}` = {getattr(self, name)!r} is not supported by `MSLConfig`: {remedy}.")
+
+
+def _positive(name: str, value: float | str, alternative: str = "") -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise ValueError(f"`{name}` is {value!r}: it must be a positive number{alternative}.")
+    return number

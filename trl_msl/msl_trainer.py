@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import get_config_model_id
+
+from .data import PromptTemplate, tokenize_rows
+from .lm_head import SparseCausalLMOutput, add_sparse_lm_head
+from .losses import masked_softmax_loss
+from .msl_config import MSLConfig
+from .temperature import TemperatureCallback
+from .trie import ItemTrie
+
+
+class MSLTrainer(SFTTrainer):
+    """
+    Trainer for Masked Softmax Loss (MSL), from the paper [MSL: Not All Tokens Are What You Need for Tuning LLM as a
+    Recommender](https://huggingface.co/papers/2504.04178).
+
+    It differs from [`~trl.SFTTrainer`] in three ways, and in nothing else:
+
+    - rows are tokenised by [`tokenize_rows`]: the labels are nodes of the catalogue's trie;
+    - the model gets a sparse LM head ([`add_sparse_lm_head`]), which computes only the logits of valid tokens, only
+      where several tokens are valid;
+    - the loss is [`masked_softmax_loss`], averaged over those positions, with a fixed or an adaptive temperature. As
+      τ moves, so does the scale of the training loss; `eval_loss` is taken at τ = 1 and stays comparable.
+
+    Logged besides TRL's `num_tokens`: `temperature`; over positions where several tokens are valid,
+    `valid_token_accuracy`, how often the right token has the highest logit among the valid ones, and
+    `target_probability`, its mean probability among them (τ = 1); with `log_lml_parts=True`, `lml`, `lml1` and `lml2`
+    per title token.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, as for [`~trl.SFTTrainer`].
+        args ([`MSLConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        trie ([`ItemTrie`]):
+            Trie of the catalogue: `catalog.build_trie(tokenizer)`.
+        prompt_template ([`PromptTemplate`], *optional*):
+            Template by which rows longer than `max_length` are shortened. Without it they are an error.
+        **kwargs:
+            All other arguments of [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `processing_class`,
+            `peft_config`, `callbacks`, ... Datasets hold `prompt` and `completion`, standard or conversational, or
+            what [`tokenize_rows`] made of them.
+
+    Raises:
+        `ValueError`: if `trie` is missing or does not fit the model or the rows, or an argument has no meaning here.
+
+    Example:
+
+    ```python
+    from trl_msl import ItemCatalog, MSLConfig, MSLTrainer
+
+    catalog = ItemCatalog.from_json("id2name4Rec.json")
+    trainer = MSLTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=MSLConfig(output_dir="out"),
+        train_dataset=rows,
+        trie=catalog.build_trie(tokenizer),
+        peft_config=LoraConfig(),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "msl"]
+    _name = "MSL"
+    _paper = {
+        "title": "MSL: Not All Tokens Are What You Need for Tuning LLM as a Recommender",
+        "id": "2504.04178",
+        "citation": """\
+            @inproceedings{wang2025msl,
+                title        = {{MSL: Not All Tokens Are What You Need for Tuning LLM as a Recommender}},
+                author       = {Bohao Wang and Feng Liu and Jiawei Chen and Xingyu Lou and Changwang Zhang and Jun Wang and Yuegang Sun and Yan Feng and Chun Chen and Can Wang},
+                year         = 2025,
+                booktitle    = {Proceedings of the 48th International ACM SIGIR Conference on Research and Development in Information Retrieval},
+                eprint       = {2504.04178},
+            }""",  # fmt: skip # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: MSLConfig | None = None,
+        *,
+        trie: ItemTrie,
+        prompt_template: PromptTemplate | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = MSLConfig(f"{model_name.split('/')[-1]}-MSL")
+        if not isinstance(args, MSLConfig):
+            raise ValueError(f"`args` is a {type(args).__name__}: it must be an `MSLConfig`.")
+        if not isinstance(trie, ItemTrie):
+            raise ValueError(f"`trie` is a {type(trie).__name__}: pass `catalog.build_trie(tokenizer)`.")
+        if trie.first_branching_node < 0:
+            raise ValueError(f"`trie` holds a single sequence ({trie}), so there is nothing to learn from it.")
+        for name in ("compute_loss_func", "compute_metrics", "formatting_func", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` is not supported: full logits are never built. Rank items with "
+                    "`RecommendationCallback`, and subclass `MSLTrainer` to change the loss."
+                )
+        self.trie = trie
+        self.prompt_template = prompt_template
+        super().__init__(model, args, **kwargs)
+        add_sparse_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model, trie)
+        self.add_callback(TemperatureCallback.from_config(args))
+        # The loss is divided by the count of the whole accumulated batch, whatever the model's forward accepts
+        self.model_accepts_loss_kwargs = True
+
+    @property
+    def temperature(self) -> float:
+        """Current temperature τ."""
+        return self._temperature_callback.value
+
+    @property
+    def _temperature_callback(self) -> TemperatureCallback:
+        # Looked up each time: `Trainer` replaces callbacks when it restores their states
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, TemperatureCallback))
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class,
+        args: MSLConfig,
+        packing,
+        formatting_func,
+        dataset_name,
+    ):
+        tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+        columns = get_dataset_column_names(dataset)
+        if "input_ids" not in columns:
+            map_kwargs = {"desc": f"Tokenizing {dataset_name} dataset"} if isinstance(dataset, Dataset) else {}
+            if isinstance(dataset, Dataset):
+                map_kwargs["num_proc"] = args.dataset_num_proc
+            dataset = dataset.map(
+                tokenize_rows,
+                batched=True,
+                remove_columns=columns,
+                fn_kwargs={
+                    "tokenizer": tokenizer,
+                    "trie": self.trie,
+                    "max_length": args.max_length,
+                    "prompt_template": self.prompt_template,
+                    "chat_template_kwargs": args.chat_template_kwargs,
+                },
+                **map_kwargs,
+            )
+        elif "labels" not in columns:
+            raise ValueError(
+                f"The {dataset_name} dataset has `input_ids` but no `labels`: map `tokenize_rows` over "
+                "prompt/completion rows, which makes both."
+            )
+        elif isinstance(dataset, Dataset):
+            self._check_tokenized(dataset, args.max_length, dataset_name)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _check_tokenized(self, dataset: Dataset, max_length: int | None, dataset_name: str) -> None:
+        """Rows that the user tokenised: labels must be nodes of this trie, and no title may be cut."""
+        too_long = num_wrong = 0
+        for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=1000):
+            too_long += sum(max_length is not None and len(ids) > max_length for ids in batch["input_ids"])
+            ids, nodes = (torch.tensor([i for row in batch[name] for i in row]) for name in ("input_ids", "labels"))
+            on_trie = (nodes > 0) & (nodes < self.trie.num_nodes)
+            right = on_trie & (self.trie.to("cpu").tokens(nodes * on_trie) == ids)
+            num_wrong += int((~right & (nodes != -100)).sum())
+        if num_wrong:
+            raise ValueError(
+                f"The {dataset_name} dataset has {num_wrong} label(s) that are no node of `trie` with the token that "
+                "stands there: map `tokenize_rows` with this very trie and tokenizer."
+            )
+        if too_long:
+            raise ValueError(
+                f"`max_length` = {max_length}: {too_long} row(s) of the {dataset_name} dataset are longer, and would "
+                "lose the end of their title. Raise it, or pass it to `tokenize_rows`."
+            )
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        # Forced positions have no loss, and no part in its mean
+        counted = []
+        for batch in batch_samples:
+            nodes = batch["labels"].cpu()
+            branching = (nodes != -100) & (self.trie.num_valid_tokens(nodes.clamp(min=0)) > 1)
+            counted.append({**batch, "labels": nodes.where(branching, -100)})
+        return super()._get_num_items_in_batch(counted, device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        output = model(**inputs, sparse_lm_head=True, output_vocab_losses=self.args.log_lml_parts)
+        # Evaluated at τ = 1, where the loss is what ranks, and comparable while τ moves
+        temperature = self.temperature if self.model.training else 1.0
+        losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets, temperature)
+        num_items = len(losses) if num_items_in_batch is None else num_items_in_batch
+        # Clamped so that a batch without branching positions gives a finite zero rather than `0 / 0`
+        loss = losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1)
+        # As in TRL: `num_items_in_batch` counts the positions of every rank, and DDP averages the gradients
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
+        if self.model.training:
+            self._temperature_callback.observe(output, self.trie.first_branching_node)
+        self._store_metrics(inputs, output)
+        return (loss, output) if return_outputs else loss
+
+    @torch.no_grad()
+    def _store_metrics(self, inputs: dict[str, Any], output: SparseCausalLMOutput) -> None:
+        """Means over the positions of all ranks, to be logged by `log`."""
+        losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
+        best = output.logits.masked_fill(~output.valid_mask, -torch.inf)
+        num_correct = (best.argmax(dim=-1) == output.targets).sum() if len(losses) else losses.sum()
+        num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        sums = {
+            "tokens": num_tokens if self.model.training else 0,
+            "positions": len(losses),
+            "valid_token_accuracy": num_correct,
+            "target_probability": losses.neg().exp().sum(),
+        }
+        if output.vocab_losses is not None:
+            lml, lml2 = output.vocab_losses.sum(), losses.sum()
+            sums |= {"supervised": len(output.vocab_losses), "lml": lml, "lml1": lml - lml2, "lml2": lml2}
+        values = torch.stack([torch.as_tensor(v, device=losses.device).float() for v in sums.values()])
+        sums = dict(zip(sums, self.accelerator.reduce(values, "sum").tolist()))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        self._total_train_tokens += int(sums["tokens"]) // self.get_tp_size()
+        metrics["num_tokens"] = [self._total_train_tokens]
+        metrics["temperature"].append(self.temperature)
+        for name in ("valid_token_accuracy", "target_probability"):
+            metrics[name].append(sums[name] / max(sums["positions"], 1))
+        for name in ("lml", "lml1", "lml2") if "lml" in sums else ():
+            metrics[name].append(sums[name] / max(sums["supervised"], 1))
