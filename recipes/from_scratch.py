@@ -6,11 +6,17 @@ They stand in for a pretrained pair where there is no hub to download one from. 
 save them with `save_pretrained` into one folder, and `AutoTokenizer` and `AutoModelForCausalLM` load them from it.
 """
 
+import random
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from trl_msl import ItemCatalog, PromptTemplate
 
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -136,3 +142,50 @@ def build_model(
         model = LlamaForCausalLM(config)
     model.generation_config.update(**token_ids)
     return model
+
+
+def write_base_model(
+    path: Path,
+    catalog: ItemCatalog,
+    template: PromptTemplate,
+    vocab_size: int = 2000,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    pretrain_steps: int = 200,
+    seed: int = 0,
+) -> None:
+    """
+    Make a base model that can write the catalogue's items but knows nothing of its users, and save it as a pair.
+
+    It is trained with the usual language modeling loss on prompts filled with random items, and a random item after
+    them: what an LLM that was pretrained on text would bring along. No interaction is seen.
+
+    Args:
+        path (`Path`):
+            Folder to write the model and the tokenizer into.
+        catalog ([`ItemCatalog`]), template ([`PromptTemplate`]):
+            What prompts are made of.
+        vocab_size, hidden_size, num_layers, seed (`int`):
+            As for [`train_tokenizer`] and [`build_model`].
+        pretrain_steps (`int`, *optional*, defaults to `200`):
+            Optimizer steps of 32 texts each.
+    """
+    rng = random.Random(seed)
+    text_template = PromptTemplate(template.text, template.separator)
+
+    def text() -> str:
+        *history, target = rng.choices(catalog.completions, k=rng.randint(4, 6))
+        return text_template.render(history) + target
+
+    tokenizer = train_tokenizer([*catalog.completions, *(text() for _ in range(100))], vocab_size)
+    model = build_model(tokenizer, hidden_size, num_layers, num_heads=max(2, hidden_size // 32), seed=seed)
+    if pretrain_steps:
+        config = SFTConfig(
+            str(path / "pretraining"), max_steps=pretrain_steps, per_device_train_batch_size=32, learning_rate=2e-3,
+            lr_scheduler_type="cosine", gradient_checkpointing=False, bf16=False, report_to="none", save_strategy="no",
+            logging_steps=max(1, pretrain_steps // 4), seed=seed,
+        )  # fmt: skip
+        rows = Dataset.from_dict({"text": [text() for _ in range(32 * pretrain_steps)]})
+        SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer).train()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)

@@ -54,14 +54,17 @@ class PromptTemplate:
             raise ValueError(f"`text` is {self.text!r}: it must contain {{history}} exactly once.")
 
     @classmethod
-    def from_paper(cls, item: str = "item", items: str = "items", verb: str = "interacted with") -> PromptTemplate:
+    def from_paper(
+        cls, item: str = "item", items: str = "items", verb: str = "interacted with", conversational: bool = False
+    ) -> PromptTemplate:
         """The prompt of the MSL paper (Table 1), e.g. `from_paper("book", "books", "read")`."""
         return cls(
             "Below is an instruction that describes a task, paired with an input that provides further context. "
             "Write a response that appropriately completes the request.\n\n"
             f"### Instruction:\nGiven a list of {items} the user has {verb} before, please recommend a new {item} "
             "that the user likes to the user.\n\n"
-            f"### Input:\nThe user has {verb} the following {items} before: {{history}}\n\n### Response:\n"
+            f"### Input:\nThe user has {verb} the following {items} before: {{history}}\n\n### Response:\n",
+            conversational=conversational,
         )
 
     def render(self, history: Sequence[str]) -> Prompt:

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Evaluate a trained recommender: a folder or Hub repository with a model or a LoRA adapter.
+
+```bash
+accelerate launch recipes/evaluate.py --model_name_or_path outputs/quickstart/msl
+```
+
+The data options are those of `sft_msl.py`, and so is the generated data without them. Writes `metrics.json` and
+`recommendations.txt` into `--output_dir`.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from accelerate import PartialState
+from recipe_data import DataArguments, load_recipe_data
+from recipe_outputs import describe_recommendations, format_table, write_json
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, TrlParser
+
+from trl_msl import evaluate_recommendations, recommend
+
+
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+
+
+@dataclass
+class EvaluationArguments:
+    """
+    Arguments of this recipe, besides those of the data and the model.
+
+    Parameters:
+        output_dir (`str`, *optional*, defaults to `"outputs/evaluate"`):
+            Folder to write into.
+        split (`str`, *optional*, defaults to `"test"`):
+            `validation` or `test`.
+        top_k (`int`, *optional*, defaults to `10`):
+            Number of items to rank.
+        num_beams (`int`, *optional*):
+            Beam width, `top_k` by default.
+        normalize (`str`, *optional*, defaults to `"trie"`):
+            `trie`, the restricted probability that MSL trains, or `vocab`, the usual one.
+        length_penalty (`float`, *optional*, defaults to `0.0`):
+            As for `generate`.
+        match (`str`, *optional*, defaults to `"id"`):
+            Whether a hit is the item itself (`id`) or any item with its text (`text`).
+        batch_size (`int`, *optional*, defaults to `16`):
+            Users per process that are decoded at a time.
+    """
+
+    output_dir: str = field(default="outputs/evaluate", metadata={"help": "Folder to write into."})
+    split: str = field(default="test", metadata={"help": "Split.", "choices": ["validation", "test"]})
+    top_k: int = field(default=10, metadata={"help": "Number of items to rank."})
+    num_beams: int | None = field(default=None, metadata={"help": "Beam width, `top_k` by default."})
+    normalize: str = field(default="trie", metadata={"help": "Score.", "choices": ["trie", "vocab"]})
+    length_penalty: float = field(default=0.0, metadata={"help": "As for `generate`."})
+    match: str = field(default="id", metadata={"help": "What counts as a hit.", "choices": ["id", "text"]})
+    batch_size: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
+
+
+def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelConfig) -> None:
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing: pass the folder or repository of a trained model.")
+    process = PartialState()
+    data = load_recipe_data(data_args)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        revision=model_args.model_revision,
+    ).to(process.device)
+    trie = data.catalog.build_trie(tokenizer, data_args.conversational)
+    rows = data.rows[args.split]
+    ranking = {
+        "num_beams": args.num_beams or args.top_k,
+        "normalize": args.normalize,
+        "length_penalty": args.length_penalty,
+        "batch_size": args.batch_size,
+    }
+    ks = sorted({min(5, args.top_k), args.top_k})
+    metrics = evaluate_recommendations(model, tokenizer, trie, data.catalog, rows, ks=ks, match=args.match, **ranking)
+    shown = rows.select(range(min(5, len(rows))))
+    found = recommend(model, tokenizer, trie, shown["prompt"][:], top_k=args.top_k, **ranking)
+    if process.is_main_process:
+        text = describe_recommendations(shown, data.catalog, found)
+        write_json(Path(args.output_dir) / "metrics.json", {**metrics, **dataclasses.asdict(args)})
+        (Path(args.output_dir) / "recommendations.txt").write_text(text, encoding="utf-8")
+        print(text)
+        columns = tuple(f"{name}@{k}" for k in ks for name in ("ndcg", "hr"))
+        print(format_table({Path(model_args.model_name_or_path).name: metrics}, columns))
+
+
+def quickstart_data() -> list[str]:
+    """The data options of the quickstart, so that its models can be evaluated without repeating them."""
+    names = {f.name for f in dataclasses.fields(DataArguments)}
+    config = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    return [part for name, value in config.items() if name in names for part in (f"--{name}", str(value))]
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if not {"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments}:
+        arguments = [*quickstart_data(), *arguments]
+    main(*TrlParser((EvaluationArguments, DataArguments, ModelConfig)).parse_args_and_config(arguments))

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What recipes leave behind: JSON, plots, tables, and recommendations to read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+from datasets import Dataset  # noqa: E402
+
+from trl_msl import ItemCatalog, Recommendations  # noqa: E402
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write whole, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def format_table(results: dict[str, dict[str, float]], columns: tuple[str, ...] = ("ndcg@10", "hr@10")) -> str:
+    """A row per system; the interval of a metric beside it where it is known."""
+    lines = [f"{'':>14}" + "".join(f"{column:>26}" for column in columns)]
+    for name, metrics in results.items():
+        cells = ""
+        for column in columns:
+            low, high = metrics.get(f"{column}_low"), metrics.get(f"{column}_high")
+            interval = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
+            cells += f"{metrics[column]:.4f}{interval}".rjust(26)
+        lines.append(f"{name:>14}{cells}")
+    return "\n".join(lines)
+
+
+def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Training loss, temperature τ and validation NDCG@10 over steps, a line per system."""
+    panels = {"loss": "training loss", "temperature": "temperature τ", "eval_ndcg@10": "validation NDCG@10"}
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True)
+    for axis, (key, label) in zip(axes, panels.items()):
+        for name, history in histories.items():
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                axis.plot(*zip(*points), label=name, marker="o" if key.startswith("eval") else None)
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def describe_recommendations(rows: Dataset, catalog: ItemCatalog, found: Recommendations, num_shown: int = 5) -> str:
+    """The history, the item that came next, and the recommendations of a few users, as text."""
+    blocks = []
+    for row, items, scores in zip(rows.select(range(min(num_shown, len(rows)))), found.items, found.scores):
+        target = catalog.indices([row["item_id"]])[0]
+        lines = ["read:  " + ", ".join(row["history"]), "next:  " + catalog.completions[target]]
+        lines += [
+            f"{rank:>5}. {catalog.completions[item]}  (log-probability {score:.2f}){'  <-' * (item == target)}"
+            for rank, (item, score) in enumerate(zip(items.tolist(), scores.tolist()), start=1)
+            if item >= 0
+        ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"

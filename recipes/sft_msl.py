@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Fine-tune an LLM recommender with the masked softmax loss, or the usual one, and evaluate it.
+
+Without arguments: generated data, a small model, both losses, in a few minutes on a CPU.
+
+```bash
+accelerate launch recipes/sft_msl.py
+```
+
+A folder of the MSL paper's authors, a model from the Hub, LoRA:
+
+```bash
+accelerate launch recipes/sft_msl.py \
+    --data_dir data/Book --train_file train_10000.csv --empty_texts keep --prompt_words book books read \
+    --model_name_or_path meta-llama/Llama-3.2-3B --use_peft --lora_r 8 --lora_alpha 16 \
+    --loss msl --learning_rate 1e-4 --per_device_train_batch_size 16 --gradient_accumulation_steps 8 \
+    --num_train_epochs 10 --output_dir outputs/book
+```
+
+Your own log, a chat model:
+
+```bash
+accelerate launch recipes/sft_msl.py \
+    --interactions log.parquet --items items.csv --conversational \
+    --model_name_or_path Qwen/Qwen3-0.6B --use_peft --output_dir outputs/mine
+```
+
+All options can stand in a YAML file: `--config recipes/configs/quickstart.yaml`. What it leaves in `output_dir`: the
+trained model of each loss, `metrics.json`, `summary.json`, `training.png` and `recommendations.txt`.
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import DatasetDict
+from from_scratch import write_base_model
+from recipe_data import DataArguments, RecipeData, load_recipe_data
+from recipe_outputs import describe_recommendations, format_table, plot_training, write_json
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+
+from trl_msl import (
+    ItemTrie,
+    MSLConfig,
+    MSLTrainer,
+    RecommendationCallback,
+    evaluate_recommendations,
+    recommend,
+    tokenize_rows,
+)
+
+
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+
+
+@dataclass
+class RecipeArguments:
+    """
+    Arguments of this recipe, besides those of the data, the trainer and the model.
+
+    Parameters:
+        loss (`list[str]`, *optional*, defaults to `["msl"]`):
+            What to train and compare, from the same start and with the same updates: `msl`, `lml` (TRL's
+            `SFTTrainer`), and `untrained`.
+        num_beams (`int`, *optional*, defaults to `10`):
+            Beam width of all evaluations.
+        eval_batch_users (`int`, *optional*, defaults to `16`):
+            Users per process that are decoded at a time.
+        scratch_vocab_size, scratch_hidden_size, scratch_num_layers, scratch_pretrain_steps (`int`, *optional*):
+            Without `model_name_or_path`: sizes of the tokenizer and the model that are made from the catalogue.
+    """
+
+    loss: list[str] = field(
+        default_factory=lambda: ["msl"],
+        metadata={"help": "What to train and compare: msl, lml, untrained.", "choices": ["msl", "lml", "untrained"]},
+    )
+    num_beams: int = field(default=10, metadata={"help": "Beam width of all evaluations."})
+    eval_batch_users: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
+    scratch_vocab_size: int = field(default=2000, metadata={"help": "Vocabulary of the small tokenizer."})
+    scratch_hidden_size: int = field(default=128, metadata={"help": "Hidden size of the small model."})
+    scratch_num_layers: int = field(default=2, metadata={"help": "Layers of the small model."})
+    scratch_pretrain_steps: int = field(default=200, metadata={"help": "Steps in which it learns to write items."})
+
+
+def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, model_args: ModelConfig) -> None:
+    started = time.time()
+    process, output_dir = PartialState(), Path(config.output_dir)
+    data = load_recipe_data(data_args)
+    if model_args.model_name_or_path is None:
+        base = output_dir / "base_model"
+        if process.is_main_process:
+            sizes = (args.scratch_vocab_size, args.scratch_hidden_size, args.scratch_num_layers)
+            write_base_model(base, data.catalog, data.template, *sizes, args.scratch_pretrain_steps, config.seed)
+        process.wait_for_everyone()
+        model_args.model_name_or_path = str(base)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
+    )
+    trie = data.catalog.build_trie(tokenizer, data_args.conversational, config.chat_template_kwargs)
+    ranking = {
+        "num_beams": args.num_beams,
+        "batch_size": args.eval_batch_users,
+        "chat_template_kwargs": config.chat_template_kwargs,
+    }
+
+    results, histories = {}, {}
+    for name in args.loss:
+        process.print(f"\n=== {name} ===")
+        begun = time.time()
+        if name == "untrained":
+            model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path).to(process.device)
+        else:
+            trainer = make_trainer(name, data, tokenizer, trie, config, model_args, ranking)
+            trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+            trainer.save_model(trainer.args.output_dir)
+            model, histories[name] = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
+        trained = time.time()
+        metrics = evaluate_recommendations(model, tokenizer, trie, data.catalog, data.rows["test"], **ranking)
+        shown = data.rows["test"].select(range(min(5, len(data.rows["test"]))))
+        found = recommend(model, tokenizer, trie, shown["prompt"][:], **ranking)
+        metrics |= {"train_seconds": round(trained - begun, 1), "test_seconds": round(time.time() - trained, 1)}
+        results[name] = metrics
+        if process.is_main_process:
+            write_json(output_dir / name / "metrics.json", metrics)
+            text = describe_recommendations(shown, data.catalog, found)
+            (output_dir / name / "recommendations.txt").write_text(text, encoding="utf-8")
+            print(text)
+        if config.push_to_hub and name == "msl":
+            trainer.push_to_hub()
+    if data.best_possible:
+        results["best_possible"] = data.best_possible
+    if process.is_main_process:
+        if histories:
+            plot_training(histories, output_dir / "training.png")
+        write_json(output_dir / "summary.json", {**results, "seconds": round(time.time() - started, 1)})
+        print(f"\nTest, {len(data.rows['test'])} users, {len(data.catalog)} items\n{format_table(results)}")
+        print(f"\n{output_dir}/summary.json, {time.time() - started:.0f} seconds")
+
+
+def make_trainer(
+    name: str,
+    data: RecipeData,
+    tokenizer: PreTrainedTokenizerBase,
+    trie: ItemTrie,
+    config: MSLConfig,
+    model_args: ModelConfig,
+    ranking: dict,
+) -> Trainer:
+    """The trainer of a loss: same rows, same tokens, same model; validation NDCG@10 at each evaluation."""
+    config = dataclasses.replace(config, output_dir=f"{config.output_dir}/{name}")
+    config.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(config.model_init_kwargs or {}),
+    }
+    rows = tokenize(data, tokenizer, trie, config, labels="nodes" if name == "msl" else "tokens")
+    kwargs = {
+        "model": model_args.model_name_or_path,
+        "train_dataset": rows["train"],
+        "eval_dataset": rows["validation"] if config.eval_strategy != "no" else None,
+        "processing_class": tokenizer,
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
+    trainer = (
+        MSLTrainer(args=config, trie=trie, **kwargs) if name == "msl" else SFTTrainer(args=as_sft(config), **kwargs)
+    )
+    if config.eval_strategy != "no":
+        callback = RecommendationCallback(trainer, trie, data.catalog, data.rows["validation"], ks=(10,), **ranking)
+        trainer.add_callback(callback)
+    return trainer
+
+
+def tokenize(
+    data: RecipeData, tokenizer: PreTrainedTokenizerBase, trie: ItemTrie, config: MSLConfig, labels: str
+) -> DatasetDict:
+    """The same token ids for both losses; only the labels differ."""
+    with PartialState().main_process_first():
+        return data.rows.map(
+            tokenize_rows,
+            batched=True,
+            remove_columns=data.rows["train"].column_names,
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "trie": trie,
+                "max_length": config.max_length,
+                "prompt_template": data.template,
+                "chat_template_kwargs": config.chat_template_kwargs,
+                "labels": labels,
+            },
+            desc="Tokenizing",
+        )
+
+
+def as_sft(config: MSLConfig) -> SFTConfig:
+    """The part of an `MSLConfig` that TRL's `SFTTrainer` knows."""
+    return SFTConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SFTConfig) if f.init})
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if not {"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments}:
+        arguments = ["--config", str(QUICKSTART), *arguments]
+    torch.set_num_threads(torch.get_num_threads())
+    main(*TrlParser((RecipeArguments, DataArguments, MSLConfig, ModelConfig)).parse_args_and_config(arguments))

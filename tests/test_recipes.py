@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes, run as users run them: by `accelerate launch`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT
+from helpers import TITLES, make_windows
+
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+TINY = [
+    "--scratch_hidden_size", "32", "--scratch_num_layers", "1", "--scratch_pretrain_steps", "2", "--max_steps", "4",
+    "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--logging_steps", "1",
+    "--report_to", "none", "--bf16", "false", "--num_beams", "10", "--gradient_checkpointing", "false", "--use_cpu",
+]  # fmt: skip
+
+
+def launch(script, *arguments, fails=False):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [*LAUNCH, str(ROOT / "recipes" / script), *map(str, arguments)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert (run.returncode != 0) == fails, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout + run.stderr
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in the format of the MSL paper's authors."""
+    path = tmp_path_factory.mktemp("data")
+    ids = [str(index) for index in range(len(TITLES))]
+    (path / "id2name4Rec.json").write_text(json.dumps(dict(zip(ids, TITLES))))
+    for name, rows, seed in (("train.csv", 40, 0), ("test.csv", 6, 1)):
+        windows = make_windows(ids, rows, seed)
+        pd.DataFrame(
+            {
+                "user_id": range(rows),
+                "item_ids": [str([int(item) for item in window]) for window in windows["item_ids"]],
+                "timestamp": range(1000, 1000 + rows),
+            }
+        ).to_csv(path / name, index=False)
+    return path
+
+
+def test_quickstart_compares_losses_on_generated_data(tmp_path):
+    """Without data options: the embedded default, here with fewer steps and users."""
+    output = launch(
+        "sft_msl.py", "--output_dir", tmp_path, *TINY, "--eval_steps", 2, "--save_steps", 2, "--max_test_users", 20,
+        "--max_validation_users", 8, "--loss", "untrained", "lml", "msl",
+    )  # fmt: skip
+    summary = read(tmp_path / "summary.json")
+    assert list(summary) == ["untrained", "lml", "msl", "best_possible", "seconds"]
+    for name in ("untrained", "lml", "msl"):
+        assert summary[name]["invalid_rate"] == 0
+        assert 0 <= summary[name]["ndcg@10"] <= summary[name]["hr@10"] <= 1
+    assert 0.4 < summary["best_possible"]["ndcg@10"] < summary["best_possible"]["hr@10"] <= 1
+    assert (tmp_path / "msl" / "adapter_model.safetensors").is_file()  # LoRA is the default's setting
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "msl" / "recommendations.txt").read_text() in output
+    for row in ("untrained", "lml", "msl", "best_possible"):
+        assert f"\n{row:>14}" in output
+
+    again = launch("evaluate.py", "--model_name_or_path", tmp_path / "msl", "--output_dir", tmp_path / "evaluation",
+                   "--max_test_users", 20)  # fmt: skip
+    assert "ndcg@10" in again
+    metrics = read(tmp_path / "evaluation" / "metrics.json")
+    assert metrics["ndcg@10"] == pytest.approx(summary["msl"]["ndcg@10"])
+
+
+def test_folder_yaml_lora_and_best_checkpoint(tmp_path, folder):
+    config = tmp_path / "config.yaml"
+    options = {
+        "data_dir": str(folder),
+        "prompt_words": ["book", "books", "read"],
+        "use_peft": True,
+        "lora_target_modules": ["all-linear"],
+        "temperature": 2.0,
+        "max_length": 400,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_ndcg@10",
+    }
+    config.write_text(yaml.safe_dump(options))
+    launch("sft_msl.py", "--config", config, "--output_dir", tmp_path / "out", *TINY)
+    assert list(read(tmp_path / "out" / "summary.json")) == ["msl", "seconds"]
+    launch(
+        "evaluate.py", "--data_dir", folder, "--prompt_words", "book", "books", "read", "--model_name_or_path",
+        tmp_path / "out" / "msl", "--output_dir", tmp_path / "out", "--normalize", "vocab", "--match", "text",
+    )  # fmt: skip
+    assert read(tmp_path / "out" / "metrics.json")["normalize"] == "vocab"
+
+
+def test_interaction_log_conversational_full_fine_tuning_and_resume(tmp_path):
+    log = tmp_path / "log.parquet"
+    windows = make_windows([f"b{index}" for index in range(len(TITLES))], 30)
+    events = [
+        (user, item, 100 * user + t) for user, ids in enumerate(windows["item_ids"]) for t, item in enumerate(ids)
+    ]
+    pd.DataFrame(events, columns=["user_id", "item_id", "timestamp"]).to_parquet(log)
+    items = tmp_path / "items.csv"
+    pd.DataFrame({"item_id": [f"b{index}" for index in range(len(TITLES))], "title": TITLES}).to_csv(
+        items, index=False
+    )
+    arguments = ["--interactions", log, "--items", items, "--min_interactions", 2, "--item_template", "{text}", *TINY]
+    arguments += ["--conversational", "--output_dir", tmp_path / "out", "--save_strategy", "steps", "--save_steps", 2]
+    launch("sft_msl.py", *arguments)
+    first = read(tmp_path / "out" / "summary.json")
+    checkpoint = tmp_path / "out" / "msl" / "checkpoint-2"
+    launch("sft_msl.py", *arguments, "--resume_from_checkpoint", checkpoint)
+    again = read(tmp_path / "out" / "summary.json")
+    assert again["msl"]["ndcg@10"] == first["msl"]["ndcg@10"]
+    assert (tmp_path / "out" / "msl" / "model.safetensors").is_file()
+
+
+def test_contradicting_options(tmp_path, folder):
+    output = launch(
+        "sft_msl.py", "--data_dir", folder, "--interactions", "log.csv", "--output_dir", tmp_path, fails=True
+    )
+    assert "`data_dir` and `interactions` are both given" in output
+    output = launch("evaluate.py", "--data_dir", folder, fails=True)
+    assert "`model_name_or_path` is missing" in output
