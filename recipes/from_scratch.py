@@ -174,7 +174,7 @@ def write_base_model(
     text_template = PromptTemplate(template.text, template.separator)
 
     def text() -> str:
-        *history, target = rng.choices(catalog.completions, k=rng.randint(4, 6))
+        *history, target = rng.choices(catalog.completions, k=rng.randint(2, 5))
         return text_template.render(history) + target
 
     tokenizer = train_tokenizer([*catalog.completions, *(text() for _ in range(100))], vocab_size)

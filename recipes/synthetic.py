@@ -36,7 +36,7 @@ SERIES_LENGTHS = (1, 2, 3, 4)  # volumes of a series; all four are equally frequ
 DECAY = 0.6  # how likely each successor is, relative to the one before it
 
 
-def generate_catalog(num_items: int = 300, seed: int = 0) -> dict[str, str]:
+def generate_catalog(num_items: int = 150, seed: int = 0) -> dict[str, str]:
     """
     Make up distinct titles that share prefixes as real ones do.
 
@@ -44,7 +44,7 @@ def generate_catalog(num_items: int = 300, seed: int = 0) -> dict[str, str]:
     so on. Hence some titles are prefixes of others.
 
     Args:
-        num_items (`int`, *optional*, defaults to `300`):
+        num_items (`int`, *optional*, defaults to `150`):
             Number of items.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the choice of series and of their lengths.

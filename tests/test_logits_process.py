@@ -114,6 +114,9 @@ def test_state_is_read_from_the_sequences(trie, tokenizer):
     scores = torch.randn(len(rows), len(tokenizer))
     once = processor(rows, scores)
     processor(rows[:1, :2], scores[:1])
+    overwritten = scores.clone()
+    assert TrieLogitsProcessor(trie, prompt_length=2, inplace=True)(rows, overwritten) is overwritten
+    assert torch.equal(overwritten, once)
     order = torch.randperm(len(rows))
     assert torch.equal(processor(rows[order], scores[order]), once[order])
     for row in range(len(rows)):

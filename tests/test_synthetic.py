@@ -42,8 +42,8 @@ def ndcg_of(windows, score, k=10):
 
 class TestGenerateCatalog:
     def test_titles_are_distinct_and_ids_count_up(self, catalog):
-        assert list(catalog) == [str(item) for item in range(300)]
-        assert len(set(catalog.values())) == 300
+        assert list(catalog) == [str(item) for item in range(150)]
+        assert len(set(catalog.values())) == 150
 
     def test_whole_grammar_is_distinct(self):
         with pytest.raises(ValueError, match="`num_items` must be from 1 to") as error:
@@ -55,7 +55,7 @@ class TestGenerateCatalog:
         titles = list(catalog.values())
         assert len({title.split()[0] for title in titles}) > 20
         prefixes = [title for title in titles if any(other.startswith(f"{title}:") for other in titles)]
-        assert len(prefixes) > 50
+        assert len(prefixes) > len(titles) / 4
 
     def test_seed(self, catalog):
         assert generate_catalog() == catalog
@@ -64,9 +64,9 @@ class TestGenerateCatalog:
 
 class TestGenerateTransitions:
     def test_rows_are_distributions(self, transitions):
-        assert transitions.shape == (300, 300) and transitions.dtype == np.float64
+        assert transitions.shape == (150, 150) and transitions.dtype == np.float64
         np.testing.assert_allclose(transitions.sum(axis=1), 1.0)
-        assert (transitions[~np.eye(300, dtype=bool)] > 0).all()
+        assert (transitions[~np.eye(150, dtype=bool)] > 0).all()
         assert not transitions.diagonal().any()
 
     def test_successors_have_their_mass(self, transitions):
@@ -91,10 +91,10 @@ class TestGenerateTransitions:
         transitions = generate_transitions(generate_catalog(2), num_successors=1)
         np.testing.assert_allclose(transitions, [[0, 1], [1, 0]])
 
-    @pytest.mark.parametrize("num_successors", [0, 300])
+    @pytest.mark.parametrize("num_successors", [0, 150])
     def test_number_of_successors_out_of_range(self, catalog, num_successors):
         with pytest.raises(
-            ValueError, match=f"`num_successors` must be .* less than 300.*got {num_successors}. Lower"
+            ValueError, match=f"`num_successors` must be .* less than 150.*got {num_successors}. Lower"
         ):
             generate_transitions(catalog, num_successors=num_successors)
 
@@ -135,7 +135,7 @@ class TestGenerateWindows:
         assert generate_windows(transitions)["test"].to_list() == windows["test"].to_list()
         assert generate_windows(transitions, seed=1)["test"].to_list() != windows["test"].to_list()
 
-    @pytest.mark.parametrize("history_length", [(0, 3), (4, 3), (3, 300)])
+    @pytest.mark.parametrize("history_length", [(0, 3), (4, 3), (3, 150)])
     def test_history_length_out_of_range(self, transitions, history_length):
         with pytest.raises(ValueError, match="`history_length` must be .*Shorten it"):
             generate_windows(transitions, history_length=history_length)
@@ -168,8 +168,8 @@ class TestBestPossible:
     def test_is_far_above_popularity_and_chance(self, transitions, windows):
         best = best_possible(transitions, windows["test"])["ndcg@10"]
         counts = Counter(int(item) for item_ids in windows["train"]["item_ids"] for item in item_ids)
-        popularity = ndcg_of(windows["test"], lambda history: [counts[item] for item in range(300)])
+        popularity = ndcg_of(windows["test"], lambda history: [counts[item] for item in range(150)])
         rng = np.random.default_rng(0)
-        chance = ndcg_of(windows["test"], lambda history: rng.random(300))
+        chance = ndcg_of(windows["test"], lambda history: rng.random(150))
         assert 0.5 < best < 0.7
         assert best > 4 * popularity > 4 * chance

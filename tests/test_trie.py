@@ -138,6 +138,21 @@ def test_save_and_load(tmp_path_factory, sequences):
     assert sorted(path.name for path in folder.iterdir()) == ["item_keys.npy", "trie.json", "trie.marisa"]
 
 
+def test_copies_and_pickles_hold_the_trie_and_nothing_derived():
+    import pickle
+
+    from datasets.fingerprint import Hasher
+
+    trie = ItemTrie.from_sequences([[1, 2], [3]])
+    before = Hasher.hash(trie)
+    trie.find([[3]]), trie.depth, trie.items(2)
+    meta = trie.to("meta")
+    assert meta is trie.to("meta")
+    assert meta.to("cpu") is trie
+    assert Hasher.hash(trie) == before
+    assert torch.equal(pickle.loads(pickle.dumps(trie)).edges, trie.edges)
+
+
 def test_loading_what_does_not_belong_together_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no readable ItemTrie"):
         ItemTrie.from_pretrained(tmp_path)
@@ -177,3 +192,9 @@ def test_average_valid_tokens_of_the_papers_data(shared, name, expected):
     targets = [ids[-1] for split in ("train", "validation") for ids in windows[split]["item_ids"]]
     assert len(targets) == 10_000
     assert round(trie.average_valid_tokens(trie.item_nodes[catalog.indices(targets)]), 2) == expected
+
+
+def test_find_of_tokens_off_the_vocabulary_and_of_nothing():
+    trie = ItemTrie.from_sequences([[1, 2**24 - 1], [3]])
+    assert trie.find([[1, 2**24], [1, -1], [3], [], [1, 2**24 - 1]]).tolist() == [-1, -1, *trie.find([[3]]), -1, 2 + 1]
+    assert trie.find([]).tolist() == []

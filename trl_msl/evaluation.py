@@ -101,7 +101,7 @@ def recommend(
         raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
     if len(prompts) == 0:
         raise ValueError("`prompts` is empty: there is nobody to recommend to.")
-    process = PartialState()
+    process, trie = PartialState(), trie.to("cpu")
     encoded = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     mine = range(process.process_index, len(encoded), process.num_processes)
     by_length = sorted(mine, key=lambda index: -len(encoded[index]))  # little padding, and the largest batch first
@@ -123,11 +123,11 @@ def recommend(
         for start in tqdm(starts, desc="Recommending", disable=len(starts) < 2 or not process.is_local_main_process):
             users = by_length[start : start + batch_size]
             sequences, scores = _generate(model, trie, [encoded[u] for u in users], pad_token, config, normalize)
-            nodes = trie.to(sequences.device).reached(sequences)
-            nodes = nodes.masked_fill(~trie.to(sequences.device).is_leaf(nodes), -1).view(len(users), num_beams)
-            alive = scores.view(len(users), num_beams) > _DEAD_BEAM
-            num_invalid += int(((nodes < 0) & alive).sum())
-            ranked = _expand_leaves(trie, nodes.masked_fill(~alive, -1), scores.view(len(users), num_beams), top_k)
+            scores = scores.view(len(users), num_beams).cpu()
+            nodes = trie.reached(sequences.cpu()).view(len(users), num_beams)
+            is_item, alive = trie.is_leaf(nodes), scores > _DEAD_BEAM
+            num_invalid += int((~is_item & alive).sum())
+            ranked = _expand_leaves(trie, nodes.where(is_item & alive, -1), scores, top_k)
             results += [(user, *row) for user, row in zip(users, ranked)]
     if process.num_processes > 1:
         results = gather_object(results)
@@ -280,7 +280,7 @@ def _generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         generation_config=config,
-        logits_processor=[TrieLogitsProcessor(trie, prompt_length=longest, normalize=normalize)],
+        logits_processor=[TrieLogitsProcessor(trie, longest, normalize, inplace=True)],
     )
     written = output.sequences[:, longest:]
     if config.num_beams > 1:

@@ -73,7 +73,6 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
     text_config = model.config.get_text_config()
     softcap = getattr(text_config, "final_logit_softcapping", None)
     scale = _logit_scale(text_config)
-    state = {"trie": trie}  # moved to the model's device once
 
     # Keep the original signature: `generate` validates its model kwargs against it
     @functools.wraps(type(model).forward)
@@ -86,26 +85,25 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
         kwargs["use_cache"] = False
         # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
         backbone_outputs = self.base_model(*args, **kwargs)
-        hidden, nodes = backbone_outputs.last_hidden_state, shift_labels
-        if nodes is None:
-            hidden, nodes = hidden[:, :-1], labels[:, 1:]
         head = self.get_output_embeddings()
         # With the model split across devices (`device_map`), the backbone can end on another device than the head
-        hidden, nodes = hidden.to(head.weight.device), nodes.to(head.weight.device)
-        trie = state["trie"] = state["trie"].to(hidden.device)
-        supervised = nodes != -100
-        hidden, nodes = hidden[supervised], nodes[supervised]
-        branching = trie.num_valid_tokens(nodes) > 1
+        device = head.weight.device
+        hidden = backbone_outputs.last_hidden_state.to(device)
+        nodes = (labels[:, 1:] if shift_labels is None else shift_labels).to(device)
+        local_trie = trie.to(device)
+        row, column = (nodes != -100).nonzero(as_tuple=True)
+        nodes = nodes[row, column]
+        branching = local_trie.num_valid_tokens(nodes) > 1
 
         weight, bias = head.weight, head.bias
         # FSDP2 exposes sharded parameters as DTensors: gather them before rows are picked
         if isinstance(weight, DTensor):
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-        with torch.autocast(hidden.device.type, enabled=False), maybe_gather_lm_head_ctx(weight, bias):
+        with torch.autocast(device.type, enabled=False), maybe_gather_lm_head_ctx(weight, bias):
             project = functools.partial(_project, weight=weight, bias=bias, scale=scale, softcap=softcap)
-            output = _sparse_output(trie, nodes[branching], hidden[branching], project)
+            output = _sparse_output(local_trie, nodes[branching], hidden[row[branching], column[branching]], project)
             if output_vocab_losses:
-                output.vocab_losses = _vocab_losses(trie.tokens(nodes), hidden.detach(), project)
+                output.vocab_losses = _vocab_losses(local_trie.tokens(nodes), hidden[row, column].detach(), project)
         if kwargs.get("output_router_logits"):
             output.aux_loss = _load_balancing_loss(text_config, backbone_outputs, kwargs.get("attention_mask"))
         return output

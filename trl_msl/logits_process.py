@@ -29,6 +29,10 @@ class TrieLogitsProcessor(LogitsProcessor):
             What the scores of valid tokens become: `"trie"`, log-probabilities among the valid tokens, whose sum is
             the restricted score that MSL trains (Lemma 4.1 of the paper); or `"vocab"`, unchanged, so that beam search
             sums log-probabilities over the whole vocabulary, as transformers' `PrefixConstrainedLogitsProcessor` does.
+        inplace (`bool`, *optional*, defaults to `False`):
+            Whether to overwrite the scores instead of making new ones, which takes most of the time where the
+            vocabulary is large. Right for `generate`, except when it is to return the raw logits of greedy search or
+            sampling (`output_logits=True`).
 
     Example:
 
@@ -41,7 +45,7 @@ class TrieLogitsProcessor(LogitsProcessor):
     ```
     """
 
-    def __init__(self, trie: ItemTrie, prompt_length: int, normalize: str = "trie"):
+    def __init__(self, trie: ItemTrie, prompt_length: int, normalize: str = "trie", inplace: bool = False):
         if normalize not in ("trie", "vocab"):
             raise ValueError(f"`normalize` is {normalize!r}: it must be 'trie' or 'vocab'.")
         if prompt_length < 0:
@@ -49,6 +53,7 @@ class TrieLogitsProcessor(LogitsProcessor):
         self.trie = trie
         self.prompt_length = prompt_length
         self.normalize = normalize
+        self.inplace = inplace
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """
@@ -64,26 +69,26 @@ class TrieLogitsProcessor(LogitsProcessor):
         Raises:
             `ValueError`: if no row stands on the trie, which means that `prompt_length` is wrong.
         """
-        self.trie = self.trie.to(scores.device)
-        nodes = self._nodes(input_ids)
-        rows, tokens = self.trie.valid_tokens(nodes)
+        trie = self.trie.to(scores.device)
+        nodes = self._nodes(trie, input_ids)
+        rows, tokens = trie.valid_tokens(nodes)
         valid_scores = scores[rows, tokens]
         if self.normalize == "trie":
             valid_scores = valid_scores - _logsumexp_by_row(valid_scores, rows, len(scores))[rows]
-        processed = torch.full_like(scores, -torch.inf)
+        processed = scores.fill_(-torch.inf) if self.inplace else torch.full_like(scores, -torch.inf)
         processed[rows, tokens] = valid_scores
-        finished = self.trie.is_leaf(nodes)  # it may only repeat its end token, which changes no score
-        processed[finished, self.trie.tokens(nodes[finished])] = 0.0
+        finished = trie.is_leaf(nodes)  # it may only repeat its end token, which changes no score
+        processed[finished, trie.tokens(nodes[finished])] = 0.0
         return processed
 
-    def _nodes(self, input_ids: Tensor) -> Tensor:
+    def _nodes(self, trie: ItemTrie, input_ids: Tensor) -> Tensor:
         """Node that each row stands at: the leaf it has reached, if it has; `-1` off the trie."""
         if input_ids.shape[1] < self.prompt_length:
             raise ValueError(
                 f"`prompt_length` is {self.prompt_length}, but the sequences have {input_ids.shape[1]} tokens: pass "
                 "the length of the padded prompts."
             )
-        nodes = self.trie.reached(input_ids[:, self.prompt_length :])
+        nodes = trie.reached(input_ids[:, self.prompt_length :])
         if (nodes < 0).all():
             raise ValueError(
                 f"`prompt_length` = {self.prompt_length}: none of the {len(nodes)} rows has written the beginning of "

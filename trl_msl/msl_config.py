@@ -115,7 +115,10 @@ class MSLConfig(SFTConfig):
     def _reject_unsupported(self) -> None:
         """Options of SFT that would change, or silently not change, what the loss means."""
         reasons = {
-            "loss_type": (self.loss_type == "nll", "the loss is the masked softmax loss: leave it at 'nll'"),
+            "loss_type": (
+                self.loss_type in ("nll", "chunked_nll"),
+                "the loss is the masked softmax loss: leave it out",
+            ),
             "label_smoothing_factor": (self.label_smoothing_factor == 0, "it is not defined for this loss: use 0"),
             "completion_only_loss": (self.completion_only_loss is not False, "only items are supervised: use True"),
             "assistant_only_loss": (not self.assistant_only_loss, "use conversational prompt/completion rows"),

@@ -189,8 +189,8 @@ class MSLTrainer(SFTTrainer):
         # Forced positions have no loss, and no part in its mean
         counted = []
         for batch in batch_samples:
-            nodes = batch["labels"].cpu()
-            branching = (nodes != -100) & (self.trie.num_valid_tokens(nodes.clamp(min=0)) > 1)
+            nodes = batch["labels"]
+            branching = (nodes != -100) & (self.trie.to(nodes.device).num_valid_tokens(nodes.clamp(min=0)) > 1)
             counted.append({**batch, "labels": nodes.where(branching, -100)})
         return super()._get_num_items_in_batch(counted, device)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import marisa_trie
@@ -48,6 +49,11 @@ class ItemTrie:
         self.edges = edges
         self.item_nodes = item_nodes
         self.vocab_size = vocab_size
+        self._copies: dict[torch.device, ItemTrie] = {self.device: self}
+
+    def __reduce__(self):
+        # Without what is derived, so that `datasets` fingerprints a map over rows by the trie alone
+        return ItemTrie, (self.first_child, self.edges, self.item_nodes, self.vocab_size)
 
     # ------------------------------------------------------------------ building
 
@@ -68,6 +74,18 @@ class ItemTrie:
             `ValueError`: if there is no sequence, a sequence is empty, or a token id lies outside the vocabulary.
         """
         tokens, lengths = _flatten(sequences)
+        if len(lengths) == 0:
+            raise ValueError("`sequences` is empty: a trie needs at least one item.")
+        return cls._from_flat(tokens, lengths, vocab_size)
+
+    @classmethod
+    def _from_flat(cls, tokens: np.ndarray, lengths: np.ndarray, vocab_size: int | None) -> ItemTrie:
+        """Trie of the sequences whose tokens stand in a row in `tokens`, int64, with their `lengths`, int64."""
+        if lengths.min() == 0:
+            raise ValueError(
+                f"`sequences` holds {int((lengths == 0).sum())} empty sequence(s), the first at index "
+                f"{int(lengths.argmin())}: append the end token to every item."
+            )
         largest = int(tokens.max())
         vocab_size = largest + 1 if vocab_size is None else int(vocab_size)
         if int(tokens.min()) < 0 or largest >= vocab_size or vocab_size > MAX_VOCAB_SIZE:
@@ -102,10 +120,13 @@ class ItemTrie:
         return f"ItemTrie(num_items={self.num_items}, num_nodes={self.num_nodes}, vocab_size={self.vocab_size})"
 
     def to(self, device: torch.device | str) -> ItemTrie:
-        """The same trie with its arrays on `device` (itself if they are there already)."""
-        if torch.device(device) == self.device:
-            return self
-        return ItemTrie(*(a.to(device) for a in (self.first_child, self.edges, self.item_nodes)), self.vocab_size)
+        """The same trie with its arrays on `device`. Copies are kept, so asking again costs nothing."""
+        device = torch.device(device)
+        if device not in self._copies:
+            copy = ItemTrie(*(a.to(device) for a in (self.first_child, self.edges, self.item_nodes)), self.vocab_size)
+            copy._copies = self._copies
+            self._copies[device] = copy
+        return self._copies[device]
 
     # ------------------------------------------------------------------ nodes (int tensors of any shape)
 
@@ -190,7 +211,7 @@ class ItemTrie:
         nodes = nodes.long()
         on_trie = nodes >= 0
         nodes = nodes.clamp(min=0)
-        counts = torch.where(on_trie, self.num_children(nodes), 0)
+        counts = torch.where(on_trie, self.num_children(nodes), 0).long()
         rows = torch.repeat_interleave(counts)
         row_start = counts.cumsum(0) - counts
         offset = torch.arange(len(rows), device=nodes.device) - row_start[rows]
@@ -313,12 +334,16 @@ class ItemTrie:
             `torch.Tensor` of shape `(len(sequences),)`, int64: the item's node, `-1` where the sequence is no item.
         """
         index, key_nodes = self._index
-        found = np.full(len(sequences), -1, dtype=np.int64)
-        for row, sequence in enumerate(sequences):
-            tokens = np.asarray(sequence, dtype=np.int64)
-            if len(tokens) and tokens.min() >= 0 and tokens.max() < self.vocab_size:
-                key = index.get(_encode(tokens).tobytes())
-                found[row] = -1 if key is None else key_nodes[key]
+        tokens, lengths = _flatten(sequences)
+        in_vocabulary = (tokens >= 0) & (tokens < self.vocab_size)
+        encoded = _encode(np.where(in_vocabulary, tokens, MAX_VOCAB_SIZE - 1)).tobytes()
+        ends = 3 * np.cumsum(lengths)
+        starts = ends - 3 * lengths
+        keys = [index.get(encoded[start:end], -1) for start, end in zip(starts.tolist(), ends.tolist())]
+        keys = np.array(keys, dtype=np.int64)
+        found = np.where(keys >= 0, key_nodes[keys], -1).astype(np.int64)
+        # Tokens off the vocabulary had to be encoded as some other token
+        found[np.repeat(np.arange(len(lengths)), lengths)[~in_vocabulary]] = -1
         return torch.from_numpy(found).to(self.device)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -353,10 +378,9 @@ class ItemTrie:
             meta = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
             index = marisa_trie.BinaryTrie().load(str(folder / _TRIE_FILE))
             item_keys = np.load(folder / _ITEMS_FILE, allow_pickle=False)
-            sequences = [np.empty(0)] * len(index)
-            for key, key_id in index.iteritems():
-                sequences[key_id] = _decode(key)
-            trie = cls.from_sequences([sequences[key] for key in item_keys], meta["vocab_size"])
+            keys = [index.restore_key(key) for key in item_keys.tolist()]
+            lengths = np.fromiter(map(len, keys), dtype=np.int64, count=len(keys)) // 3
+            trie = cls._from_flat(_decode(b"".join(keys)), lengths, meta["vocab_size"])
             if (trie.num_items, trie.num_nodes) != (meta["num_items"], meta["num_nodes"]):
                 raise ValueError(f"it holds {trie}, its header says {meta}")
         except (OSError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
@@ -374,14 +398,7 @@ def _flatten(sequences: Sequence[Sequence[int]] | np.ndarray) -> tuple[np.ndarra
         tokens = sequences.reshape(-1).astype(np.int64)
     else:
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
-        tokens = np.fromiter((t for s in sequences for t in s), dtype=np.int64, count=int(lengths.sum()))
-    if len(lengths) == 0:
-        raise ValueError("`sequences` is empty: a trie needs at least one item.")
-    if lengths.min() == 0:
-        raise ValueError(
-            f"`sequences` holds {int((lengths == 0).sum())} empty sequence(s), the first at index "
-            f"{int(lengths.argmin())}: append the end token to every item."
-        )
+        tokens = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=int(lengths.sum()))
     return tokens, lengths
 
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Run the benchmarks, each in a process of its own, and write what they measure to `outputs/bench/<name>.json`.
+
+```shell
+python benchmarks/run.py                   # all of them, a few minutes on 2 cores
+python benchmarks/run.py loss trie_build   # some
+```
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from loss import benchmark_loss
+from processor import benchmark_processor
+from step import benchmark_step
+from timing import describe_machine
+from trie_build import benchmark_trie_build
+
+
+OUTPUT_DIR = Path(__file__).resolve().parents[1] / "outputs" / "bench"
+BENCHMARKS = {
+    "loss": benchmark_loss,
+    "step": benchmark_step,
+    "trie_build": benchmark_trie_build,
+    "processor": benchmark_processor,
+}
+# What is promised: result → (at least or at most, limit, the absolute values behind it)
+TARGETS = {
+    "loss_vs_dense": (">=", 500, "loss_dense_s", "loss_sparse_s"),
+    "loss_vs_trl_fused": (">=", 500, "loss_fused_s", "loss_sparse_s"),
+    "loss_memory_vs_dense": ("<=", 0.01, "loss_sparse_peak_mb", "loss_dense_peak_mb"),
+    "step_vs_backbone": ("<=", 1.05, "step_s", "backbone_s"),
+    "trie_build_23k_s": ("<=", 0.1),
+    "trie_build_1m_s": ("<=", 5),
+    "trie_build_1m_mb": ("<=", 200),
+    "processor_vs_transformers": (">=", 10, "transformers_marisa_s", "processor_s"),
+    "processor_inplace_vs_transformers": (">=", 10, "transformers_marisa_s", "processor_inplace_s"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure speed and memory beside the references.")
+    parser.add_argument("names", nargs="*", help=f"benchmarks to run, of {', '.join(BENCHMARKS)}; all by default")
+    parser.add_argument("--in-process", action="store_true", help="don't start a process for each benchmark")
+    args = parser.parse_args()
+    unknown = set(args.names) - BENCHMARKS.keys()
+    if unknown:
+        parser.error(f"unknown benchmarks {sorted(unknown)}: choose from {', '.join(BENCHMARKS)}")
+    for name in args.names or BENCHMARKS:
+        if args.in_process:
+            run(name)
+            continue
+        start = time.perf_counter()
+        # A process of its own: what one benchmark leaves in memory must not weigh on the next. And threads that sleep
+        # while they wait: those that spin, the default, make short steps up to 50 times slower beside another job
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+        subprocess.run([sys.executable, __file__, "--in-process", name], check=True, env=environment)
+        print_results(name, time.perf_counter() - start)
+
+
+def run(name: str) -> None:
+    """Run one benchmark in this process and write its results, whole or not at all."""
+    report = {"machine": describe_machine(), "results": BENCHMARKS[name]()}
+    OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
+    temporary = OUTPUT_DIR / f".{name}.json.tmp"
+    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, OUTPUT_DIR / f"{name}.json")
+
+
+def print_results(name: str, seconds: float) -> None:
+    """Print what is promised first, then every other number that the benchmark measured."""
+    results = json.loads((OUTPUT_DIR / f"{name}.json").read_text(encoding="utf-8"))["results"]
+    print(f"\n{name} ({seconds:.0f} s)")
+    for key, (relation, limit, *behind) in TARGETS.items():
+        if key in results:
+            met = results[key] >= limit if relation == ">=" else results[key] <= limit
+            print(_line(key, results, behind) + f"  target {relation} {limit:g}: {'met' if met else 'MISSED'}")
+    for key, value in results.items():
+        if key not in TARGETS and isinstance(value, (int, float)):
+            print(_line(key, results, []))
+
+
+def _line(key: str, results: dict, behind: list[str]) -> str:
+    spread = results.get(f"{key}_range") or results.get(f"{key}_quartiles")
+    details = [f"{spread[0]:.4g} to {spread[1]:.4g}"] if spread else []
+    details += [f"{name} {results[name]:.4g}" for name in behind]
+    return f"  {key:<36} {results[key]:>12.4g}  {', '.join(details)}"
+
+
+if __name__ == "__main__":
+    main()
