@@ -117,9 +117,12 @@ def test_long_rows_lose_their_oldest_items_and_never_the_title(rows, tokenizer, 
 
 def test_prompts_that_cannot_be_shortened(rows, tokenizer, trie, template):
     batch = rows[:]
-    for kwargs in ({"max_length": 40}, {"max_length": 8, "prompt_template": template}):
-        with pytest.raises(ValueError, match=r"`max_length` = \d+: \d+ of the 40 rows read are longer and can't"):
-            tokenize_rows(batch, tokenizer, trie, **kwargs)
+    with pytest.raises(ValueError, match=r"`max_length` = 40: \d+ of the 40 rows read are longer and can't be"):
+        tokenize_rows(batch, tokenizer, trie, max_length=40)
+    with pytest.raises(
+        ValueError, match=r"`max_length` = 8: \d+ of the 40 rows .* even with a single item of history"
+    ):
+        tokenize_rows(batch, tokenizer, trie, max_length=8, prompt_template=template)
     without_history = {key: values for key, values in batch.items() if key != "history"}
     with pytest.raises(ValueError, match="`history` column"):
         tokenize_rows(without_history, tokenizer, trie, max_length=40, prompt_template=template)

@@ -230,16 +230,17 @@ def _shorten(
     num_shortened, dropped = len(too_long), 0
     while too_long:
         dropped += 1
-        stuck = [
-            row
-            for row in too_long
-            if template is None or "history" not in batch or len(batch["history"][row]) <= dropped
-        ]
+        if template is None or "history" not in batch:
+            raise ValueError(
+                f"`max_length` = {max_length}: {len(too_long)} of the {len(prompts)} rows read are longer and can't be "
+                f"shortened, such as one of {len(prompts[too_long[0]]) + len(items[too_long[0]])} tokens. Raise it, or "
+                "give rows a `history` column (see `build_rows`) and pass the `prompt_template`."
+            )
+        stuck = [row for row in too_long if len(batch["history"][row]) <= dropped]
         if stuck:
             raise ValueError(
-                f"`max_length` = {max_length}: {len(stuck)} of the {len(prompts)} rows read are longer and can't be "
-                f"shortened, the first with {len(prompts[stuck[0]]) + len(items[stuck[0]])} tokens. Raise `max_length`"
-                ", or give rows a `history` column (see `build_rows`) and pass the `prompt_template`."
+                f"`max_length` = {max_length}: {len(stuck)} of the {len(prompts)} rows read are longer even with a single "
+                f"item of history, such as one of {len(prompts[stuck[0]]) + len(items[stuck[0]])} tokens. Raise it."
             )
         shorter = encode_prompts(
             tokenizer, [template.render(batch["history"][row][dropped:]) for row in too_long], chat_template_kwargs
