@@ -11,6 +11,7 @@ The data options are those of `sft_msl.py`, and so is the generated data without
 """
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,10 @@ class EvaluationArguments:
             Whether a hit is the item itself (`id`) or any item with its text (`text`).
         batch_size (`int`, *optional*, defaults to `16`):
             Users per process that are decoded at a time.
+        max_length (`int`, *optional*):
+            As in training: longer prompts lose their oldest history items.
+        chat_template_kwargs (`dict`, *optional*):
+            As in training, JSON.
     """
 
     output_dir: str = field(default="outputs/evaluate", metadata={"help": "Folder to write into."})
@@ -60,6 +65,8 @@ class EvaluationArguments:
     length_penalty: float = field(default=0.0, metadata={"help": "As for `generate`."})
     match: str = field(default="id", metadata={"help": "What counts as a hit.", "choices": ["id", "text"]})
     batch_size: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
+    max_length: int | None = field(default=None, metadata={"help": "Longer prompts lose their oldest items."})
+    chat_template_kwargs: str | None = field(default=None, metadata={"help": "As in training, JSON."})
 
 
 def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelConfig) -> None:
@@ -74,16 +81,19 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
         attn_implementation=model_args.attn_implementation,
         revision=model_args.model_revision,
     ).to(process.device)
-    trie = data.catalog.build_trie(tokenizer, data_args.conversational)
+    chat_template_kwargs = json.loads(args.chat_template_kwargs) if args.chat_template_kwargs else None
+    trie = data.catalog.build_trie(tokenizer, data_args.conversational, chat_template_kwargs)
     rows = data.rows[args.split]
     ranking = {
         "num_beams": args.num_beams or args.top_k,
         "normalize": args.normalize,
         "length_penalty": args.length_penalty,
         "batch_size": args.batch_size,
+        "chat_template_kwargs": chat_template_kwargs,
     }
+    fit = {"max_length": args.max_length, "prompt_template": data.template, "match": args.match}
     ks = sorted({min(5, args.top_k), args.top_k})
-    metrics = evaluate_recommendations(model, tokenizer, trie, data.catalog, rows, ks=ks, match=args.match, **ranking)
+    metrics = evaluate_recommendations(model, tokenizer, trie, data.catalog, rows, ks=ks, **fit, **ranking)
     shown = rows.select(range(min(5, len(rows))))
     found = recommend(model, tokenizer, trie, shown["prompt"][:], top_k=args.top_k, **ranking)
     if process.is_main_process:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -158,7 +159,8 @@ def write_base_model(
     Make a base model that can write the catalogue's items but knows nothing of its users, and save it as a pair.
 
     It is trained with the usual language modeling loss on prompts filled with random items, and a random item after
-    them: what an LLM that was pretrained on text would bring along. No interaction is seen.
+    them: what an LLM that was pretrained on text would bring along. No interaction is seen. To be called by every
+    process of a distributed run.
 
     Args:
         path (`Path`):
@@ -186,6 +188,10 @@ def write_base_model(
             logging_steps=max(1, pretrain_steps // 4), seed=seed,
         )  # fmt: skip
         rows = Dataset.from_dict({"text": [text() for _ in range(32 * pretrain_steps)]})
-        SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer).train()
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+        trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        model = trainer.accelerator.unwrap_model(trainer.model)
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, field
 
+import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset
 from synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
 
@@ -130,7 +131,8 @@ def _read_items(args: DataArguments, policies: dict[str, str]) -> ItemCatalog:
         return ItemCatalog.from_json(args.items, **policies)
     if args.items.endswith(".csv"):
         # ids and texts as they are written: "007" is not 7, "NA" is a title
-        dataset = Dataset.from_csv(args.items, dtype=str, keep_default_na=False)
+        frame = pd.read_csv(args.items, dtype=str, keep_default_na=False)
+        dataset = Dataset.from_pandas(frame, preserve_index=False)
     elif args.items.endswith(".parquet"):
         dataset = Dataset.from_parquet(args.items)
     else:

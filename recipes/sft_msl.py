@@ -27,7 +27,8 @@ accelerate launch recipes/sft_msl.py \
 ```
 
 All options can stand in a YAML file: `--config recipes/configs/quickstart.yaml`. What it leaves in `output_dir`: the
-trained model of each loss, `metrics.json`, `summary.json`, `training.png` and `recommendations.txt`.
+trained model of each loss with `metrics.json`, `log_history.json` and `recommendations.txt`, and `summary.json` and
+`training.png`.
 """
 
 import dataclasses
@@ -36,7 +37,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from datasets import DatasetDict
 from from_scratch import write_base_model
@@ -94,11 +94,18 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
     data = load_recipe_data(data_args)
     if model_args.model_name_or_path is None:
         base = output_dir / "base_model"
-        if process.is_main_process:
-            sizes = (args.scratch_vocab_size, args.scratch_hidden_size, args.scratch_num_layers)
-            write_base_model(base, data.catalog, data.template, *sizes, args.scratch_pretrain_steps, config.seed)
-        process.wait_for_everyone()
+        sizes = (args.scratch_vocab_size, args.scratch_hidden_size, args.scratch_num_layers)
+        write_base_model(base, data.catalog, data.template, *sizes, args.scratch_pretrain_steps, config.seed)
         model_args.model_name_or_path = str(base)
+    if config.resume_from_checkpoint and len(args.loss) > 1:
+        raise ValueError(f"`resume_from_checkpoint` is one run's, but `loss` is {args.loss}: pass the loss to resume.")
+    config.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "trust_remote_code": config.trust_remote_code,
+        **(config.model_init_kwargs or {}),
+    }
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
     )
@@ -106,6 +113,8 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
     ranking = {
         "num_beams": args.num_beams,
         "batch_size": args.eval_batch_users,
+        "max_length": config.max_length,
+        "prompt_template": data.template,
         "chat_template_kwargs": config.chat_template_kwargs,
     }
 
@@ -114,7 +123,8 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
         process.print(f"\n=== {name} ===")
         begun = time.time()
         if name == "untrained":
-            model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path).to(process.device)
+            model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **config.model_init_kwargs)
+            model = model.to(process.device)
         else:
             trainer = make_trainer(name, data, tokenizer, trie, config, model_args, ranking)
             trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
@@ -123,11 +133,20 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
         trained = time.time()
         metrics = evaluate_recommendations(model, tokenizer, trie, data.catalog, data.rows["test"], **ranking)
         shown = data.rows["test"].select(range(min(5, len(data.rows["test"]))))
-        found = recommend(model, tokenizer, trie, shown["prompt"][:], **ranking)
+        found = recommend(
+            model,
+            tokenizer,
+            trie,
+            shown["prompt"][:],
+            num_beams=args.num_beams,
+            chat_template_kwargs=config.chat_template_kwargs,
+        )
         metrics |= {"train_seconds": round(trained - begun, 1), "test_seconds": round(time.time() - trained, 1)}
         results[name] = metrics
         if process.is_main_process:
             write_json(output_dir / name / "metrics.json", metrics)
+            if name in histories:
+                write_json(output_dir / name / "log_history.json", histories[name])
             text = describe_recommendations(shown, data.catalog, found)
             (output_dir / name / "recommendations.txt").write_text(text, encoding="utf-8")
             print(text)
@@ -154,12 +173,6 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of a loss: same rows, same tokens, same model; validation NDCG@10 at each evaluation."""
     config = dataclasses.replace(config, output_dir=f"{config.output_dir}/{name}")
-    config.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(config.model_init_kwargs or {}),
-    }
     rows = tokenize(data, tokenizer, trie, config, labels="nodes" if name == "msl" else "tokens")
     kwargs = {
         "model": model_args.model_name_or_path,
@@ -208,5 +221,4 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if not {"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments}:
         arguments = ["--config", str(QUICKSTART), *arguments]
-    torch.set_num_threads(torch.get_num_threads())
     main(*TrlParser((RecipeArguments, DataArguments, MSLConfig, ModelConfig)).parse_args_and_config(arguments))

@@ -100,7 +100,7 @@ def test_long_rows_lose_their_oldest_items_and_never_the_title(rows, tokenizer, 
     assert 0 < sum(too_long) < len(rows)
     with caplog.at_level(logging.WARNING):
         short = tokenize_rows(rows[:], tokenizer, trie, max_length=max_length, prompt_template=template)
-    assert f"{sum(too_long)} of {len(rows)} rows were longer than max_length=40" in caplog.text
+    assert f"{sum(too_long)} of {len(rows)} prompts were too long for `max_length`" in caplog.text
     for index, row in enumerate(rows):
         ids, nodes = short["input_ids"][index], short["labels"][index]
         assert len(ids) <= max_length
@@ -117,12 +117,13 @@ def test_long_rows_lose_their_oldest_items_and_never_the_title(rows, tokenizer, 
 
 def test_prompts_that_cannot_be_shortened(rows, tokenizer, trie, template):
     batch = rows[:]
-    with pytest.raises(ValueError, match=r"`max_length` = 40: \d+ of the 40 rows read are longer and can't be"):
+    with pytest.raises(ValueError, match=r"`max_length`: \d+ of the 40 rows read are too long and can't be shortened"):
         tokenize_rows(batch, tokenizer, trie, max_length=40)
-    with pytest.raises(
-        ValueError, match=r"`max_length` = 8: \d+ of the 40 rows .* even with a single item of history"
-    ):
+    with pytest.raises(ValueError, match=r"`max_length`: \d+ of the 40 .* even with a single item of history"):
         tokenize_rows(batch, tokenizer, trie, max_length=8, prompt_template=template)
+    other = PromptTemplate("Read: {history}\nNext: ")
+    with pytest.raises(ValueError, match="`prompt_template` must be the one that the rows were made with"):
+        tokenize_rows(batch, tokenizer, trie, max_length=40, prompt_template=other)
     without_history = {key: values for key, values in batch.items() if key != "history"}
     with pytest.raises(ValueError, match="`history` column"):
         tokenize_rows(without_history, tokenizer, trie, max_length=40, prompt_template=template)

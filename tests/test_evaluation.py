@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from trl_msl import (
     ItemCatalog,
+    ItemTrie,
     PromptTemplate,
     build_rows,
     encode_prompts,
@@ -63,7 +64,7 @@ def test_metrics_are_those_of_the_ranking(model, tokenizer, trie, catalog, rows)
     expected = ranking_metrics(ranks_of_targets(found.items, np.array(catalog.indices(rows["item_id"]))), (2, 5))
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert metrics["ndcg@5_low"] <= metrics["ndcg@5"] <= metrics["ndcg@5_high"]
-    assert (metrics["invalid_rate"], metrics["num_users"]) == (0, 9)
+    assert (metrics["invalid_rate"], metrics["num_rows"]) == (0, 9)
     assert metrics["coverage"] == len(np.unique(found.items)) / len(catalog)
 
 
@@ -115,6 +116,35 @@ def test_conversational_prompts(model, tokenizer, chat_trie, catalog, template):
     assert metrics["invalid_rate"] == 0
 
 
+def test_long_prompts_are_shortened_as_in_training(model, tokenizer, trie, catalog, rows, template):
+    short = rows.map(lambda row: {"prompt": template.render(row["history"][-1:])})
+    longest = max(len(ids) for ids in encode_prompts(tokenizer, short["prompt"][:]))
+    title_length = int((trie.paths(trie.item_nodes) >= 0).sum(dim=1).double().mean())
+    settings = {"max_length": longest + title_length, "prompt_template": template}
+    found = evaluate_recommendations(model, tokenizer, trie, catalog, rows, ks=(5,), **settings)
+    untouched = evaluate_recommendations(model, tokenizer, trie, catalog, rows, ks=(5,))
+    assert found != untouched
+    with pytest.raises(ValueError, match="`max_length`: .* can't be shortened"):
+        evaluate_recommendations(model, tokenizer, trie, catalog, rows, max_length=longest + title_length)
+
+
+def test_items_must_end_and_catalogue_and_trie_belong_together(model, tokenizer, trie, catalog, rows):
+    prompts = rows["prompt"][:]
+    with pytest.raises(ValueError, match="append an end token"):
+        recommend(model, tokenizer, ItemTrie.from_sequences([[5, 6], [6, 5]]), prompts, top_k=1)
+    with pytest.raises(ValueError, match="append an end token"):
+        recommend(model, tokenizer, ItemTrie.from_sequences([[5], [5, 6]]), prompts, top_k=1)
+    reordered = ItemCatalog(catalog.ids, catalog.texts[::-1], template=catalog.template)
+    with pytest.raises(ValueError, match="do not belong together"):
+        evaluate_recommendations(model, tokenizer, trie, reordered, rows)
+
+
+def test_token_ids_as_prompts(model, tokenizer, trie, rows):
+    texts = recommend(model, tokenizer, trie, rows["prompt"][:], top_k=3)
+    ids = recommend(model, tokenizer, trie, encode_prompts(tokenizer, rows["prompt"][:]), top_k=3)
+    assert np.array_equal(texts.items, ids.items)
+
+
 def test_bad_arguments(model, tokenizer, trie, catalog, rows):
     prompts = rows["prompt"][:]
     with pytest.raises(ValueError, match="`top_k` is 13: it must lie between 1 and the number of items, 12"):
@@ -127,5 +157,5 @@ def test_bad_arguments(model, tokenizer, trie, catalog, rows):
         evaluate_recommendations(model, tokenizer, trie, catalog, rows, match="title")
     with pytest.raises(ValueError, match=r"`rows` lacks the column\(s\) \['item_id'\]"):
         evaluate_recommendations(model, tokenizer, trie, catalog, rows.remove_columns("item_id"))
-    with pytest.raises(ValueError, match="`catalog` has 1 items, `trie` 12"):
+    with pytest.raises(ValueError, match="`catalog` with 1 items and `trie` with 12 do not belong together"):
         evaluate_recommendations(model, tokenizer, trie, ItemCatalog(["b0"], ["Dune"]), rows)

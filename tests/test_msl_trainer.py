@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from helpers import dense_loss, dense_positions, make_model, make_windows
 from peft import LoraConfig
-from transformers import MixtralConfig
+from transformers import EarlyStoppingCallback, MixtralConfig
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from trl_msl import (
@@ -235,6 +235,38 @@ def test_best_checkpoint_by_ndcg(tmp_path, rows, tokenizer, trie, catalog):
     assert trainer.state.best_metric == max(values)
 
 
+def test_callback_runs_before_those_that_read_its_metrics_and_only_on_evaluations(
+    tmp_path, rows, tokenizer, trie, catalog
+):
+    config = MSLConfig(
+        str(tmp_path),
+        **{**COMMON, "save_strategy": "steps", "save_steps": 1},
+        max_steps=5,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_ndcg@5",
+    )
+    few = rows.select(range(4))
+    trainer = MSLTrainer(
+        make_model(tokenizer),
+        config,
+        trie=trie,
+        train_dataset=rows,
+        eval_dataset={"a": few, "b": few},
+        processing_class=tokenizer,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=1.0)],
+    )
+    trainer.add_callback(RecommendationCallback(trainer, trie, catalog, few, ks=(5,)))
+    trainer.train()
+    # nothing improves by 1.0 after the first: stopped by the metric that the callback adds
+    assert trainer.state.global_step == 2
+    assert len(logged(trainer, "eval_ndcg@5")) == 2  # once a step, not once a dataset
+    assert "eval_ndcg@5" not in trainer.evaluate(few, metric_key_prefix="test")
+    with pytest.raises(ValueError, match="`predict` is not supported"):
+        trainer.predict(few)
+
+
 # ---------------------------------------------------------------------- temperature
 
 
@@ -300,6 +332,7 @@ def test_every_parameter_is_documented():
         ({"loss_type": "dft"}, "`loss_type` = 'dft' is not supported"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` = 0.1 is not supported"),
         ({"completion_only_loss": False}, "`completion_only_loss` = False is not supported"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "`dataset_kwargs` = .* is not supported"),
         ({"assistant_only_loss": True}, "`assistant_only_loss` = True is not supported"),
     ],
 )
@@ -329,6 +362,10 @@ def test_bad_arguments_are_found_before_training(tmp_path, rows, tokenizer, trie
     tokens = rows.map(tokenize_rows, fn_kwargs={"tokenizer": tokenizer, "trie": trie, "labels": "tokens"}, **kwargs)
     with pytest.raises(ValueError, match=r"\d+ label\(s\) that are no node of `trie`"):
         trainer(train_dataset=tokens)
+    with pytest.raises(ValueError, match="that are no node of `trie`"):
+        trainer(
+            train_dataset=tokens.to_iterable_dataset(), args=MSLConfig(str(tmp_path), max_steps=1, **COMMON)
+        ).train()
     nodes = rows.map(tokenize_rows, fn_kwargs={"tokenizer": tokenizer, "trie": trie}, **kwargs)
     with pytest.raises(ValueError, match=r"`max_length` = 30: \d+ row\(s\) of the train dataset are longer"):
         trainer(train_dataset=nodes, args=MSLConfig(str(tmp_path), max_length=30, **COMMON))

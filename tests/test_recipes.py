@@ -13,8 +13,8 @@ from conftest import ROOT
 from helpers import TITLES, make_windows
 
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes"]
 TINY = [
     "--scratch_hidden_size", "32", "--scratch_num_layers", "1", "--scratch_pretrain_steps", "2", "--max_steps", "4",
     "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--logging_steps", "1",
@@ -22,9 +22,11 @@ TINY = [
 ]  # fmt: skip
 
 
-def launch(script, *arguments, fails=False):
+def launch(script, *arguments, fails=False, num_processes=1):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [*LAUNCH, str(ROOT / "recipes" / script), *map(str, arguments)]
+    # what starts several processes is named after GPUs, also where there are none
+    several = ["--multi_gpu"] if num_processes > 1 else []
+    command = [*LAUNCH, str(num_processes), *several, str(ROOT / "recipes" / script), *map(str, arguments)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert (run.returncode != 0) == fails, run.stdout[-3000:] + run.stderr[-3000:]
     return run.stdout + run.stderr
@@ -132,3 +134,21 @@ def test_contradicting_options(tmp_path, folder):
     assert "`data_dir` and `interactions` are both given" in output
     output = launch("evaluate.py", "--data_dir", folder, fails=True)
     assert "`model_name_or_path` is missing" in output
+
+
+def test_two_processes_follow_the_same_course_as_one(tmp_path, folder):
+    """Same union of rows in each step: the same losses, temperatures and metrics, and a model on disk."""
+    common = ["--data_dir", folder, *TINY, "--temperature_min", 0.1, "--temperature_ema", 0.3, "--max_grad_norm", 0]
+    common += ["--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "no", "--scratch_pretrain_steps", 0]
+    common += ["--train_sampling_strategy", "sequential"]
+    launch("sft_msl.py", *common, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 8)
+    launch("sft_msl.py", *common, "--output_dir", tmp_path / "two", num_processes=2)
+    one, two = ((read(tmp_path / name / "msl" / "log_history.json")) for name in ("one", "two"))
+    assert len(one) == len(two)
+    for entry, other in zip(one, two):
+        for name in ("loss", "temperature", "target_probability", "valid_token_accuracy", "eval_ndcg@10"):
+            if name in entry:
+                assert other[name] == pytest.approx(entry[name], abs=1e-4), (entry["step"], name)
+    metrics = [read(tmp_path / name / "msl" / "metrics.json") for name in ("one", "two")]
+    assert metrics[0]["num_rows"] == metrics[1]["num_rows"] == 6
+    assert metrics[0]["ndcg@10"] == pytest.approx(metrics[1]["ndcg@10"], abs=1e-4)

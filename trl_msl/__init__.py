@@ -2,8 +2,9 @@
 """Masked Softmax Loss for TRL: fine-tune an LLM to rank the items of a catalogue."""
 
 from .catalog import ItemCatalog, encode_items
-from .data import PromptTemplate, build_rows, encode_prompts, tokenize_rows
-from .evaluation import RecommendationCallback, Recommendations, evaluate_recommendations, recommend
+from .data import PromptTemplate, build_rows, encode_prompts, fit_prompts, tokenize_rows
+from .evaluation import RecommendationCallback, evaluate_recommendations
+from .generation import Recommendations, recommend
 from .interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
 from .lm_head import SparseCausalLMOutput, add_sparse_lm_head
 from .logits_process import TrieLogitsProcessor
@@ -34,6 +35,7 @@ __all__ = [
     "encode_items",
     "encode_prompts",
     "evaluate_recommendations",
+    "fit_prompts",
     "k_core",
     "masked_softmax_loss",
     "per_user_metrics",

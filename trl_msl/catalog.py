@@ -126,6 +126,11 @@ class ItemCatalog:
 
     # ------------------------------------------------------------------ items
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what is derived, so that `datasets` fingerprints a map by the catalogue alone
+        derived = ("index_of_id", "completions", "counts")
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
+
     def __len__(self) -> int:
         return len(self.ids)
 

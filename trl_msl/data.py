@@ -175,9 +175,11 @@ def tokenize_rows(
             f"{unknown[:3]}. Write items as `ItemCatalog.completions` has them, and build the trie with this "
             f"tokenizer and conversational={conversational}."
         )
-    prompts = encode_prompts(tokenizer, batch["prompt"], chat_template_kwargs)
-    if max_length is not None:
-        _shorten(prompts, items, batch, tokenizer, max_length, prompt_template, chat_template_kwargs)
+    if max_length is None:
+        prompts = encode_prompts(tokenizer, batch["prompt"], chat_template_kwargs)
+    else:
+        room = [max_length - len(item) for item in items]
+        prompts = fit_prompts(tokenizer, batch, room, prompt_template, chat_template_kwargs)
     paths = trie.to("cpu").paths(nodes).tolist()
     targets = [path[: len(item)] for path, item in zip(paths, items)] if labels == "nodes" else items
     return {
@@ -195,6 +197,8 @@ def encode_prompts(
     A text gets the special tokens that the tokenizer puts before it (BOS), not an EOS after it; a list of messages is
     put into the chat template, generation prompt included.
     """
+    if len(prompts) == 0:
+        return []
     if not isinstance(prompts[0], str):
         prompts = [
             tokenizer.apply_chat_template(
@@ -208,48 +212,68 @@ def encode_prompts(
     return [ids[:-1] for ids in encoded] if adds_eos else encoded
 
 
+def fit_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: dict[str, list],
+    room: Sequence[int],
+    template: PromptTemplate | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[list[int]]:
+    """
+    Token ids of the prompts of `rows`; those that are too long lose the oldest items of their history.
+
+    Args:
+        tokenizer, chat_template_kwargs:
+            As for [`encode_prompts`].
+        rows (`dict[str, list]`):
+            `prompt`, and `history` where a prompt is to be shortened, as [`build_rows`] makes them.
+        room (`Sequence[int]`):
+            Most tokens of each prompt.
+        template ([`PromptTemplate`], *optional*):
+            Template that the prompts were made with.
+
+    Raises:
+        `ValueError`: if a prompt is too long and can't be shortened, or was not made with `template`.
+    """
+    prompts = encode_prompts(tokenizer, rows["prompt"], chat_template_kwargs)
+    too_long = [row for row in range(len(prompts)) if len(prompts[row]) > room[row]]
+    if too_long and (template is None or "history" not in rows):
+        raise ValueError(
+            f"`max_length`: {len(too_long)} of the {len(prompts)} rows read are too long and can't be shortened, "
+            f"such as a prompt of {len(prompts[too_long[0]])} tokens where there is room for {room[too_long[0]]}. "
+            "Raise it, or give rows a `history` column (see `build_rows`) and pass the `prompt_template`."
+        )
+    for row in too_long:
+        if template.render(rows["history"][row]) != rows["prompt"][row]:
+            raise ValueError(
+                "`prompt_template` must be the one that the rows were made with: it renders "
+                f"{template.render(rows['history'][row])!r}, the row has {rows['prompt'][row]!r}."
+            )
+    num_shortened, dropped = len(too_long), 0
+    while too_long:  # one more item in each round
+        dropped += 1
+        stuck = [row for row in too_long if len(rows["history"][row]) <= dropped]
+        if stuck:
+            raise ValueError(
+                f"`max_length`: {len(stuck)} of the {len(prompts)} rows read are too long even with a single item of "
+                f"history, such as a prompt of {len(prompts[stuck[0]])} tokens where there is room for "
+                f"{room[stuck[0]]}. Raise it."
+            )
+        shorter = [template.render(rows["history"][row][dropped:]) for row in too_long]
+        for row, prompt in zip(too_long, encode_prompts(tokenizer, shorter, chat_template_kwargs)):
+            prompts[row] = prompt
+        too_long = [row for row in too_long if len(prompts[row]) > room[row]]
+    if num_shortened:
+        logger.warning(
+            "%d of %d prompts were too long for `max_length`: up to %d of their oldest history items were left out.",
+            num_shortened, len(prompts), dropped,
+        )  # fmt: skip
+    return prompts
+
+
 def _completion_text(completion: Any, conversational: bool) -> str:
     if not conversational:
         return completion
     if len(completion) != 1 or completion[0]["role"] != "assistant":
         raise ValueError(f"`completion` must be a single message of the assistant, the item's text, not {completion}.")
     return completion[0]["content"]
-
-
-def _shorten(
-    prompts: list[list[int]],
-    items: list[list[int]],
-    batch: dict[str, list],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    template: PromptTemplate | None,
-    chat_template_kwargs: dict[str, Any] | None,
-) -> None:
-    """Drop the oldest history items of prompts that are too long, one more in each round, in place."""
-    too_long = [row for row in range(len(prompts)) if len(prompts[row]) + len(items[row]) > max_length]
-    num_shortened, dropped = len(too_long), 0
-    while too_long:
-        dropped += 1
-        if template is None or "history" not in batch:
-            raise ValueError(
-                f"`max_length` = {max_length}: {len(too_long)} of the {len(prompts)} rows read are longer and can't be "
-                f"shortened, such as one of {len(prompts[too_long[0]]) + len(items[too_long[0]])} tokens. Raise it, or "
-                "give rows a `history` column (see `build_rows`) and pass the `prompt_template`."
-            )
-        stuck = [row for row in too_long if len(batch["history"][row]) <= dropped]
-        if stuck:
-            raise ValueError(
-                f"`max_length` = {max_length}: {len(stuck)} of the {len(prompts)} rows read are longer even with a single "
-                f"item of history, such as one of {len(prompts[stuck[0]]) + len(items[stuck[0]])} tokens. Raise it."
-            )
-        shorter = encode_prompts(
-            tokenizer, [template.render(batch["history"][row][dropped:]) for row in too_long], chat_template_kwargs
-        )
-        for row, prompt in zip(too_long, shorter):
-            prompts[row] = prompt
-        too_long = [row for row in too_long if len(prompts[row]) + len(items[row]) > max_length]
-    if num_shortened:
-        logger.warning(
-            "%d of %d rows were longer than max_length=%d: up to %d of their oldest history items were left out.",
-            num_shortened, len(prompts), max_length, dropped,
-        )  # fmt: skip

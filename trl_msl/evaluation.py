@@ -1,144 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recommending with a model, measuring the ranking, and doing so during training."""
+"""Measuring a model's ranking of the catalogue, and doing so during training."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from .catalog import ItemCatalog
-from .data import Prompt, encode_prompts
-from .logits_process import TrieLogitsProcessor
+from .catalog import ItemCatalog, encode_items
+from .data import PromptTemplate, encode_prompts, fit_prompts
+from .generation import recommend
 from .metrics import bootstrap_interval, coverage, per_user_metrics, ranks_of_targets
 from .trie import ItemTrie
-
-
-logger = logging.getLogger(__name__)
-
-_DEAD_BEAM = -1e8  # transformers gives -1e9 or -inf to beams that search made up
-
-
-@dataclass
-class Recommendations:
-    """
-    Ranked items of some users.
-
-    Args:
-        items (`numpy.ndarray` of shape `(num_users, top_k)`, int64):
-            Item indices, best first; `-1` where there is none.
-        scores (`numpy.ndarray` of shape `(num_users, top_k)`, float64):
-            Log-probability of each item's text; `-inf` where there is none.
-        num_invalid (`int`):
-            Sequences that are no item. Constrained decoding makes none.
-        num_sequences (`int`):
-            Sequences decoded, valid or not.
-    """
-
-    items: np.ndarray
-    scores: np.ndarray
-    num_invalid: int
-    num_sequences: int
-
-
-def recommend(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    trie: ItemTrie,
-    prompts: Sequence[Prompt],
-    top_k: int = 10,
-    num_beams: int | None = None,
-    normalize: str = "trie",
-    length_penalty: float = 0.0,
-    batch_size: int = 16,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> Recommendations:
-    """
-    Rank the catalogue's items for each prompt by beam search over the trie.
-
-    Under `accelerate launch` each process takes a share of the prompts, and all get the whole result. Items with the
-    same text share a score and follow each other in catalogue order.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model, PEFT-wrapped or not. Its `generation_config` is not used.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer that the trie was built with.
-        trie ([`ItemTrie`]):
-            Trie of the catalogue.
-        prompts (`Sequence`):
-            Texts or lists of messages, as in the `prompt` column.
-        top_k (`int`, *optional*, defaults to `10`):
-            Number of items to rank.
-        num_beams (`int`, *optional*):
-            Beam width. Defaults to `top_k`.
-        normalize (`str`, *optional*, defaults to `"trie"`):
-            As for [`TrieLogitsProcessor`].
-        length_penalty (`float`, *optional*, defaults to `0.0`):
-            As for `generate`. Its own default of 1.0 favours long titles, whose last tokens are forced and free.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Prompts per process at a time.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Passed to the chat template.
-
-    Raises:
-        `ValueError`: if `top_k` exceeds the number of items or `num_beams` is below `top_k`.
-    """
-    num_beams = num_beams or top_k
-    if not 0 < top_k <= trie.num_items:
-        raise ValueError(f"`top_k` is {top_k}: it must lie between 1 and the number of items, {trie.num_items}.")
-    if num_beams < top_k:
-        raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
-    if len(prompts) == 0:
-        raise ValueError("`prompts` is empty: there is nobody to recommend to.")
-    process, trie = PartialState(), trie.to("cpu")
-    encoded = encode_prompts(tokenizer, prompts, chat_template_kwargs)
-    mine = range(process.process_index, len(encoded), process.num_processes)
-    by_length = sorted(mine, key=lambda index: -len(encoded[index]))  # little padding, and the largest batch first
-    pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    config = GenerationConfig(
-        num_beams=num_beams,
-        num_return_sequences=num_beams,
-        max_new_tokens=trie.depth,
-        length_penalty=length_penalty,
-        do_sample=False,
-        eos_token_id=trie.tokens(trie.item_nodes).unique().tolist(),
-        pad_token_id=pad_token,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    results, num_invalid = [], 0
-    starts = range(0, len(by_length), batch_size)
-    with _ready_to_generate(model):
-        for start in tqdm(starts, desc="Recommending", disable=len(starts) < 2 or not process.is_local_main_process):
-            users = by_length[start : start + batch_size]
-            sequences, scores = _generate(model, trie, [encoded[u] for u in users], pad_token, config, normalize)
-            scores = scores.view(len(users), num_beams).cpu()
-            nodes = trie.reached(sequences.cpu()).view(len(users), num_beams)
-            is_item, alive = trie.is_leaf(nodes), scores > _DEAD_BEAM
-            num_invalid += int((~is_item & alive).sum())
-            ranked = _expand_leaves(trie, nodes.where(is_item & alive, -1), scores, top_k)
-            results += [(user, *row) for user, row in zip(users, ranked)]
-    if process.num_processes > 1:
-        results = gather_object(results)
-        num_invalid = sum(gather_object([num_invalid]))
-    results.sort(key=lambda row: row[0])
-    return Recommendations(
-        items=np.array([items for _, items, _ in results], dtype=np.int64),
-        scores=np.array([scores for _, _, scores in results], dtype=np.float64),
-        num_invalid=num_invalid,
-        num_sequences=len(results) * num_beams,
-    )
 
 
 def evaluate_recommendations(
@@ -150,6 +27,9 @@ def evaluate_recommendations(
     ks: Sequence[int] = (5, 10),
     match: str = "id",
     confidence: float = 0.95,
+    max_length: int | None = None,
+    prompt_template: PromptTemplate | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, float]:
     """
@@ -168,26 +48,39 @@ def evaluate_recommendations(
             What counts as a hit: `"id"`, the target itself, where items with the same text take a rank each, in
             catalogue order; or `"text"`, any item with the target's text.
         confidence (`float`, *optional*, defaults to `0.95`):
-            Level of the bootstrap confidence intervals, over users.
+            Level of the bootstrap confidence intervals, over rows.
+        max_length (`int`, *optional*):
+            As in training: prompts that, with a title of average length, are longer lose their oldest history items.
+        prompt_template ([`PromptTemplate`], *optional*):
+            Template that the rows were made with, needed to shorten a prompt.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Passed to the chat template.
         **kwargs:
-            `num_beams`, `normalize`, `length_penalty`, `batch_size` and `chat_template_kwargs` of [`recommend`].
+            `num_beams`, `normalize`, `length_penalty` and `batch_size` of [`recommend`].
 
     Returns:
         `dict` of `hr@K`, `ndcg@K`, `mrr@K`; `ndcg@K_low` and `ndcg@K_high` for the largest K; `coverage`, the share of
-        the catalogue that was recommended to anybody; `invalid_rate`; and `num_users`.
+        the catalogue that was recommended to anybody; `invalid_rate`; and `num_rows`.
     """
     if match not in ("id", "text"):
         raise ValueError(f"`match` is {match!r}: it must be 'id' or 'text'.")
     missing = {"prompt", "item_id"} - set(rows.column_names)
     if missing:
         raise ValueError(f"`rows` lacks the column(s) {sorted(missing)}: make rows with `build_rows`.")
-    if len(catalog) != trie.num_items:
+    if len(catalog) != trie.num_items or not _belong_together(catalog, trie, tokenizer, rows, chat_template_kwargs):
         raise ValueError(
-            f"`catalog` has {len(catalog)} items, `trie` {trie.num_items}: build the trie from the catalogue."
+            f"`catalog` with {len(catalog)} items and `trie` with {trie.num_items} do not belong together: build the "
+            "trie from this catalogue, with this tokenizer, for rows of this form."
         )
     targets = np.array(catalog.indices(rows["item_id"]))
     top_k = max(ks)
-    found = recommend(model, tokenizer, trie, rows["prompt"][:], top_k=top_k, **kwargs)
+    if max_length is None:
+        prompts = encode_prompts(tokenizer, rows["prompt"][:], chat_template_kwargs)
+    else:
+        title_length = int((trie.paths(trie.item_nodes) >= 0).sum(dim=1).double().mean())
+        room = [max_length - title_length] * len(rows)
+        prompts = fit_prompts(tokenizer, rows[:], room, prompt_template, chat_template_kwargs)
+    found = recommend(model, tokenizer, trie, prompts, top_k=top_k, **kwargs)
     recommended = found.items
     if match == "text":
         leaves = trie.item_nodes.cpu().numpy()
@@ -202,7 +95,7 @@ def evaluate_recommendations(
         f"ndcg@{top_k}_high": high,
         "coverage": coverage(found.items, len(catalog)),
         "invalid_rate": found.num_invalid / found.num_sequences,
-        "num_users": len(rows),
+        "num_rows": len(rows),
     }
 
 
@@ -217,7 +110,8 @@ class RecommendationCallback(TrainerCallback):
         trie ([`ItemTrie`]), catalog ([`ItemCatalog`]), rows ([`~datasets.Dataset`]):
             As for [`evaluate_recommendations`].
         **kwargs:
-            Passed to [`evaluate_recommendations`].
+            Passed to [`evaluate_recommendations`]. `max_length`, `prompt_template` and `chat_template_kwargs` are the
+            trainer's where it has them.
 
     Example:
 
@@ -232,72 +126,38 @@ class RecommendationCallback(TrainerCallback):
         self.catalog = catalog
         self.rows = rows
         self.kwargs = kwargs
+        self._measured: tuple[int, dict[str, float]] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Before callbacks that read the metrics, such as early stopping
+        self.trainer.callback_handler.callbacks.remove(self)
+        self.trainer.callback_handler.callbacks.insert(0, self)
+        self._measured = None
 
     def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs):
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        found = evaluate_recommendations(
-            model, self.trainer.processing_class, self.trie, self.catalog, self.rows, **self.kwargs
-        )
-        found = {f"eval_{name}": value for name, value in found.items()}
-        metrics.update(found)  # the dict from which `Trainer` picks `metric_for_best_model`
-        self.trainer.log(found)
+        if not all(name.startswith("eval_") for name in metrics if name != "epoch"):
+            return  # `trainer.evaluate(metric_key_prefix=...)` of something else
+        if self._measured is None or self._measured[0] != state.global_step:  # once for several `eval_dataset`s
+            found = evaluate_recommendations(
+                self.trainer.accelerator.unwrap_model(self.trainer.model),
+                getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class),
+                self.trie,
+                self.catalog,
+                self.rows,
+                **{**self._trainer_settings(), **self.kwargs},
+            )
+            self._measured = (state.global_step, {f"eval_{name}": value for name, value in found.items()})
+            self.trainer.log(dict(self._measured[1]))
+        metrics.update(self._measured[1])  # the dict from which `Trainer` picks `metric_for_best_model`
 
-
-# ---------------------------------------------------------------------- beam search by `generate`
-
-
-@contextlib.contextmanager
-def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
-    """
-    Evaluation mode, no gradient, a cache, and none of the model's own generation settings: `generate` takes from them
-    whatever a config leaves unset, and a repetition penalty or top-k breaks constrained search silently.
-    """
-    base = model.get_base_model() if is_peft_model(model) else model
-    before = model.training, base.generation_config, model.generation_config
-    base.generation_config = model.generation_config = GenerationConfig()
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        training, base.generation_config, model.generation_config = before
-        model.train(training)
-
-
-def _generate(
-    model: PreTrainedModel,
-    trie: ItemTrie,
-    prompts: list[list[int]],
-    pad_token: int,
-    config: GenerationConfig,
-    normalize: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens written for left-padded prompts, `(rows, length)`, and their scores, `(rows,)`."""
-    longest = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token] * (longest - len(p)) + p for p in prompts], device=model.device)
-    attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        generation_config=config,
-        logits_processor=[TrieLogitsProcessor(trie, longest, normalize, inplace=True)],
-    )
-    written = output.sequences[:, longest:]
-    if config.num_beams > 1:
-        return written, output.sequences_scores
-    steps = torch.stack(output.scores, dim=1).gather(-1, written.unsqueeze(-1)).squeeze(-1)
-    return written, steps.nan_to_num(neginf=0.0).sum(dim=1)  # greedy search: its padding has no score
-
-
-def _expand_leaves(
-    trie: ItemTrie, nodes: torch.Tensor, scores: torch.Tensor, top_k: int
-) -> Iterator[tuple[list[int], list[float]]]:
-    """Per user, the items at the leaves found, best first, ties and shared leaves by index; filled up by -1, -inf."""
-    for user_nodes, user_scores in zip(nodes.tolist(), scores.tolist()):
-        items = [(-s, item) for node, s in zip(user_nodes, user_scores) if node >= 0 for item in trie.items(node)]
-        items = sorted(items)[:top_k]
-        items += [(float("inf"), -1)] * (top_k - len(items))
-        yield [item for _, item in items], [-score for score, _ in items]
+    def _trainer_settings(self) -> dict[str, Any]:
+        args = self.trainer.args
+        template = getattr(self.trainer, "prompt_template", None)
+        return {
+            "max_length": None if template is None else getattr(args, "max_length", None),
+            "prompt_template": template,
+            "chat_template_kwargs": getattr(args, "chat_template_kwargs", None),
+        }
 
 
 def _first_of_each(representative: np.ndarray, recommended: np.ndarray) -> np.ndarray:
@@ -305,3 +165,18 @@ def _first_of_each(representative: np.ndarray, recommended: np.ndarray) -> np.nd
     same = np.where(recommended >= 0, representative[recommended], -1)
     repeated = (same[:, :, None] == same[:, None, :]) & np.tri(same.shape[1], k=-1, dtype=bool)
     return np.where(repeated.any(axis=2), -1, same)
+
+
+def _belong_together(
+    catalog: ItemCatalog,
+    trie: ItemTrie,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    chat_template_kwargs: dict[str, Any] | None,
+) -> bool:
+    """Whether some of the catalogue's items stand in the trie where they should, for prompts of the rows' form."""
+    sample = range(0, len(catalog), max(1, len(catalog) // 50))
+    conversational = not isinstance(rows[0]["prompt"], str)
+    sequences = encode_items(tokenizer, [catalog.completions[i] for i in sample], conversational, chat_template_kwargs)
+    reached = [int(trie.to("cpu").walk(torch.tensor(sequence))[-1]) for sequence in sequences]
+    return reached == trie.item_nodes[list(sample)].tolist()

@@ -98,14 +98,15 @@ class MSLConfig(SFTConfig):
         if self.temperature != "adaptive":
             self.temperature = _positive("temperature", self.temperature, " or 'adaptive'")
         for name in ("temperature_init", "temperature_min", "temperature_max"):
-            _positive(name, getattr(self, name))
+            setattr(self, name, _positive(name, getattr(self, name)))
         if self.temperature_min > self.temperature_max:
             raise ValueError(
                 f"`temperature_min` = {self.temperature_min} is above `temperature_max` = {self.temperature_max}."
             )
-        for name in ("temperature_eta", "temperature_ema"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must lie between 0 and 1.")
+        if not 0 < self.temperature_eta < 1:
+            raise ValueError(f"`temperature_eta` is {self.temperature_eta}: it must lie between 0 and 1.")
+        if not 0 < self.temperature_ema <= 1:
+            raise ValueError(f"`temperature_ema` is {self.temperature_ema}: it must be above 0 and at most 1.")
         if self.temperature_positions not in ("first", "all"):
             raise ValueError(
                 f"`temperature_positions` is {self.temperature_positions!r}: it must be 'first' or 'all'."
@@ -122,6 +123,10 @@ class MSLConfig(SFTConfig):
             "label_smoothing_factor": (self.label_smoothing_factor == 0, "it is not defined for this loss: use 0"),
             "completion_only_loss": (self.completion_only_loss is not False, "only items are supervised: use True"),
             "assistant_only_loss": (not self.assistant_only_loss, "use conversational prompt/completion rows"),
+            "dataset_kwargs": (
+                not (self.dataset_kwargs or {}).get("skip_prepare_dataset"),
+                "rows must be checked; map `tokenize_rows` yourself instead",
+            ),
             "truncation_mode": (self.truncation_mode == "keep_start", "rows are shortened at their oldest item"),
         }
         for name, (supported, remedy) in reasons.items():

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from .data import PromptTemplate, tokenize_rows
 from .lm_head import SparseCausalLMOutput, add_sparse_lm_head
@@ -113,6 +114,11 @@ class MSLTrainer(SFTTrainer):
         self.trie = trie
         self.prompt_template = prompt_template
         super().__init__(model, args, **kwargs)
+        if self._is_vision_dataset:
+            raise ValueError("`train_dataset` holds images, which `MSLTrainer` does not support: leave them out.")
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and parallelism.sp_enabled:
+            raise ValueError("Sequence parallelism (`sp_size` > 1) is not supported: it reduces the model's own loss.")
         add_sparse_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model, trie)
         self.add_callback(TemperatureCallback.from_config(args))
         # The loss is divided by the count of the whole accumulated batch, whatever the model's forward accepts
@@ -140,58 +146,53 @@ class MSLTrainer(SFTTrainer):
         tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
         columns = get_dataset_column_names(dataset)
         if "input_ids" not in columns:
-            map_kwargs = {"desc": f"Tokenizing {dataset_name} dataset"} if isinstance(dataset, Dataset) else {}
-            if isinstance(dataset, Dataset):
-                map_kwargs["num_proc"] = args.dataset_num_proc
-            dataset = dataset.map(
-                tokenize_rows,
-                batched=True,
-                remove_columns=columns,
-                fn_kwargs={
-                    "tokenizer": tokenizer,
-                    "trie": self.trie,
-                    "max_length": args.max_length,
-                    "prompt_template": self.prompt_template,
-                    "chat_template_kwargs": args.chat_template_kwargs,
-                },
-                **map_kwargs,
-            )
+            map_kwargs = {}
+            if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
+                map_kwargs = {"desc": f"Tokenizing {dataset_name} dataset", "num_proc": args.dataset_num_proc}
+            with global_then_local_main_first():
+                dataset = dataset.map(
+                    tokenize_rows,
+                    batched=True,
+                    remove_columns=columns,
+                    fn_kwargs={
+                        "tokenizer": tokenizer,
+                        "trie": self.trie,
+                        "max_length": args.max_length,
+                        "prompt_template": self.prompt_template,
+                        "chat_template_kwargs": args.chat_template_kwargs,
+                    },
+                    **map_kwargs,
+                )
         elif "labels" not in columns:
             raise ValueError(
                 f"The {dataset_name} dataset has `input_ids` but no `labels`: map `tokenize_rows` over "
                 "prompt/completion rows, which makes both."
             )
         elif isinstance(dataset, Dataset):
-            self._check_tokenized(dataset, args.max_length, dataset_name)
+            for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=10_000):
+                _check_tokenized(batch, self.trie, args.max_length, dataset_name)
+        else:
+            dataset = dataset.map(
+                _check_tokenized,
+                batched=True,
+                fn_kwargs={"trie": self.trie, "max_length": args.max_length, "dataset_name": dataset_name},
+            )
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-    def _check_tokenized(self, dataset: Dataset, max_length: int | None, dataset_name: str) -> None:
-        """Rows that the user tokenised: labels must be nodes of this trie, and no title may be cut."""
-        too_long = num_wrong = 0
-        for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=1000):
-            too_long += sum(max_length is not None and len(ids) > max_length for ids in batch["input_ids"])
-            ids, nodes = (torch.tensor([i for row in batch[name] for i in row]) for name in ("input_ids", "labels"))
-            on_trie = (nodes > 0) & (nodes < self.trie.num_nodes)
-            right = on_trie & (self.trie.to("cpu").tokens(nodes * on_trie) == ids)
-            num_wrong += int((~right & (nodes != -100)).sum())
-        if num_wrong:
-            raise ValueError(
-                f"The {dataset_name} dataset has {num_wrong} label(s) that are no node of `trie` with the token that "
-                "stands there: map `tokenize_rows` with this very trie and tokenizer."
-            )
-        if too_long:
-            raise ValueError(
-                f"`max_length` = {max_length}: {too_long} row(s) of the {dataset_name} dataset are longer, and would "
-                "lose the end of their title. Raise it, or pass it to `tokenize_rows`."
-            )
+    def predict(self, *args, **kwargs):
+        raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         # Forced positions have no loss, and no part in its mean
         counted = []
         for batch in batch_samples:
-            nodes = batch["labels"]
-            branching = (nodes != -100) & (self.trie.to(nodes.device).num_valid_tokens(nodes.clamp(min=0)) > 1)
-            counted.append({**batch, "labels": nodes.where(branching, -100)})
+            for name in ("labels", "shift_labels"):
+                if name in batch:
+                    nodes = batch[name]
+                    trie = self.trie.to(nodes.device)
+                    branching = (nodes != -100) & (trie.num_valid_tokens(nodes.clamp(min=0)) > 1)
+                    batch = {**batch, name: nodes.where(branching, -100)}
+            counted.append(batch)
         return super()._get_num_items_in_batch(counted, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -241,3 +242,25 @@ class MSLTrainer(SFTTrainer):
             metrics[name].append(sums[name] / max(sums["positions"], 1))
         for name in ("lml", "lml1", "lml2") if "lml" in sums else ():
             metrics[name].append(sums[name] / max(sums["supervised"], 1))
+
+
+def _check_tokenized(
+    batch: dict[str, list], trie: ItemTrie, max_length: int | None, dataset_name: str
+) -> dict[str, list]:
+    """Rows that the user tokenised: labels must be nodes of this trie, and no title may be cut."""
+    ids, nodes = (torch.from_numpy(np.concatenate(batch[name])) for name in ("input_ids", "labels"))
+    ids, nodes = ids[nodes != -100], nodes[nodes != -100]
+    on_trie = (nodes > 0) & (nodes < trie.num_nodes)
+    num_wrong = int((~on_trie | (trie.to("cpu").tokens(nodes * on_trie) != ids)).sum())
+    if num_wrong:
+        raise ValueError(
+            f"The {dataset_name} dataset has {num_wrong} label(s) that are no node of `trie` with the token that "
+            "stands there: map `tokenize_rows` with this very trie and tokenizer."
+        )
+    too_long = sum(max_length is not None and len(row) > max_length for row in batch["input_ids"])
+    if too_long:
+        raise ValueError(
+            f"`max_length` = {max_length}: {too_long} row(s) of the {dataset_name} dataset are longer, and would "
+            "lose the end of their title. Raise it, or pass it to `tokenize_rows`."
+        )
+    return batch

@@ -70,10 +70,14 @@ class TemperatureCallback(TrainerCallback, ExportableState):
         self._observed = observed if self._observed is None else self._observed + observed
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._observed = None  # of a step that was interrupted
+        if not self.adaptive:
+            return
+        if state.global_step == 0:
+            self.value = self.settings["init"]
         # Not left to `restore_callback_states_from_checkpoint`, which is off by default
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if self.adaptive and state.global_step > 0 and saved is not None:
-            self.value = saved["attributes"]["value"]
+        elif type(self).__name__ in state.stateful_callbacks:
+            self.value = state.stateful_callbacks[type(self).__name__]["attributes"]["value"]
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._observed is None:
@@ -86,6 +90,8 @@ class TemperatureCallback(TrainerCallback, ExportableState):
         estimate = adaptive_temperature(
             torch.stack(statistics), self.settings["eta"], num_items=None if pooled else num_items
         )
+        if estimate.isnan():  # logits overflowed: fp16's scaler skips such a step, too
+            return
         estimate = float(estimate.clamp(self.settings["min"], self.settings["max"]))
         self.value += self.settings["ema"] * (estimate - self.value)
 

@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-import marisa_trie
 import numpy as np
 import torch
 from torch import Tensor
 
-
-MAX_VOCAB_SIZE = 1 << 24  # token ids are stored in 3 bytes
-_TRIE_FILE, _ITEMS_FILE, _META_FILE = "trie.marisa", "item_keys.npy", "trie.json"
+from .sequence_index import MAX_TOKEN, SequenceIndex
 
 
 class ItemTrie:
@@ -88,7 +84,7 @@ class ItemTrie:
             )
         largest = int(tokens.max())
         vocab_size = largest + 1 if vocab_size is None else int(vocab_size)
-        if int(tokens.min()) < 0 or largest >= vocab_size or vocab_size > MAX_VOCAB_SIZE:
+        if int(tokens.min()) < 0 or largest >= vocab_size or vocab_size - 1 > MAX_TOKEN:
             raise ValueError(
                 f"`sequences` hold token ids from {int(tokens.min())} to {largest}, but must stay within "
                 f"0 and `vocab_size` - 1 = {vocab_size - 1} (and 2**24 - 1). Was the right tokenizer used?"
@@ -231,9 +227,19 @@ class ItemTrie:
     # ------------------------------------------------------------------ items
 
     @cached_property
+    def _levels(self) -> list[tuple[int, int]]:
+        """First node of each level and of the next one, from the root's level on."""
+        levels = [(0, 1)]
+        while True:
+            start, end = (int(self.first_child[node]) for node in levels[-1])
+            if start == end:
+                return levels
+            levels.append((start, end))
+
+    @property
     def depth(self) -> int:
         """Number of tokens of the longest item: what `max_new_tokens` must allow for."""
-        return self.paths(self.item_nodes).shape[1]
+        return len(self._levels) - 1
 
     @cached_property
     def first_branching_node(self) -> int:
@@ -288,39 +294,34 @@ class ItemTrie:
 
     def statistics(self) -> list[dict[str, float]]:
         """Per depth: number of nodes, of branching nodes, of item ends, and mean and maximum number of children."""
-        paths = self.paths(self.item_nodes).cpu()
-        counts = self.num_children(torch.arange(self.num_nodes, device=self.device)).cpu()
-        levels = [torch.zeros(1, dtype=torch.int64)] + [level[level >= 0].unique() for level in paths.T]
-        ends = torch.bincount((paths >= 0).sum(dim=1), minlength=len(levels))
-        return [
-            {
-                "depth": depth,
-                "nodes": len(level),
-                "branching_nodes": int((counts[level] > 1).sum()),
-                "items": int(ends[depth]),
-                "mean_children": counts[level].double().mean().item(),
-                "max_children": int(counts[level].max()),
-            }
-            for depth, level in enumerate(levels)
-        ]
+        statistics = []
+        for depth, (start, end) in enumerate(self._levels):
+            counts = self.first_child[start : end + 1].diff()
+            statistics.append(
+                {
+                    "depth": depth,
+                    "nodes": end - start,
+                    "branching_nodes": int((counts > 1).sum()),
+                    "items": int(((self.item_nodes >= start) & (self.item_nodes < end)).sum()),
+                    "mean_children": counts.double().mean().item(),
+                    "max_children": int(counts.max()),
+                }
+            )
+        return statistics
 
     # ------------------------------------------------------------------ marisa-trie: exact lookup and storage
 
     @cached_property
-    def _index(self) -> tuple[marisa_trie.BinaryTrie, np.ndarray]:
-        """marisa-trie over the encoded sequences, and the final node of each of its keys."""
-        keys = self._keys()
-        index = marisa_trie.BinaryTrie(keys)
+    def _index(self) -> tuple[SequenceIndex, np.ndarray]:
+        """Index of the items' sequences, and the final node of each of its keys."""
+        index, item_keys = SequenceIndex.build(
+            # in parts, as a matrix of all paths could be large
+            (self.tokens(paths.clamp(min=0)).cpu().numpy(), (paths >= 0).sum(dim=1).cpu().numpy())
+            for paths in map(self.paths, self.item_nodes.split(1 << 16))
+        )
         key_nodes = np.empty(len(index), dtype=np.int64)
-        key_nodes[[index[key] for key in keys]] = self.item_nodes.cpu().numpy()
+        key_nodes[item_keys] = self.item_nodes.cpu().numpy()
         return index, key_nodes
-
-    def _keys(self) -> list[bytes]:
-        paths = self.paths(self.item_nodes)
-        tokens = self.tokens(paths.clamp(min=0)).cpu().numpy()
-        encoded = _encode(tokens.reshape(-1)).reshape(len(tokens), -1)
-        lengths = 3 * (paths >= 0).sum(dim=1).cpu().numpy()
-        return [row[:length].tobytes() for row, length in zip(encoded, lengths)]
 
     def find(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """
@@ -334,36 +335,19 @@ class ItemTrie:
             `torch.Tensor` of shape `(len(sequences),)`, int64: the item's node, `-1` where the sequence is no item.
         """
         index, key_nodes = self._index
-        tokens, lengths = _flatten(sequences)
-        in_vocabulary = (tokens >= 0) & (tokens < self.vocab_size)
-        encoded = _encode(np.where(in_vocabulary, tokens, MAX_VOCAB_SIZE - 1)).tobytes()
-        ends = 3 * np.cumsum(lengths)
-        starts = ends - 3 * lengths
-        keys = [index.get(encoded[start:end], -1) for start, end in zip(starts.tolist(), ends.tolist())]
-        keys = np.array(keys, dtype=np.int64)
-        found = np.where(keys >= 0, key_nodes[keys], -1).astype(np.int64)
-        # Tokens off the vocabulary had to be encoded as some other token
-        found[np.repeat(np.arange(len(lengths)), lengths)[~in_vocabulary]] = -1
-        return torch.from_numpy(found).to(self.device)
+        keys = index.find(*_flatten(sequences))
+        return torch.from_numpy(np.where(keys >= 0, key_nodes[keys], -1)).to(self.device)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
         Write the trie into a folder: the sequences as a marisa-trie, which item has which as a NumPy array, and a
         JSON header. No pickle. Each file is written whole and then renamed, the header last.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         index, key_nodes = self._index
         node_keys = np.argsort(key_nodes)
         item_keys = node_keys[np.searchsorted(key_nodes, self.item_nodes.cpu().numpy(), sorter=node_keys)]
-        meta = {"format": 1, "vocab_size": self.vocab_size, "num_items": self.num_items, "num_nodes": self.num_nodes}
-        temporary = {name: folder / f".{name}.tmp" for name in (_TRIE_FILE, _ITEMS_FILE, _META_FILE)}
-        index.save(str(temporary[_TRIE_FILE]))
-        with open(temporary[_ITEMS_FILE], "wb") as file:
-            np.save(file, item_keys.astype(np.int32), allow_pickle=False)
-        temporary[_META_FILE].write_text(json.dumps(meta), encoding="utf-8")
-        for name, path in temporary.items():
-            path.replace(folder / name)
+        header = {"vocab_size": self.vocab_size, "num_items": self.num_items, "num_nodes": self.num_nodes}
+        index.save(Path(save_directory), item_keys, header)
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> ItemTrie:
@@ -373,19 +357,14 @@ class ItemTrie:
         Raises:
             `ValueError`: if a file is missing, unreadable, or the files do not belong together.
         """
-        folder = Path(save_directory)
         try:
-            meta = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
-            index = marisa_trie.BinaryTrie().load(str(folder / _TRIE_FILE))
-            item_keys = np.load(folder / _ITEMS_FILE, allow_pickle=False)
-            keys = [index.restore_key(key) for key in item_keys.tolist()]
-            lengths = np.fromiter(map(len, keys), dtype=np.int64, count=len(keys)) // 3
-            trie = cls._from_flat(_decode(b"".join(keys)), lengths, meta["vocab_size"])
-            if (trie.num_items, trie.num_nodes) != (meta["num_items"], meta["num_nodes"]):
-                raise ValueError(f"it holds {trie}, its header says {meta}")
+            tokens, lengths, header = SequenceIndex.load(Path(save_directory))
+            trie = cls._from_flat(tokens, lengths, header["vocab_size"])
+            if (trie.num_items, trie.num_nodes) != (header["num_items"], header["num_nodes"]):
+                raise ValueError(f"it holds {trie}, its header says {header}")
         except (OSError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"`save_directory` = {str(folder)!r} holds no readable ItemTrie ({error}). "
+                f"`save_directory` = {str(save_directory)!r} holds no readable ItemTrie ({error}). "
                 "Save it again with `ItemTrie.save_pretrained`."
             ) from error
         return trie
@@ -432,15 +411,3 @@ def _build_edges(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> tu
         goes_on = lengths[items] > depth + 1
         items, nodes = items[goes_on], nodes[goes_on]
     return np.concatenate(levels), item_nodes
-
-
-def _encode(tokens: np.ndarray) -> np.ndarray:
-    """Token ids as three big-endian bytes each, uint8 of shape `(3 * len(tokens),)`: byte order is token order."""
-    return tokens.astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].reshape(-1)
-
-
-def _decode(key: bytes) -> np.ndarray:
-    """Inverse of `_encode`."""
-    padded = np.zeros((len(key) // 3, 4), dtype=np.uint8)
-    padded[:, 1:] = np.frombuffer(key, dtype=np.uint8).reshape(-1, 3)
-    return padded.view(">u4").astype(np.int64).reshape(-1)
