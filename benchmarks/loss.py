@@ -159,6 +159,7 @@ def benchmark_loss(rounds: int = 2) -> dict:
         "vocab_size": VOCAB_SIZE,
     }
     results |= summarize(time_calls(functions, rounds, {"loss_sparse": 20}, warmup=0))
+    results |= _benchmark_trainable_head(steps)
     for name, repeats in (("sparse", 5), ("dense", 1), ("fused", 1)):
         results[f"loss_{name}_peak_mb"] = _peak_mb(steps, name, repeats)
     results |= {
@@ -173,7 +174,7 @@ def benchmark_loss(rounds: int = 2) -> dict:
     if results["loss_dense_peak_mb"] is not None:
         results["loss_memory_vs_dense"] = results["loss_sparse_peak_mb"] / results["loss_dense_peak_mb"]
         results["loss_memory_vs_trl_fused"] = results["loss_sparse_peak_mb"] / results["loss_fused_peak_mb"]
-    return results | _benchmark_trainable_head(steps)
+    return results
 
 
 def _benchmark_trainable_head(steps: Steps) -> dict:
@@ -181,6 +182,8 @@ def _benchmark_trainable_head(steps: Steps) -> dict:
     steps.model.lm_head.weight.requires_grad_(True)
     functions = {f"loss_{name}_trainable_head": getattr(steps, name) for name in ("sparse", "dense")}
     results = summarize(time_calls(functions, rounds=2, calls_per_round={"loss_sparse_trainable_head": 5}))
+    steps.model.lm_head.weight.requires_grad_(False)
+    steps.model.lm_head.weight.grad = None
     ratio = results["loss_dense_trainable_head_s"] / results["loss_sparse_trainable_head_s"]
     return results | {"loss_vs_dense_trainable_head": ratio}
 
