@@ -103,6 +103,9 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
         print(text)
         columns = tuple(f"{name}@{k}" for k in ks for name in ("ndcg", "hr"))
         print(format_table({Path(model_args.model_name_or_path).name: metrics}, columns))
+    # A rank that exits while others still talk, or with the group's threads alive, is aborted
+    process.wait_for_everyone()
+    process.destroy_process_group()
 
 
 def quickstart_data() -> list[str]:

@@ -191,7 +191,7 @@ def write_base_model(
         trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
         trainer.train()
         model = trainer.accelerator.unwrap_model(trainer.model)
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
+    if PartialState().is_main_process:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    PartialState().wait_for_everyone()

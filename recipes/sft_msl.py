@@ -89,6 +89,8 @@ class RecipeArguments:
 
 
 def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, model_args: ModelConfig) -> None:
+    if config.resume_from_checkpoint and len(args.loss) > 1:
+        raise ValueError(f"`resume_from_checkpoint` is one run's, but `loss` is {args.loss}: pass the loss to resume.")
     started = time.time()
     process, output_dir = PartialState(), Path(config.output_dir)
     data = load_recipe_data(data_args)
@@ -97,8 +99,6 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
         sizes = (args.scratch_vocab_size, args.scratch_hidden_size, args.scratch_num_layers)
         write_base_model(base, data.catalog, data.template, *sizes, args.scratch_pretrain_steps, config.seed)
         model_args.model_name_or_path = str(base)
-    if config.resume_from_checkpoint and len(args.loss) > 1:
-        raise ValueError(f"`resume_from_checkpoint` is one run's, but `loss` is {args.loss}: pass the loss to resume.")
     config.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -160,6 +160,9 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
         write_json(output_dir / "summary.json", {**results, "seconds": round(time.time() - started, 1)})
         print(f"\nTest, {len(data.rows['test'])} users, {len(data.catalog)} items\n{format_table(results)}")
         print(f"\n{output_dir}/summary.json, {time.time() - started:.0f} seconds")
+    # A rank that exits while others still talk, or with the group's threads alive, is aborted
+    process.wait_for_everyone()
+    process.destroy_process_group()
 
 
 def make_trainer(

@@ -119,7 +119,7 @@ def test_conversational_prompts(model, tokenizer, chat_trie, catalog, template):
 def test_long_prompts_are_shortened_as_in_training(model, tokenizer, trie, catalog, rows, template):
     short = rows.map(lambda row: {"prompt": template.render(row["history"][-1:])})
     longest = max(len(ids) for ids in encode_prompts(tokenizer, short["prompt"][:]))
-    title_length = int((trie.paths(trie.item_nodes) >= 0).sum(dim=1).double().mean())
+    title_length = int(trie.item_lengths.double().mean())
     settings = {"max_length": longest + title_length, "prompt_template": template}
     found = evaluate_recommendations(model, tokenizer, trie, catalog, rows, ks=(5,), **settings)
     untouched = evaluate_recommendations(model, tokenizer, trie, catalog, rows, ks=(5,))

@@ -129,6 +129,10 @@ def test_interaction_log_conversational_full_fine_tuning_and_resume(tmp_path):
 
 def test_contradicting_options(tmp_path, folder):
     output = launch(
+        "sft_msl.py", "--resume_from_checkpoint", "x", "--loss", "lml", "msl", "--output_dir", tmp_path, fails=True
+    )
+    assert "`resume_from_checkpoint` is one run's" in output
+    output = launch(
         "sft_msl.py", "--data_dir", folder, "--interactions", "log.csv", "--output_dir", tmp_path, fails=True
     )
     assert "`data_dir` and `interactions` are both given" in output

@@ -79,6 +79,7 @@ def test_items_are_leaves_when_sequences_end_with_an_end_token(sequences):
     trie = ItemTrie.from_sequences(sequences)
     assert trie.is_leaf(trie.item_nodes.long()).all()
     assert trie.depth == max(map(len, sequences))
+    assert trie.item_lengths.tolist() == list(map(len, sequences))
     padded = torch.full((len(sequences), trie.depth + 2), END)  # padding by the end token, as where pad == eos
     for row, sequence in enumerate(sequences):
         padded[row, : len(sequence)] = torch.tensor(sequence)

@@ -77,15 +77,13 @@ def evaluate_recommendations(
     if max_length is None:
         prompts = encode_prompts(tokenizer, rows["prompt"][:], chat_template_kwargs)
     else:
-        title_length = int((trie.paths(trie.item_nodes) >= 0).sum(dim=1).double().mean())
-        room = [max_length - title_length] * len(rows)
+        room = [max_length - int(trie.item_lengths.double().mean())] * len(rows)
         prompts = fit_prompts(tokenizer, rows[:], room, prompt_template, chat_template_kwargs)
     found = recommend(model, tokenizer, trie, prompts, top_k=top_k, **kwargs)
     recommended = found.items
     if match == "text":
-        leaves = trie.item_nodes.cpu().numpy()
-        first_of_leaf = np.unique(leaves, return_index=True, return_inverse=True)
-        representative = first_of_leaf[1][first_of_leaf[2]]
+        _, first, leaf = np.unique(trie.item_nodes.cpu().numpy(), return_index=True, return_inverse=True)
+        representative = first[leaf]  # the first item with the same text
         targets, recommended = representative[targets], _first_of_each(representative, recommended)
     values = per_user_metrics(ranks_of_targets(recommended, targets), ks)
     low, high = bootstrap_interval(values[f"ndcg@{top_k}"], confidence)

@@ -103,7 +103,8 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             project = functools.partial(_project, weight=weight, bias=bias, scale=scale, softcap=softcap)
             output = _sparse_output(local_trie, nodes[branching], hidden[row[branching], column[branching]], project)
             if output_vocab_losses:
-                project.keywords["weight"] = weight.detach().float()  # once, not for each chunk of positions
+                # cast once, not for each chunk of positions
+                project = functools.partial(project, weight=weight.detach().float())
                 output.vocab_losses = _vocab_losses(local_trie.tokens(nodes), hidden[row, column].detach(), project)
         if kwargs.get("output_router_logits"):
             output.aux_loss = _load_balancing_loss(text_config, backbone_outputs, kwargs.get("attention_mask"))

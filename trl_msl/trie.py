@@ -241,6 +241,12 @@ class ItemTrie:
         """Number of tokens of the longest item: what `max_new_tokens` must allow for."""
         return len(self._levels) - 1
 
+    @property
+    def item_lengths(self) -> Tensor:
+        """Number of tokens of each item, int64 of shape `(num_items,)`: the level of its node."""
+        starts = torch.tensor([start for start, _ in self._levels], dtype=torch.int32, device=self.device)
+        return torch.searchsorted(starts, self.item_nodes, right=True) - 1
+
     @cached_property
     def first_branching_node(self) -> int:
         """First node from the root with several children, where items begin to differ; `-1` if there is none."""
