@@ -3,6 +3,7 @@
 
 import random
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -82,3 +83,19 @@ def dense_loss(trie, logits, labels, temperature: float) -> torch.Tensor:
     exponentials = torch.exp(rows.double() / temperature) * masks
     chosen = exponentials[torch.arange(len(targets)), targets]
     return -temperature * torch.log(chosen / exponentials.sum(dim=-1))
+
+
+@torch.no_grad()
+def score_every_item(model, trie, prompts: list[list[int]]) -> np.ndarray:
+    """Restricted log-probability of every item after every prompt, one teacher-forced forward each."""
+    scores = np.zeros((len(prompts), trie.num_items))
+    for user, prompt in enumerate(prompts):
+        for item in range(trie.num_items):
+            path = trie.paths(trie.item_nodes[item : item + 1])[0]
+            tokens = trie.tokens(path).tolist()
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 :].float()
+            for row, node in zip(logits, path.tolist()):
+                parent = int(trie.parents(torch.tensor(node)))
+                valid = trie.tokens(torch.tensor(list(trie.children(parent))))
+                scores[user, item] += float(row[int(trie.tokens(torch.tensor(node)))] - row[valid].logsumexp(0))
+    return scores

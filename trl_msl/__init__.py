@@ -2,7 +2,9 @@
 """Masked Softmax Loss for TRL: fine-tune an LLM to rank the items of a catalogue."""
 
 from .catalog import ItemCatalog, encode_items
+from .compressed_trie import CompressedTrie
 from .data import PromptTemplate, build_rows, encode_prompts, fit_prompts, tokenize_rows
+from .decoding import DecodingOutput, TrieDecoder
 from .evaluation import RecommendationCallback, evaluate_recommendations
 from .generation import Recommendations, recommend
 from .interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
@@ -17,6 +19,8 @@ from .trie import ItemTrie
 
 
 __all__ = [
+    "CompressedTrie",
+    "DecodingOutput",
     "ItemCatalog",
     "ItemTrie",
     "MSLConfig",
@@ -26,6 +30,7 @@ __all__ = [
     "Recommendations",
     "SparseCausalLMOutput",
     "TemperatureCallback",
+    "TrieDecoder",
     "TrieLogitsProcessor",
     "adaptive_temperature",
     "add_sparse_lm_head",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from .catalog import ItemCatalog, encode_items
 from .data import PromptTemplate, encode_prompts, fit_prompts
-from .generation import recommend
+from .generation import Recommendations, recommend
 from .metrics import bootstrap_interval, coverage, per_user_metrics, ranks_of_targets
 from .trie import ItemTrie
 
@@ -30,8 +30,9 @@ def evaluate_recommendations(
     max_length: int | None = None,
     prompt_template: PromptTemplate | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    return_recommendations: bool = False,
     **kwargs: Any,
-) -> dict[str, float]:
+) -> dict[str, float] | tuple[dict[str, float], Recommendations]:
     """
     Rank the whole catalogue for each row and measure where its target stands.
 
@@ -55,12 +56,15 @@ def evaluate_recommendations(
             Template that the rows were made with, needed to shorten a prompt.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template.
+        return_recommendations (`bool`, *optional*, defaults to `False`):
+            Whether to return the recommendations too.
         **kwargs:
-            `num_beams`, `normalize`, `length_penalty` and `batch_size` of [`recommend`].
+            `mode`, `batch_size` and other arguments of [`recommend`].
 
     Returns:
         `dict` of `hr@K`, `ndcg@K`, `mrr@K`; `ndcg@K_low` and `ndcg@K_high` for the largest K; `coverage`, the share of
-        the catalogue that was recommended to anybody; `invalid_rate`; and `num_rows`.
+        the catalogue that was recommended to anybody; `exact_rate`, the share of rows whose items are certainly the
+        best; `invalid_rate`; and `num_rows`. With `return_recommendations`, also the [`Recommendations`].
     """
     if match not in ("id", "text"):
         raise ValueError(f"`match` is {match!r}: it must be 'id' or 'text'.")
@@ -87,14 +91,16 @@ def evaluate_recommendations(
         targets, recommended = representative[targets], _first_of_each(representative, recommended)
     values = per_user_metrics(ranks_of_targets(recommended, targets), ks)
     low, high = bootstrap_interval(values[f"ndcg@{top_k}"], confidence)
-    return {
+    metrics = {
         **{name: float(value.mean()) for name, value in values.items()},
         f"ndcg@{top_k}_low": low,
         f"ndcg@{top_k}_high": high,
         "coverage": coverage(found.items, len(catalog)),
-        "invalid_rate": found.num_invalid / found.num_sequences,
+        "exact_rate": float(found.exact.mean()),
+        "invalid_rate": found.invalid_rate,
         "num_rows": len(rows),
     }
+    return (metrics, found) if return_recommendations else metrics
 
 
 class RecommendationCallback(TrainerCallback):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recommending: ranked items for prompts, by beam search over the trie."""
+"""Recommending: ranked items for prompts, by exact search, beam search, or `generate`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, is_peft_model
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitNormalization, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Prompt, encode_prompts
+from .decoding import DecodingOutput, TrieDecoder, is_shared
 from .logits_process import TrieLogitsProcessor
 from .trie import ItemTrie
 
@@ -24,6 +25,9 @@ from .trie import ItemTrie
 logger = logging.getLogger(__name__)
 
 _DEAD_BEAM = -1e8  # transformers gives -1e9 or -inf to beams that search made up
+
+
+MODES = ("exact", "beam", "generate")
 
 
 @dataclass
@@ -34,18 +38,24 @@ class Recommendations:
     Args:
         items (`numpy.ndarray` of shape `(num_users, top_k)`, int64):
             Item indices, best first; `-1` where there is none.
-        scores (`numpy.ndarray` of shape `(num_users, top_k)`, float64):
+        scores (`numpy.ndarray` of shape `(num_users, top_k)`, fp32):
             Log-probability of each item's text; `-inf` where there is none.
-        num_invalid (`int`):
-            Sequences that are no item. Constrained decoding makes none.
-        num_sequences (`int`):
-            Sequences decoded, valid or not.
+        exact (`numpy.ndarray` of shape `(num_users,)`, bool):
+            Whether these are certainly the best items there are.
+        expansions (`numpy.ndarray` of shape `(num_users,)`, int64):
+            Number of trie nodes whose children were scored; `0` from `generate`.
+        rounds (`numpy.ndarray` of shape `(num_users,)`, int64):
+            Number of forward passes that the user took part in; `0` from `generate`.
+        invalid_rate (`float`):
+            Share of sequences decoded that are no item. Constrained decoding makes none.
     """
 
     items: np.ndarray
     scores: np.ndarray
-    num_invalid: int
-    num_sequences: int
+    exact: np.ndarray
+    expansions: np.ndarray
+    rounds: np.ndarray
+    invalid_rate: float = 0.0
 
 
 def recommend(
@@ -54,6 +64,10 @@ def recommend(
     trie: ItemTrie,
     prompts: Sequence[Prompt] | Sequence[list[int]],
     top_k: int = 10,
+    mode: str = "exact",
+    exclude: Sequence[Sequence[int]] | None = None,
+    allowed: Sequence[int] | torch.Tensor | Sequence[Sequence[int]] | None = None,
+    max_expansions: int = 1024,
     num_beams: int | None = None,
     normalize: str = "trie",
     length_penalty: float = 0.0,
@@ -61,7 +75,7 @@ def recommend(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Recommendations:
     """
-    Rank the catalogue's items for each prompt by beam search over the trie.
+    Rank the catalogue's items for each prompt.
 
     Under `accelerate launch` each process takes a share of the prompts, and all get the whole result. Items with the
     same text share a score and follow each other in catalogue order.
@@ -77,34 +91,114 @@ def recommend(
             Texts or lists of messages, as in the `prompt` column, or their token ids.
         top_k (`int`, *optional*, defaults to `10`):
             Number of items to rank.
+        mode (`str`, *optional*, defaults to `"exact"`):
+            `"exact"`, the best items there are, by [`TrieDecoder.search`]; `"beam"`, what beam search finds, by
+            [`TrieDecoder.beam_search`]; or `"generate"`, the same by `model.generate`, slowly, for models that
+            [`TrieDecoder`] can't run.
+        exclude (`Sequence[Sequence[int]]`, *optional*):
+            Item indices that each user must not get, such as the history. Not with `"generate"`.
+        allowed (`Sequence[int]`, `torch.Tensor` or `Sequence[Sequence[int]]`, *optional*):
+            Item indices that all users, or each of them, may get. Not with `"generate"`.
+        max_expansions (`int`, *optional*, defaults to `1024`):
+            With `"exact"`, the number of trie nodes to expand for a user at most.
         num_beams (`int`, *optional*):
-            Beam width. Defaults to `top_k`.
+            With beams, their number. Defaults to `top_k`.
         normalize (`str`, *optional*, defaults to `"trie"`):
-            As for [`TrieLogitsProcessor`].
+            With beams, as for [`TrieLogitsProcessor`].
         length_penalty (`float`, *optional*, defaults to `0.0`):
-            As for `generate`. Its own default of 1.0 favours long titles, whose last tokens are forced and free.
+            With beams, as for `generate`. Its own default of 1.0 favours long titles, whose last tokens are forced and
+            free.
         batch_size (`int`, *optional*, defaults to `16`):
-            Prompts per process at a time. `generate` keeps the scores of every step: reckon with
-            `batch_size * num_beams * vocab_size * trie.depth * 4` bytes.
+            Prompts per process at a time.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template.
 
     Raises:
-        `ValueError`: if `top_k` exceeds the number of items, `num_beams` is below `top_k`, or the trie's items do not
-            end with an end token.
+        `ValueError`: if `top_k` exceeds the number of items, an argument has no meaning with `mode`, or the model or
+            the trie is not fit for it.
     """
-    num_beams = num_beams or top_k
+    beam_arguments = {"num_beams": num_beams, "normalize": normalize, "length_penalty": length_penalty}
+    _check_mode(mode, beam_arguments, exclude, allowed)
     if not 0 < top_k <= trie.num_items:
         raise ValueError(f"`top_k` is {top_k}: it must lie between 1 and the number of items, {trie.num_items}.")
-    if num_beams < top_k:
-        raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
     if len(prompts) == 0:
         raise ValueError("`prompts` is empty: there is nobody to recommend to.")
-    process, trie = PartialState(), trie.to("cpu")
+    process = PartialState()
     is_encoded = isinstance(prompts[0], list) and isinstance(prompts[0][0], int)
     encoded = prompts if is_encoded else encode_prompts(tokenizer, prompts, chat_template_kwargs)
     mine = range(process.process_index, len(encoded), process.num_processes)
-    by_length = sorted(mine, key=lambda index: -len(encoded[index]))  # little padding, and the largest batch first
+    arguments = {"prompts": [encoded[user] for user in mine], "top_k": top_k, "batch_size": batch_size}
+    num_invalid = 0
+    if mode == "generate":
+        found, num_invalid = _generate_items(model, tokenizer, trie, **arguments, **beam_arguments)
+    else:
+        arguments["exclude"] = None if exclude is None else [exclude[user] for user in mine]
+        is_per_user = allowed is not None and not is_shared(allowed)
+        arguments["allowed"] = [allowed[user] for user in mine] if is_per_user else allowed
+        decoder = TrieDecoder(model, trie)
+        if len(mine) == 0:  # more processes than prompts
+            found = DecodingOutput.empty(0, top_k)
+        elif mode == "exact":
+            found = decoder.search(max_expansions=max_expansions, **arguments)
+        else:
+            found = decoder.beam_search(**beam_arguments, **arguments)
+    results = {name: getattr(found, name).numpy() for name in DecodingOutput.__annotations__}
+    if process.num_processes > 1:
+        shares = gather_object([results])
+        users = np.concatenate([np.arange(rank, len(encoded), len(shares)) for rank in range(len(shares))])
+        results = {name: np.concatenate([share[name] for share in shares])[users.argsort()] for name in results}
+        num_invalid = sum(gather_object([num_invalid]))
+    recommendations = Recommendations(**results, invalid_rate=num_invalid / (len(encoded) * (num_beams or top_k)))
+    if process.is_main_process:
+        _report(recommendations, mode)
+    return recommendations
+
+
+def _check_mode(mode: str, beam_arguments: dict[str, Any], exclude, allowed) -> None:
+    if mode not in MODES:
+        raise ValueError(f"`mode` is {mode!r}: it must be one of {', '.join(map(repr, MODES))}.")
+    defaults = {"num_beams": None, "normalize": "trie", "length_penalty": 0.0}
+    given = [name for name, value in beam_arguments.items() if value != defaults[name]]
+    if mode == "exact" and given:
+        raise ValueError(f"`{given[0]}` is {beam_arguments[given[0]]!r}, but exact search has none: pass mode='beam'.")
+    if mode == "generate" and not (exclude is None and allowed is None):
+        raise ValueError("`exclude` and `allowed` have no effect on `generate`: pass mode='exact' or mode='beam'.")
+
+
+def _report(found: Recommendations, mode: str) -> None:
+    """Say for how many users the result is less than was asked for."""
+    num_short, num_inexact = int((found.items[:, -1] < 0).sum()), int((~found.exact).sum())
+    if num_short:
+        remedy = "there are no more that they may get" if mode == "exact" else "raise `num_beams`"
+        logger.warning("%d of %d users got fewer than `top_k` items: %s.", num_short, len(found.items), remedy)
+    if mode == "exact" and num_inexact:
+        logger.warning(
+            "%d of %d users reached `max_expansions` before their items were certain to be the best: raise it.",
+            num_inexact,
+            len(found.items),
+        )
+
+
+# ---------------------------------------------------------------------- by `generate`
+
+
+def _generate_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trie: ItemTrie,
+    prompts: list[list[int]],
+    top_k: int,
+    batch_size: int,
+    num_beams: int | None,
+    normalize: str,
+    length_penalty: float,
+) -> tuple[DecodingOutput, int]:
+    """Items by `generate`, and the number of sequences that are no item."""
+    num_beams = num_beams or top_k
+    if num_beams < top_k:
+        raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
+    trie = trie.to("cpu")
+    by_length = sorted(range(len(prompts)), key=lambda user: -len(prompts[user]))
     pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(
         num_beams=num_beams,
@@ -117,33 +211,21 @@ def recommend(
         return_dict_in_generate=True,
         output_scores=True,
     )
-    results, num_invalid = [], 0
+    output, num_invalid = DecodingOutput.empty(len(prompts), top_k), 0
     starts = range(0, len(by_length), batch_size)
+    is_silent = len(starts) < 2 or not PartialState().is_local_main_process
     with _ready_to_generate(model):
-        for start in tqdm(starts, desc="Recommending", disable=len(starts) < 2 or not process.is_local_main_process):
+        for start in tqdm(starts, desc="Recommending", disable=is_silent):
             users = by_length[start : start + batch_size]
-            sequences, scores = _generate(model, trie, [encoded[u] for u in users], pad_token, config, normalize)
+            sequences, scores = _generate(model, trie, [prompts[u] for u in users], pad_token, config, normalize)
             scores = scores.view(len(users), num_beams).cpu()
             nodes = trie.reached(sequences.cpu()).view(len(users), num_beams)
             is_item, alive = trie.is_leaf(nodes), scores > _DEAD_BEAM
             num_invalid += int((~is_item & alive).sum())
             ranked = _expand_leaves(trie, nodes.where(is_item & alive, -1), scores, top_k)
-            results += [(user, *row) for user, row in zip(users, ranked)]
-    if process.num_processes > 1:
-        results = gather_object(results)
-        num_invalid = sum(gather_object([num_invalid]))
-    results.sort(key=lambda row: row[0])
-    num_short = sum(items[-1] < 0 for _, items, _ in results)
-    if num_short and process.is_main_process:
-        logger.warning(
-            "%d of %d users got fewer than top_k=%d items: raise `num_beams`.", num_short, len(results), top_k
-        )
-    return Recommendations(
-        items=np.array([items for _, items, _ in results], dtype=np.int64),
-        scores=np.array([scores for _, _, scores in results], dtype=np.float64),
-        num_invalid=num_invalid,
-        num_sequences=len(results) * num_beams,
-    )
+            for user, (user_items, user_scores) in zip(users, ranked):
+                output.items[user], output.scores[user] = torch.tensor(user_items), torch.tensor(user_scores)
+    return output, num_invalid
 
 
 @contextlib.contextmanager
@@ -176,11 +258,11 @@ def _generate(
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[pad_token] * (longest - len(p)) + p for p in prompts], device=model.device)
     attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    processors = [TrieLogitsProcessor(trie, longest, normalize, inplace=True)]
+    if config.num_beams == 1:  # greedy search hands over logits, beam search log-probabilities
+        processors.insert(0, LogitNormalization())
     output = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        generation_config=config,
-        logits_processor=[TrieLogitsProcessor(trie, longest, normalize, inplace=True)],
+        input_ids=input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=processors
     )
     written = output.sequences[:, longest:]
     if config.num_beams > 1:

@@ -68,11 +68,9 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
     Raises:
         `ValueError`: if the head's weight is no floating-point matrix or smaller than the trie's vocabulary needs.
     """
-    _check_head(model, trie)
+    check_head(model, trie)
     original_forward = model.forward
     text_config = model.config.get_text_config()
-    softcap = getattr(text_config, "final_logit_softcapping", None)
-    scale = _logit_scale(text_config)
 
     # Keep the original signature: `generate` validates its model kwargs against it
     @functools.wraps(type(model).forward)
@@ -95,12 +93,9 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
         nodes = nodes[row, column]
         branching = local_trie.num_valid_tokens(nodes) > 1
 
-        weight, bias = head.weight, head.bias
-        # FSDP2 exposes sharded parameters as DTensors: gather them before rows are picked
-        if isinstance(weight, DTensor):
-            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-        with torch.autocast(device.type, enabled=False), maybe_gather_lm_head_ctx(weight, bias):
-            project = functools.partial(_project, weight=weight, bias=bias, scale=scale, softcap=softcap)
+        project = head_projection(self)
+        weight = project.keywords["weight"]
+        with torch.autocast(device.type, enabled=False), maybe_gather_lm_head_ctx(weight, project.keywords["bias"]):
             output = _sparse_output(local_trie, nodes[branching], hidden[row[branching], column[branching]], project)
             if output_vocab_losses:
                 # cast once, not for each chunk of positions
@@ -111,6 +106,21 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
         return output
 
     model.forward = types.MethodType(forward, model)
+
+
+def head_projection(model: PreTrainedModel) -> functools.partial:
+    """
+    The model's LM head as a function of `hidden` states, `(positions, hidden_size)`, and of the `rows` of the head to
+    project them onto; it returns the logits in fp32, scaled and softcapped as the model's own forward does.
+    """
+    text_config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, head.bias
+    # FSDP2 exposes sharded parameters as DTensors: gather them before rows are picked
+    if isinstance(weight, DTensor):
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    softcap = getattr(text_config, "final_logit_softcapping", None)
+    return functools.partial(_project, weight=weight, bias=bias, scale=_logit_scale(text_config), softcap=softcap)
 
 
 def _sparse_output(trie: ItemTrie, nodes: Tensor, hidden: Tensor, project) -> SparseCausalLMOutput:
@@ -131,7 +141,6 @@ def _sparse_output(trie: ItemTrie, nodes: Tensor, hidden: Tensor, project) -> Sp
 def _project(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, rows: Tensor | slice
 ) -> Tensor:
-    """Logits of some rows of the head in fp32, scaled and softcapped as the model's own forward does."""
     logits = hidden.float() @ weight[rows].float().T
     if bias is not None:
         logits = logits + bias[rows].float()
@@ -170,7 +179,7 @@ def _load_balancing_loss(text_config: PretrainedConfig, backbone_outputs: ModelO
     )
 
 
-def _check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
+def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
     weight = model.get_output_embeddings().weight
     if not weight.is_floating_point():
         raise ValueError(

@@ -74,7 +74,7 @@ class TrieLogitsProcessor(LogitsProcessor):
         rows, tokens = trie.valid_tokens(nodes)
         valid_scores = scores[rows, tokens]
         if self.normalize == "trie":
-            valid_scores = valid_scores - _logsumexp_by_row(valid_scores, rows, len(scores))[rows]
+            valid_scores = valid_scores - logsumexp_by_row(valid_scores, rows, len(scores))[rows]
         processed = scores.fill_(-torch.inf) if self.inplace else torch.full_like(scores, -torch.inf)
         processed[rows, tokens] = valid_scores
         finished = trie.is_leaf(nodes)  # it may only repeat its end token, which changes no score
@@ -97,7 +97,7 @@ class TrieLogitsProcessor(LogitsProcessor):
         return nodes
 
 
-def _logsumexp_by_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+def logsumexp_by_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """`logsumexp` of the values of each row, fp32; `-inf` where a row has none or only `-inf`."""
     values = values.float()
     largest = torch.full((num_rows,), -torch.inf, device=values.device).scatter_reduce(0, rows, values, "amax")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .compressed_trie import CompressedTrie, ragged_arange
 from .sequence_index import MAX_TOKEN, SequenceIndex
 
 
@@ -208,9 +209,7 @@ class ItemTrie:
         on_trie = nodes >= 0
         nodes = nodes.clamp(min=0)
         counts = torch.where(on_trie, self.num_children(nodes), 0).long()
-        rows = torch.repeat_interleave(counts)
-        row_start = counts.cumsum(0) - counts
-        offset = torch.arange(len(rows), device=nodes.device) - row_start[rows]
+        rows, offset = ragged_arange(counts)
         return rows, self.tokens(self.first_child[nodes][rows] + offset)
 
     def valid_mask(self, nodes: Tensor, vocab_size: int | None = None) -> Tensor:
@@ -227,7 +226,12 @@ class ItemTrie:
     # ------------------------------------------------------------------ items
 
     @cached_property
-    def _levels(self) -> list[tuple[int, int]]:
+    def compressed(self) -> CompressedTrie:
+        """The trie with its forced chains contracted, for search."""
+        return CompressedTrie(self)
+
+    @cached_property
+    def levels(self) -> list[tuple[int, int]]:
         """First node of each level and of the next one, from the root's level on."""
         levels = [(0, 1)]
         while True:
@@ -239,12 +243,12 @@ class ItemTrie:
     @property
     def depth(self) -> int:
         """Number of tokens of the longest item: what `max_new_tokens` must allow for."""
-        return len(self._levels) - 1
+        return len(self.levels) - 1
 
     @property
     def item_lengths(self) -> Tensor:
         """Number of tokens of each item, int64 of shape `(num_items,)`: the level of its node."""
-        starts = torch.tensor([start for start, _ in self._levels], dtype=torch.int32, device=self.device)
+        starts = torch.tensor([start for start, _ in self.levels], dtype=torch.int32, device=self.device)
         return torch.searchsorted(starts, self.item_nodes, right=True) - 1
 
     @cached_property
@@ -301,7 +305,7 @@ class ItemTrie:
     def statistics(self) -> list[dict[str, float]]:
         """Per depth: number of nodes, of branching nodes, of item ends, and mean and maximum number of children."""
         statistics = []
-        for depth, (start, end) in enumerate(self._levels):
+        for depth, (start, end) in enumerate(self.levels):
             counts = self.first_child[start : end + 1].diff()
             statistics.append(
                 {

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine against brute force: every item of the catalogue teacher-forced after every prompt."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_model, make_windows, score_every_item
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
+
+from trl_msl import ItemTrie, TrieDecoder, build_rows, encode_prompts
+
+
+VOCAB_SIZE, END = 12, 11
+
+
+@functools.lru_cache
+def small_model(seed: int, sharpness: float = 8.0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(sharpness)
+    return model
+
+
+TITLE = st.lists(st.integers(0, 3), max_size=5).map(lambda tokens: [*tokens, END])
+CATALOG = st.one_of(
+    st.lists(TITLE, min_size=1, max_size=14),
+    st.lists(TITLE, min_size=1, max_size=14).map(
+        lambda titles: [[9, 8, *title] for title in titles]
+    ),  # one-child root
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=14),  # some begin others
+)
+PROMPTS = st.lists(st.lists(st.integers(0, END), min_size=1, max_size=6), min_size=1, max_size=4)
+SEED = st.integers(0, 3)
+
+
+def check_ranking(found, scores: np.ndarray, allowed: list[set[int]], top_k: int) -> None:
+    """Scores, order and completeness of what was found, where brute force gives `scores`."""
+    for user, expected in enumerate(scores):
+        items = [item for item in found.items[user].tolist() if item >= 0]
+        assert len(items) == len(set(items)) == min(top_k, len(allowed[user]))
+        assert set(items) <= allowed[user]
+        np.testing.assert_allclose(found.scores[user, : len(items)], expected[items], atol=2e-5)
+        assert (found.items[user, len(items) :] == -1).all()
+        assert (found.scores[user, len(items) :] == -torch.inf).all()
+        # Best first, ties by index; and nothing better was left out
+        ranking = list(zip((-found.scores[user]).tolist(), items))
+        assert ranking == sorted(ranking)
+        best = sorted((expected[item] for item in allowed[user]), reverse=True)[: len(items)]
+        np.testing.assert_allclose(expected[items], best, atol=2e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CATALOG, PROMPTS, SEED, st.integers(1, 16), st.sampled_from([1, 3, 16]), st.integers(1, 4), st.data())
+def test_search_is_brute_force(sequences, prompts, seed, top_k, nodes_per_round, batch_size, data):
+    trie, model = ItemTrie.from_sequences(sequences, VOCAB_SIZE), small_model(seed)
+    items = range(trie.num_items)
+    lists = st.lists(st.sampled_from(items), max_size=len(items))
+    exclude = data.draw(st.none() | st.lists(lists, min_size=len(prompts), max_size=len(prompts)), "exclude")
+    shared = st.lists(st.sampled_from(items), min_size=1)
+    allowed = data.draw(st.none() | shared | st.lists(lists, min_size=len(prompts), max_size=len(prompts)), "allowed")
+    found = TrieDecoder(model, trie).search(
+        prompts, top_k, exclude, allowed, nodes_per_round=nodes_per_round, batch_size=batch_size
+    )
+    may_get = [set(items) for _ in prompts]
+    for user in range(len(prompts)):
+        if allowed is not None:
+            may_get[user] &= set(allowed if isinstance(allowed[0], int) else allowed[user])
+        if exclude is not None:
+            may_get[user] -= set(exclude[user])
+    check_ranking(found, score_every_item(model, trie, prompts), may_get, top_k)
+    assert found.exact.all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(CATALOG, PROMPTS, SEED, st.integers(1, 6), st.integers(1, 4))
+def test_a_certificate_is_never_wrong(sequences, prompts, seed, top_k, max_expansions):
+    trie, model = ItemTrie.from_sequences(sequences, VOCAB_SIZE), small_model(seed)
+    found = TrieDecoder(model, trie).search(prompts, top_k, max_expansions=max_expansions, nodes_per_round=2)
+    assert (found.expansions <= max_expansions).all()
+    scores = score_every_item(model, trie, prompts)
+    for user in found.exact.nonzero().squeeze(1).tolist():
+        best = np.sort(scores[user])[::-1][:top_k]
+        np.testing.assert_allclose(found.scores[user, : len(best)], best, atol=2e-5)
+    whole = TrieDecoder(model, trie).search(prompts, top_k)
+    assert (found.exact | (found.expansions < whole.expansions)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(CATALOG, PROMPTS, SEED, st.integers(1, 3), st.integers(1, 5), st.data())
+def test_item_scores_are_those_of_brute_force(sequences, prompts, seed, batch_size, items_per_pass, data):
+    trie, model = ItemTrie.from_sequences(sequences, VOCAB_SIZE), small_model(seed)
+    lists = st.lists(st.integers(0, trie.num_items - 1))
+    items = data.draw(st.lists(lists, min_size=len(prompts), max_size=len(prompts)))
+    found = TrieDecoder(model, trie).score_items(prompts, items, batch_size, items_per_pass)
+    for row, expected, wanted in zip(found, score_every_item(model, trie, prompts), items):
+        np.testing.assert_allclose(row, expected[wanted], atol=2e-5)
+
+
+def test_equal_scores_are_in_the_order_of_the_items():
+    model = small_model(0, sharpness=0.0)  # all tokens are equally likely
+    trie = ItemTrie.from_sequences([[7, END], [3, 1, END], [5, END], [3, 2, END], [1, END], [5, END]], VOCAB_SIZE)
+    found = TrieDecoder(model, trie).search([[0]], top_k=6)
+    assert found.items.tolist() == [[0, 2, 4, 5, 1, 3]]
+    found = TrieDecoder(model, trie).search([[0]], top_k=2, exclude=[[2]])
+    assert found.items.tolist() == [[0, 4]]
+
+
+def test_expansions_and_rounds_of_a_known_search():
+    trie = ItemTrie.from_sequences([[0, 0, END], [0, 1, END], [1, 2, 3, END], [2, 0, END], [2, 1, END]], VOCAB_SIZE)
+    model = small_model(0, sharpness=0.0)
+    found = TrieDecoder(model, trie).search([[4, 5]], top_k=1)
+    # The root's children have 1/3 each; that of item 2 is a forced tail, the others may tie with it for all we know
+    assert (found.items.item(), found.expansions.item(), found.rounds.item()) == (2, 3, 2)
+    assert found.scores.item() == pytest.approx(np.log(1 / 3))
+    one = ItemTrie.from_sequences([[1, 2, END]], VOCAB_SIZE)
+    found = TrieDecoder(model, one).search([[4, 5]], top_k=2)
+    assert (found.items.tolist(), found.scores.tolist()) == ([[0, -1]], [[0.0, -torch.inf]])
+    assert (found.exact.item(), found.expansions.item()) == (True, 0)
+
+
+def test_each_token_is_run_once(monkeypatch):
+    trie = ItemTrie.from_sequences([[0, 5, 6, 0, END], [0, 5, 6, 1, 7, 8, END], [1, 2, 3, END]], VOCAB_SIZE)
+    model = small_model(0)
+    decoder = TrieDecoder(model, trie)
+    sizes, forward = [], model.model.forward
+
+    def count_tokens(input_ids, **kwargs):
+        sizes.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", count_tokens)
+    decoder.search([[4, 4, 4, 4, 1], [4, 4, 4, 4, 2, 3], [4, 4, 4, 4, 2]], top_k=3)
+    # What the prompts share; the rest of each; the chain 0, 5, 6 as one step. Forced tails are not run at all
+    assert sizes == [(1, 4), (3, 2), (3, 3)]
+
+
+FAMILIES = {
+    "llama": (LlamaConfig, {}),
+    "llama-eager": (LlamaConfig, {"attn_implementation": "eager"}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 8}),
+    "mistral": (MistralConfig, {}),  # its window of 4,096 is longer than the prompts
+    "gemma": (GemmaConfig, {"head_dim": 8}),
+    "gemma2": (Gemma2Config, {"head_dim": 8}),
+    "gemma3": (Gemma3TextConfig, {"head_dim": 8}),
+    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "granite": (GraniteConfig, {"logits_scaling": 8.0}),
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer, catalog, template) -> list[list[int]]:
+    rows = build_rows(make_windows(catalog.ids, num_rows=5), catalog, template)
+    return encode_prompts(tokenizer, rows["prompt"][:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_families(family, tokenizer, trie, prompts):
+    config_class, kwargs = FAMILIES[family]
+    model = make_model(tokenizer, config_class, **kwargs)
+    found = TrieDecoder(model, trie).search(prompts, top_k=5, batch_size=3)
+    check_ranking(found, score_every_item(model, trie, prompts), [set(range(12))] * 5, top_k=5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_bf16(family, tokenizer, trie, prompts):
+    config_class, kwargs = FAMILIES[family]
+    model = make_model(tokenizer, config_class, **kwargs)
+    reference = score_every_item(model, trie, prompts)
+    model = model.bfloat16()
+    found = TrieDecoder(model, trie).search(prompts, top_k=12)
+    ours = np.stack([scores[items.argsort()] for items, scores in zip(found.items, found.scores.numpy())])
+    # No further from fp32 than what the model's own forward gives in bf16
+    own_error = np.abs(score_every_item(model, trie, prompts) - reference).max()
+    assert np.abs(ours - reference).max() <= 1.5 * own_error + 1e-3
+
+
+def test_lora(tokenizer, trie, prompts):
+    model = get_peft_model(make_model(tokenizer), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    plain = TrieDecoder(make_model(tokenizer), trie).search(prompts, top_k=12)
+    found = TrieDecoder(model, trie).search(prompts, top_k=12)
+    check_ranking(found, score_every_item(model, trie, prompts), [set(range(12))] * 5, top_k=12)
+    assert not torch.allclose(found.scores, plain.scores)
+    head = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
+    with pytest.raises(ValueError, match="gives other logits .* mode='generate'"):
+        TrieDecoder(get_peft_model(make_model(tokenizer), head), trie)
+
+
+SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "kwargs"),
+    [
+        (MambaConfig, {}),  # recurrent
+        (Qwen3NextConfig, {"head_dim": 8, "shared_expert_intermediate_size": 16, **SMALL_EXPERTS}),  # hybrid
+        (BloomConfig, {"n_layer": 2, "n_head": 4}),  # positions come from the mask
+    ],
+)
+def test_models_that_cannot_see_a_tree_are_recognised(config_class, kwargs, tokenizer, trie):
+    model = make_model(tokenizer, config_class, **kwargs)
+    with pytest.raises(ValueError, match="can't run a tree of tokens.*`TrieLogitsProcessor`"):
+        TrieDecoder(model, trie)
+
+
+def test_attention_that_cannot_see_a_tree_is_recognised(tokenizer, trie, prompts):
+    model = make_model(tokenizer)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"'flash_attention_2' attention.*set_attn_implementation\('sdpa'\)"):
+        TrieDecoder(model, trie)
+    for config_class in (MistralConfig, Gemma3TextConfig):
+        model = make_model(tokenizer, config_class, sliding_window=16, head_dim=8)
+        with pytest.raises(ValueError, match="`prompts` of up to .* don't fit the model's sliding window of 16"):
+            TrieDecoder(model, trie).search(prompts)
+
+
+def test_the_check_notices_a_model_that_ignores_the_mask(tokenizer, trie, monkeypatch):
+    model = make_model(tokenizer)
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda **kwargs: forward(**{**kwargs, "attention_mask": None}))
+    with pytest.raises(ValueError, match="gives other logits for a tree of tokens"):
+        TrieDecoder(model, trie)
+
+
+def test_batch_is_single(tokenizer, trie, prompts):
+    decoder = TrieDecoder(make_model(tokenizer), trie)
+    items = [[0, 3], [5], [], [11, 10, 9], [1]]
+    scores = decoder.score_items(prompts, items)
+    for method in (decoder.search, decoder.beam_search, functools.partial(decoder.beam_search, normalize="vocab")):
+        whole = method(prompts, top_k=4)
+        for user, prompt in enumerate(prompts):
+            alone = method([prompt], top_k=4)
+            assert alone.items[0].tolist() == whole.items[user].tolist()
+            torch.testing.assert_close(alone.scores[0], whole.scores[user], rtol=0, atol=1e-4)
+            torch.testing.assert_close(decoder.score_items([prompt], [items[user]])[0], scores[user])
+
+
+def test_the_model_is_left_as_it_was(tokenizer, trie, prompts):
+    model = make_model(tokenizer, attention_dropout=0.5).train()
+    decoder = TrieDecoder(model, trie)
+    first, second = decoder.search(prompts), decoder.search(prompts)
+    assert torch.equal(first.scores, second.scores)  # no dropout
+    assert model.training
+    assert not first.scores.requires_grad
+
+
+def test_beams_with_restrictions_find_what_is_left(tokenizer, trie, prompts):
+    decoder = TrieDecoder(make_model(tokenizer), trie)
+    expected = decoder.search(prompts, top_k=12, exclude=[[1, 2]] * 5, allowed=[0, 1, 5, 6, 7])
+    found = decoder.beam_search(prompts, top_k=12, exclude=[[1, 2]] * 5, allowed=[0, 1, 5, 6, 7])
+    assert found.items.tolist() == expected.items.tolist()
+    torch.testing.assert_close(found.scores, expected.scores)
+    assert not found.exact.any()
+
+
+def test_bad_arguments(tokenizer, trie, prompts):
+    decoder = TrieDecoder(make_model(tokenizer), trie)
+    for name in ("top_k", "max_expansions", "nodes_per_round", "batch_size"):
+        with pytest.raises(ValueError, match=f"`{name}` is 0: it must be at least 1"):
+            decoder.search(prompts, **{name: 0})
+    with pytest.raises(ValueError, match="`prompts` is empty"):
+        decoder.search([])
+    with pytest.raises(ValueError, match="`prompts` has no token for user 1"):
+        decoder.search([[1], []])
+    with pytest.raises(ValueError, match="`exclude` has 1 lists for 5 prompts"):
+        decoder.search(prompts, exclude=[[1]])
+    with pytest.raises(ValueError, match="`exclude` holds item 12 .list 4., but the catalogue has items 0 to 11"):
+        decoder.search(prompts, exclude=[[], [], [], [], [3, 12]])
+    with pytest.raises(ValueError, match="`allowed` holds item -1"):
+        decoder.search(prompts, allowed=torch.tensor([-1]))
+    with pytest.raises(ValueError, match="`allowed` is empty"):
+        decoder.search(prompts, allowed=[])
+    with pytest.raises(ValueError, match="`items` has 1 lists for 5 prompts"):
+        decoder.score_items(prompts, [[1]])
+    with pytest.raises(ValueError, match="`num_beams` is 3: it must be at least `top_k` = 5"):
+        decoder.beam_search(prompts, top_k=5, num_beams=3)
+    with pytest.raises(ValueError, match="`normalize` is 'none'"):
+        decoder.beam_search(prompts, normalize="none")
+    prefixes = ItemTrie.from_sequences([[5], [5, 6]], len(tokenizer))
+    with pytest.raises(ValueError, match="append an end token"):
+        TrieDecoder(make_model(tokenizer), prefixes).beam_search(prompts, top_k=1)
+    foreign = ItemTrie.from_sequences([[len(tokenizer)]])
+    with pytest.raises(ValueError, match="Was the trie built with another tokenizer"):
+        TrieDecoder(make_model(tokenizer), foreign)
+
+
+def test_nan_is_an_error(tokenizer, trie, prompts):
+    model = make_model(tokenizer)
+    decoder = TrieDecoder(model, trie)
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    with pytest.raises(ValueError, match="`model` gives NaN"):
+        decoder.search(prompts)

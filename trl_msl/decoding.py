@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact top-K search, beam search and item scores over the trie. Token ids and nodes only, no text."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .beams import Beams
+from .frontier import Frontier, key_items, key_scores, pad_rows
+from .lm_head import check_head, head_projection
+from .logits_process import logsumexp_by_row
+from .restriction import Restriction
+from .tree_cache import TreeCache, check_tree_attention, prefill_prefix, sliding_window
+from .trie import ItemTrie
+
+
+_VOCAB_ROWS = 64  # positions whose logits over the whole vocabulary are made at a time
+
+
+@dataclass
+class DecodingOutput:
+    """
+    Ranked items of some users, on the CPU.
+
+    Args:
+        items (`torch.Tensor` of shape `(num_users, top_k)`, int64):
+            Item indices, best first, those with equal scores by index; `-1` where there is none.
+        scores (`torch.Tensor` of shape `(num_users, top_k)`, fp32):
+            Log-probability of each item; `-inf` where there is none.
+        exact (`torch.Tensor` of shape `(num_users,)`, bool):
+            Whether these are certainly the best items there are. Beam search can't tell.
+        expansions (`torch.Tensor` of shape `(num_users,)`, int64):
+            Number of nodes whose children were scored.
+        rounds (`torch.Tensor` of shape `(num_users,)`, int64):
+            Number of forward passes that the user took part in, the prompt's included.
+    """
+
+    items: Tensor
+    scores: Tensor
+    exact: Tensor
+    expansions: Tensor
+    rounds: Tensor
+
+    @classmethod
+    def empty(cls, num_users: int, top_k: int) -> DecodingOutput:
+        """Output in which nothing has been found."""
+        return cls(
+            items=torch.full((num_users, top_k), -1),
+            scores=torch.full((num_users, top_k), -torch.inf),
+            exact=torch.zeros(num_users, dtype=torch.bool),
+            expansions=torch.zeros(num_users, dtype=torch.int64),
+            rounds=torch.zeros(num_users, dtype=torch.int64),
+        )
+
+
+class TrieDecoder:
+    """
+    Ranks the items of a catalogue by their log-probability under a model, restricted to the catalogue.
+
+    A prompt is run through the model once, and what all prompts begin with once for all of them. Nodes of the trie are
+    appended to the same cache, many in one forward, each of which sees its own ancestors only. Chains of forced tokens
+    take one forward, or none at the end of an item, and only the logits of children are ever computed, in fp32. Memory
+    is bounded by `batch_size`, whatever the size of the catalogue.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model, PEFT-wrapped or not, on the devices of one process.
+        trie ([`ItemTrie`]):
+            Trie of the catalogue, built with the model's tokenizer.
+
+    Raises:
+        `ValueError`: if the model can't run a tree of tokens in one forward pass. A small tree is tried: recurrent
+            layers, FlashAttention, or whatever else makes its logits differ from those of the model's own forward, is
+            found there.
+
+    Example:
+
+    ```python
+    decoder = TrieDecoder(model, trie)
+    found = decoder.search([[1, 5, 7], [1, 9]], top_k=10)  # prompts as token ids
+    ```
+    """
+
+    def __init__(self, model: PreTrainedModel, trie: ItemTrie):
+        base = model.get_base_model() if is_peft_model(model) else model
+        check_head(base, trie)
+        self.model = model
+        self.backbone = base.base_model
+        self.project = head_projection(base)
+        self.trie = trie.to(base.device)
+        self.tree = self.trie.compressed
+        with _evaluating(model):
+            check_tree_attention(base, self.project)
+
+    def search(
+        self,
+        prompts: Sequence[list[int]],
+        top_k: int = 10,
+        exclude: Sequence[Sequence[int]] | None = None,
+        allowed: Sequence[int] | Tensor | Sequence[Sequence[int]] | None = None,
+        max_expansions: int = 1024,
+        nodes_per_round: int = 16,
+        batch_size: int = 16,
+    ) -> DecodingOutput:
+        """
+        Find the `top_k` items with the highest log-probability `log P_valid`, the sum over an item's tokens of their
+        log-probabilities among the valid tokens (Lemma 4.1 of the MSL paper).
+
+        Best-first search over the nodes at which there is a choice. Log-probabilities never rise along a path, so the
+        result is certain as soon as the K-th item found beats every open node.
+
+        Args:
+            prompts (`Sequence[list[int]]`):
+                Token ids of each user's prompt.
+            top_k (`int`, *optional*, defaults to `10`):
+                Number of items to find. Where a user may get fewer, the rest is `-1` with a score of `-inf`.
+            exclude (`Sequence[Sequence[int]]`, *optional*):
+                Item indices that each user must not get, such as the history.
+            allowed (`Sequence[int]`, `torch.Tensor` or `Sequence[Sequence[int]]`, *optional*):
+                Item indices that all users, or each of them, may get, such as what is in stock. The scores stay those
+                of the whole catalogue.
+            max_expansions (`int`, *optional*, defaults to `1024`):
+                Number of nodes to expand for a user at most. If it is reached first, `exact` may be `False`.
+            nodes_per_round (`int`, *optional*, defaults to `16`):
+                Number of nodes of each user that one forward pass expands. More need fewer passes, but expand nodes in
+                vain.
+            batch_size (`int`, *optional*, defaults to `16`):
+                Number of prompts at a time.
+
+        Returns:
+            [`DecodingOutput`]: The items of each prompt.
+
+        Raises:
+            `ValueError`: if an argument is out of range, or a prompt is longer than the model's sliding window.
+        """
+        limits = {"top_k": top_k, "max_expansions": max_expansions, "nodes_per_round": nodes_per_round}
+        self._check_arguments(prompts, exclude, allowed, batch_size=batch_size, **limits)
+        output = DecodingOutput.empty(len(prompts), top_k)
+        with _evaluating(self.model):
+            for users, cache in self._batches(prompts, batch_size):
+                restriction = self._restriction(users, exclude, allowed)
+                frontier = Frontier(self.tree, restriction, len(users), top_k, max_expansions)
+                self._search(output, users, cache, frontier, nodes_per_round)
+        return output
+
+    def beam_search(
+        self,
+        prompts: Sequence[list[int]],
+        top_k: int = 10,
+        exclude: Sequence[Sequence[int]] | None = None,
+        allowed: Sequence[int] | Tensor | Sequence[Sequence[int]] | None = None,
+        num_beams: int | None = None,
+        normalize: str = "trie",
+        length_penalty: float = 0.0,
+        batch_size: int = 16,
+    ) -> DecodingOutput:
+        """
+        The items that `model.generate` finds with `num_beams` beams and a [`TrieLogitsProcessor`], with the same
+        scores: for comparison with published numbers, which come from there.
+
+        Args:
+            prompts, top_k, exclude, allowed, batch_size:
+                As for [`~TrieDecoder.search`].
+            num_beams (`int`, *optional*):
+                Beam width, `top_k` by default.
+            normalize (`str`, *optional*, defaults to `"trie"`):
+                `"trie"`, log-probabilities among the valid tokens; or `"vocab"`, over the vocabulary, which takes a
+                forward pass and all logits for every token, forced ones too.
+            length_penalty (`float`, *optional*, defaults to `0.0`):
+                Scores of finished items are divided by their number of tokens to this power, as `generate` does.
+
+        Returns:
+            [`DecodingOutput`]: The items of each prompt, none of them certain.
+
+        Raises:
+            `ValueError`: if an argument is out of range, or an item is a strict prefix of another.
+        """
+        num_beams = top_k if num_beams is None else num_beams
+        self._check_arguments(prompts, exclude, allowed, batch_size=batch_size, top_k=top_k)
+        if num_beams < top_k:
+            raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
+        if normalize not in ("trie", "vocab"):
+            raise ValueError(f"`normalize` is {normalize!r}: it must be 'trie' or 'vocab'.")
+        if not self.trie.is_leaf(self.trie.item_nodes.long()).all():
+            raise ValueError(
+                "`trie` has items that are the beginning of others, so beams can't know when one is finished: append "
+                "an end token to every sequence, as `ItemCatalog.build_trie` does."
+            )
+        output = DecodingOutput.empty(len(prompts), top_k)
+        with _evaluating(self.model):
+            for users, cache in self._batches(prompts, batch_size):
+                restriction = self._restriction(users, exclude, allowed)
+                root_scores = self._score_root(cache, normalize)
+                beams = Beams(self.tree, restriction, num_beams, length_penalty, root_scores)
+                self._beam_search(output, users, cache, beams, normalize)
+        return output
+
+    def score_items(
+        self,
+        prompts: Sequence[list[int]],
+        items: Sequence[Sequence[int]],
+        batch_size: int = 16,
+        items_per_pass: int = 128,
+    ) -> list[Tensor]:
+        """
+        Log-probability `log P_valid` of given items, for reranking and diagnosis. What the items of a user have in
+        common is computed once.
+
+        Args:
+            prompts (`Sequence[list[int]]`):
+                Token ids of each user's prompt.
+            items (`Sequence[Sequence[int]]`):
+                Item indices to score for each prompt.
+            batch_size (`int`, *optional*, defaults to `16`):
+                Number of prompts at a time.
+            items_per_pass (`int`, *optional*, defaults to `128`):
+                Number of items of a user that one forward pass scores, which bounds its memory.
+
+        Returns:
+            `list` of `torch.Tensor` of shape `(len(items[user]),)`, fp32, on the CPU.
+
+        Raises:
+            `ValueError`: if there are not as many lists of items as prompts, or an item is not in the catalogue.
+        """
+        self._check_arguments(prompts, batch_size=batch_size, items_per_pass=items_per_pass)
+        self._check_items("items", items, len(prompts))
+        items = [torch.as_tensor(row, dtype=torch.int64) for row in items]
+        scores = [torch.zeros(len(row)) for row in items]
+        with _evaluating(self.model):
+            for users, cache in self._batches(prompts, batch_size):
+                # In the order of the leaves, so that the items of a pass have much in common
+                orders = [self.tree.item_place.cpu()[items[user]].argsort() for user in users]
+                for start in range(0, max(map(len, orders)), items_per_pass):
+                    parts = [order[start : start + items_per_pass] for order in orders]
+                    found = self._score(cache, [items[user][part] for user, part in zip(users, parts)])
+                    for user, part, values in zip(users, parts, found):
+                        scores[user][part] = values
+                    cache.clear()
+        return scores
+
+    # ------------------------------------------------------------------ one batch
+
+    def _search(
+        self, output: DecodingOutput, users: Tensor, cache: TreeCache, frontier: Frontier, nodes_per_round: int
+    ) -> None:
+        """Exact search for a batch of `users`, whose results go into their rows of `output`."""
+        for rounds in itertools.count(start=1):
+            nodes, scores = frontier.take(nodes_per_round)
+            is_done = (nodes < 0).all(1)
+            if is_done.any():
+                _write(output, users, frontier, is_done)
+                if is_done.all():
+                    return
+                frontier.select(~is_done)
+                cache.select(~is_done)
+                nodes, scores = nodes[~is_done], scores[~is_done]
+            # The prompt's last token stands for the root
+            hidden = cache.root_hidden[:, -1] if rounds == 1 else cache.append(nodes)
+            row, column = (nodes >= 0).nonzero(as_tuple=True)
+            parents, children = self.tree.children(nodes[row, column])
+            log_probs = self._log_probs(hidden, parents, self.tree.head_tokens(children))
+            frontier.add(row[parents], children, scores[row, column][parents] + log_probs)
+
+    def _beam_search(
+        self, output: DecodingOutput, users: Tensor, cache: TreeCache, beams: Beams, normalize: str
+    ) -> None:
+        """Beam search for a batch of `users`, whose results go into their rows of `output`."""
+        for rounds in itertools.count(start=1):
+            is_done = beams.is_done
+            if is_done.any():
+                _write(output, users, beams, is_done)
+                if is_done.all():
+                    return
+                beams.select(~is_done)
+                cache.select(~is_done)
+            rows, nodes, steps = beams.continuations()
+            log_probs = torch.zeros(len(rows), device=rows.device)
+            # A forced token has a probability of 1 among the valid ones, but not in the vocabulary
+            read = beams.is_choosing if normalize == "trie" else beams.is_alive
+            if read.any():
+                if rounds == 1:
+                    hidden = cache.root_hidden[:, -1]
+                elif normalize == "trie":
+                    hidden = cache.append(torch.where(read, beams.nodes, -1))
+                else:
+                    hidden = cache.append(torch.where(read, beams.nodes, -1), beams.steps, beams.steps + 1)
+                state = read.reshape(-1).cumsum(0) - 1
+                is_read = read.reshape(-1)[rows]
+                tokens = self.tree.chain_tokens[self.tree.chain_start[nodes] + steps]
+                log_probs[is_read] = self._log_probs(hidden, state[rows[is_read]], tokens[is_read], normalize)
+                beams.count_expansions(read)
+            beams.advance(rows, nodes, steps, log_probs)
+
+    def _score(self, cache: TreeCache, items: list[Tensor]) -> list[Tensor]:
+        """Scores of items of each user of a batch, in one forward pass."""
+        tree, counts = self.tree, torch.tensor([len(row) for row in items])
+        users = torch.repeat_interleave(counts).to(tree.device)
+        leaves = tree.item_nodes[torch.cat(items).to(tree.device)].long()
+        levels = [leaves]
+        while (levels[-1] > 0).any():
+            levels.append(tree.parent[levels[-1]].long().clamp(min=0))
+        # Every node at which some item of a user takes a choice, by user and from the root down
+        keys = torch.cat([users[:0], *(users * tree.num_nodes + nodes for nodes in levels[1:])]).unique()
+        row, nodes = keys // tree.num_nodes, keys % tree.num_nodes
+        hidden = cache.root_hidden.new_empty(len(keys), cache.root_hidden.shape[-1])
+        hidden[nodes == 0] = cache.root_hidden[row[nodes == 0], -1]
+        if (nodes > 0).any():
+            hidden[nodes > 0] = cache.append(pad_rows(row[nodes > 0], nodes[nodes > 0], len(items), fill=-1))
+        parents, children = tree.children(nodes)
+        log_probs = self._log_probs(hidden, parents, tree.head_tokens(children))
+        first = torch.searchsorted(parents, torch.arange(len(keys), device=tree.device))
+        scores = torch.zeros(len(leaves), device=tree.device)
+        for above, below in zip(levels[1:], levels):
+            place = first[torch.searchsorted(keys, users * tree.num_nodes + above)] + below - tree.first_child[above]
+            scores += torch.where(below > 0, log_probs[place.clamp(max=len(log_probs) - 1)], 0.0)
+        return scores.cpu().split(counts.tolist())
+
+    # ------------------------------------------------------------------ parts
+
+    def _batches(self, prompts: Sequence[list[int]], batch_size: int) -> Iterator[tuple[Tensor, TreeCache]]:
+        """Users and the cache of their prompts, a batch at a time, prompts of similar length together."""
+        order = sorted(range(len(prompts)), key=lambda user: -len(prompts[user]))
+        shared = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
+        shared = min(shared, len(prompts[order[-1]]) - 1)  # each prompt keeps a token to read on from
+        prefix = prefill_prefix(self.backbone, prompts[0][:shared], self.tree.device)
+        starts = range(0, len(order), batch_size)
+        is_silent = len(starts) < 2 or not PartialState().is_local_main_process
+        for start in tqdm(starts, desc="Decoding", disable=is_silent):
+            users = order[start : start + batch_size]
+            yield torch.tensor(users), TreeCache(self.backbone, self.tree, [prompts[user] for user in users], prefix)
+
+    def _log_probs(self, hidden: Tensor, rows: Tensor, tokens: Tensor, normalize: str = "trie") -> Tensor:
+        """
+        Log-probabilities of next tokens.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(num_rows, hidden_size)`):
+                Hidden state that each row of tokens comes after.
+            rows, tokens (`torch.Tensor` of shape `(total,)`):
+                Row and id of each token, rows ascending.
+            normalize (`str`):
+                `"trie"`, among the tokens of the row; or `"vocab"`, over the vocabulary.
+
+        Returns:
+            `torch.Tensor` of shape `(total,)`, fp32.
+        """
+        if normalize == "trie":
+            # A product with the union of all rows' tokens, out of which each row takes its own
+            union, columns = tokens.unique(return_inverse=True)
+            logits = self._project(hidden, union)[rows, columns]
+            log_probs = logits - logsumexp_by_row(logits, rows, len(hidden))[rows]
+        else:
+            log_probs = torch.empty(len(rows), device=rows.device)
+            for start in range(0, len(hidden), _VOCAB_ROWS):
+                logits = self._project(hidden[start : start + _VOCAB_ROWS], slice(None))
+                here = (rows >= start) & (rows < start + _VOCAB_ROWS)
+                row = rows[here] - start
+                log_probs[here] = logits[row, tokens[here].long()] - logits.logsumexp(1)[row]
+        if log_probs.isnan().any():
+            raise ValueError("`model` gives NaN as logits, so no item can be ranked. Has its training diverged?")
+        return log_probs.clamp_(max=0.0)
+
+    def _project(self, hidden: Tensor, tokens: Tensor | slice) -> Tensor:
+        """Logits of some tokens after each hidden state, `(num_rows, num_tokens)`, fp32."""
+        weight = self.project.keywords["weight"]
+        tokens = tokens if isinstance(tokens, slice) else tokens.to(weight.device)
+        return self.project(hidden.to(weight.device), rows=tokens).to(self.tree.device)
+
+    def _score_root(self, cache: TreeCache, normalize: str) -> Tensor:
+        """Log-probability of the tokens that all items begin with, fp32 of shape `(num_users,)`."""
+        num_users, num_forced = len(cache.root_hidden), cache.root_hidden.shape[1] - 1
+        if normalize == "trie" or num_forced == 0:
+            return torch.zeros(num_users, device=self.tree.device)
+        rows = torch.arange(num_users * num_forced, device=self.tree.device)
+        tokens = self.tree.chain_tokens[:num_forced].repeat(num_users)
+        log_probs = self._log_probs(cache.root_hidden[:, :-1].flatten(0, 1), rows, tokens, normalize)
+        return log_probs.view(num_users, num_forced).sum(1)
+
+    def _restriction(self, users: Tensor, exclude, allowed) -> Restriction:
+        """What the users of a batch may get."""
+        if exclude is not None:
+            exclude = [exclude[user] for user in users]
+        if allowed is not None:
+            allowed = torch.as_tensor(allowed) if is_shared(allowed) else [allowed[user] for user in users]
+        return Restriction(self.tree, exclude, allowed)
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_arguments(self, prompts: Sequence[list[int]], exclude=None, allowed=None, **counts: int) -> None:
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}: it must be at least 1.")
+        if len(prompts) == 0:
+            raise ValueError("`prompts` is empty: there is nobody to recommend to.")
+        lengths = [len(prompt) for prompt in prompts]
+        if min(lengths) == 0:
+            raise ValueError(f"`prompts` has no token for user {lengths.index(0)}: an item must come after something.")
+        window = sliding_window(self.backbone.config)
+        longest = max(lengths) + self.trie.depth
+        if window is not None and longest > window:
+            raise ValueError(
+                f"`prompts` of up to {max(lengths)} tokens with an item of up to {self.trie.depth} don't fit the "
+                f"model's sliding window of {window}: shorten the prompts, or decode with `model.generate` and "
+                "`TrieLogitsProcessor` (`recommend(..., mode='generate')`)."
+            )
+        if exclude is not None:
+            self._check_items("exclude", exclude, len(prompts))
+        if allowed is not None:
+            if len(allowed) == 0:
+                raise ValueError("`allowed` is empty: leave it out to allow the whole catalogue.")
+            self._check_items("allowed", *(([allowed], 1) if is_shared(allowed) else (allowed, len(prompts))))
+
+    def _check_items(self, name: str, rows: Sequence[Sequence[int]], num_users: int) -> None:
+        if len(rows) != num_users:
+            raise ValueError(f"`{name}` has {len(rows)} lists for {num_users} prompts: pass a list for each.")
+        for user, row in enumerate(rows):
+            items = torch.as_tensor(row)
+            off = items[(items < 0) | (items >= self.trie.num_items)]
+            if len(off) > 0:
+                raise ValueError(
+                    f"`{name}` holds item {int(off[0])} (list {user}), but the catalogue has items 0 to "
+                    f"{self.trie.num_items - 1}: pass indices, such as `catalog.indices(ids)`."
+                )
+
+
+def _write(output: DecodingOutput, users: Tensor, state: Frontier | Beams, is_done: Tensor) -> None:
+    """Write what has been found for the users that are done into their rows of `output`."""
+    done = users[state.users[is_done].cpu()]
+    keys = state.best_items(output.items.shape[1])[is_done]
+    output.items[done] = key_items(keys).cpu()
+    output.scores[done] = key_scores(keys).cpu()
+    output.exact[done] = state.is_exact[is_done].cpu()
+    output.expansions[done] = state.expansions[is_done].cpu()
+    output.rounds[done] = state.rounds[is_done].cpu()
+
+
+def is_shared(allowed) -> bool:
+    """Whether one list of items is meant for all users."""
+    return isinstance(allowed, Tensor) and allowed.ndim == 1 or isinstance(allowed[0], Integral)
+
+
+@contextlib.contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; the model's own mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
