@@ -70,7 +70,7 @@ def benchmark_processor(rounds: int = 2) -> dict:
     return results
 
 
-def read_marisa_trie(sequences: list[list[int]]) -> AllowedTokens:
+def read_marisa_trie(sequences: list[list[int]], prompt_length: int = PROMPT_LENGTH) -> AllowedTokens:
     """Allowed tokens from a marisa-trie of strings, found by listing all keys below the prefix."""
     # A character per token, past the surrogates, which no string may hold
     character = [chr(token if token < 0xD800 else token + 0x800) for token in range(VOCAB_SIZE)]
@@ -79,7 +79,7 @@ def read_marisa_trie(sequences: list[list[int]]) -> AllowedTokens:
     first_tokens = sorted({sequence[0] for sequence in sequences})
 
     def allowed_tokens(batch_id: int, input_ids: Tensor) -> list[int]:
-        prefix = "".join(character[token] for token in input_ids[PROMPT_LENGTH:].tolist())
+        prefix = "".join(character[token] for token in input_ids[prompt_length:].tolist())
         if not prefix:
             return first_tokens
         return [token_of[char] for char in {key[len(prefix)] for key in trie.keys(prefix) if len(key) > len(prefix)}]

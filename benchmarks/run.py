@@ -14,21 +14,21 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from decoding import benchmark_decoding
 from loss import benchmark_loss
 from processor import benchmark_processor
 from step import benchmark_step
-from timing import describe_machine
+from timing import OUTPUT_DIR, describe_machine
 from trie_build import benchmark_trie_build
 
 
-OUTPUT_DIR = Path(__file__).resolve().parents[1] / "outputs" / "bench"
 BENCHMARKS = {
     "loss": benchmark_loss,
     "step": benchmark_step,
     "trie_build": benchmark_trie_build,
     "processor": benchmark_processor,
+    "decoding": benchmark_decoding,
 }
 # What is promised: result → (at least or at most, limit, the absolute values behind it)
 TARGETS = {
@@ -41,6 +41,9 @@ TARGETS = {
     "trie_build_1m_mb": ("<=", 200),
     "processor_vs_transformers": (">=", 10, "transformers_marisa_s", "processor_s"),
     "processor_inplace_vs_transformers": (">=", 10, "transformers_marisa_s", "processor_inplace_s"),
+    "decode_vs_generate_marisa": (">=", 8, "generate_marisa_users_per_s", "decode_users_per_s"),
+    "decode_vs_generate_processor": (">=", 5, "generate_processor_users_per_s", "decode_users_per_s"),
+    "decode_memory_vs_generate": ("<=", 0.25, "decode_peak_mb", "generate_processor_peak_mb"),
 }
 
 

@@ -9,10 +9,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers
 import trl
+
+
+OUTPUT_DIR = Path(__file__).resolve().parents[1] / "outputs" / "bench"
 
 
 def time_calls(
@@ -62,7 +66,7 @@ def summarize(seconds: dict[str, list[float]]) -> dict[str, float | list[float]]
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
-def peak_memory(function: Callable[[], object]) -> int | None:
+def peak_memory(function: Callable[[], object], device: torch.device | None = None) -> int | None:
     """
     By how many bytes one call of `function` raises the memory that the process has in use; call it once before.
 
@@ -70,8 +74,14 @@ def peak_memory(function: Callable[[], object]) -> int | None:
     glibc is told to give back what it keeps of freed memory, and to give back freed tensors at once from here on: so
     nothing which the call needs is hidden there, and what it has freed does not count. Time nothing afterwards.
     Unlike `ru_maxrss` this does not miss what stays below an earlier peak, and unlike a profiler of tensors it counts
-    the buffers of the matrix library and Python's objects. `None` where there is no `/proc`.
+    the buffers of the matrix library and Python's objects. `None` where there is no `/proc`. On a GPU, the
+    `device`, what counts is the allocator's peak.
     """
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     if not os.path.exists("/proc/self/clear_refs"):
         return None
     gc.collect()

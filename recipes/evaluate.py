@@ -6,13 +6,20 @@ Evaluate a trained recommender: a folder or Hub repository with a model or a LoR
 accelerate launch recipes/evaluate.py --model_name_or_path outputs/quickstart/msl
 ```
 
-The data options are those of `sft_msl.py`, and so is the generated data without them. Writes `metrics.json` and
-`recommendations.txt` into `--output_dir`.
+The data options are those of `sft_msl.py`, and so is the generated data without them. Several ways of decoding are
+compared on the same users, with the difference of each to the first:
+
+```bash
+accelerate launch recipes/evaluate.py --model_name_or_path outputs/quickstart/msl --decoding exact beam beam-vocab
+```
+
+Writes `metrics.json` and `recommendations.txt` into `--output_dir`.
 """
 
 import dataclasses
 import json
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +30,16 @@ from recipe_outputs import describe_recommendations, format_table, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
-from trl_msl import evaluate_recommendations, recommend
+from trl_msl import Recommendations, bootstrap_interval, evaluate_recommendations, per_user_metrics
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+DECODINGS = {
+    "exact": {"mode": "exact"},
+    "beam": {"mode": "beam", "normalize": "trie"},
+    "beam-vocab": {"mode": "beam", "normalize": "vocab"},
+    "generate": {"mode": "generate", "normalize": "trie"},
+}
 
 
 @dataclass
@@ -41,12 +54,14 @@ class EvaluationArguments:
             `validation` or `test`.
         top_k (`int`, *optional*, defaults to `10`):
             Number of items to rank.
+        decoding (`list[str]`, *optional*, defaults to `["exact"]`):
+            How to find the best items: `exact`; `beam`, beam search by the restricted probability that MSL trains;
+            `beam-vocab`, by the probability over the vocabulary, as published code does; or `generate`, like `beam`
+            for models that the engine can't run.
         num_beams (`int`, *optional*):
             Beam width, `top_k` by default.
-        normalize (`str`, *optional*, defaults to `"trie"`):
-            `trie`, the restricted probability that MSL trains, or `vocab`, the usual one.
         length_penalty (`float`, *optional*, defaults to `0.0`):
-            As for `generate`.
+            As for `generate`, for beams.
         match (`str`, *optional*, defaults to `"id"`):
             Whether a hit is the item itself (`id`) or any item with its text (`text`).
         batch_size (`int`, *optional*, defaults to `16`):
@@ -60,9 +75,11 @@ class EvaluationArguments:
     output_dir: str = field(default="outputs/evaluate", metadata={"help": "Folder to write into."})
     split: str = field(default="test", metadata={"help": "Split.", "choices": ["validation", "test"]})
     top_k: int = field(default=10, metadata={"help": "Number of items to rank."})
+    decoding: list[str] = field(
+        default_factory=lambda: ["exact"], metadata={"help": "How to decode.", "choices": list(DECODINGS)}
+    )
     num_beams: int | None = field(default=None, metadata={"help": "Beam width, `top_k` by default."})
-    normalize: str = field(default="trie", metadata={"help": "Score.", "choices": ["trie", "vocab"]})
-    length_penalty: float = field(default=0.0, metadata={"help": "As for `generate`."})
+    length_penalty: float = field(default=0.0, metadata={"help": "As for `generate`, for beams."})
     match: str = field(default="id", metadata={"help": "What counts as a hit.", "choices": ["id", "text"]})
     batch_size: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
     max_length: int | None = field(default=None, metadata={"help": "Longer prompts lose their oldest items."})
@@ -84,28 +101,49 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
     chat_template_kwargs = json.loads(args.chat_template_kwargs) if args.chat_template_kwargs else None
     trie = data.catalog.build_trie(tokenizer, data_args.conversational, chat_template_kwargs)
     rows = data.rows[args.split]
-    ranking = {
-        "num_beams": args.num_beams or args.top_k,
-        "normalize": args.normalize,
-        "length_penalty": args.length_penalty,
+    ks = sorted({min(5, args.top_k), args.top_k})
+    settings = {
+        "ks": ks,
+        "match": args.match,
         "batch_size": args.batch_size,
+        "max_length": args.max_length,
+        "prompt_template": data.template,
         "chat_template_kwargs": chat_template_kwargs,
     }
-    fit = {"max_length": args.max_length, "prompt_template": data.template, "match": args.match}
-    ks = sorted({min(5, args.top_k), args.top_k})
-    metrics = evaluate_recommendations(model, tokenizer, trie, data.catalog, rows, ks=ks, **fit, **ranking)
-    shown = rows.select(range(min(5, len(rows))))
-    found = recommend(model, tokenizer, trie, shown["prompt"][:], top_k=args.top_k, **ranking)
+    results, found = {}, {}
+    for decoding in args.decoding:
+        beams = {"num_beams": args.num_beams, "length_penalty": args.length_penalty} if decoding != "exact" else {}
+        started = time.time()
+        results[decoding], found[decoding] = evaluate_recommendations(
+            model, tokenizer, trie, data.catalog, rows, return_recommendations=True,
+            **settings, **beams, **DECODINGS[decoding],
+        )  # fmt: skip
+        results[decoding]["seconds"] = round(time.time() - started, 1)
+    first, *others = found
+    differences = {f"{other} - {first}": compare(found[other], found[first], ks) for other in others}
     if process.is_main_process:
-        text = describe_recommendations(shown, data.catalog, found)
-        write_json(Path(args.output_dir) / "metrics.json", {**metrics, **dataclasses.asdict(args)})
+        text = describe_recommendations(rows, data.catalog, found[first])
+        report = {**results, "differences": differences, "arguments": dataclasses.asdict(args)}
+        write_json(Path(args.output_dir) / "metrics.json", report)
         (Path(args.output_dir) / "recommendations.txt").write_text(text, encoding="utf-8")
-        print(text)
         columns = tuple(f"{name}@{k}" for k in ks for name in ("ndcg", "hr"))
-        print(format_table({Path(model_args.model_name_or_path).name: metrics}, columns))
+        print(f"{text}\n{model_args.model_name_or_path}, {len(rows)} users\n{format_table(results, columns)}")
+        if differences:
+            print(f"\nDifference, with its interval\n{format_table(differences, columns)}")
     # A rank that exits while others still talk, or with the group's threads alive, is aborted
     process.wait_for_everyone()
     process.destroy_process_group()
+
+
+def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> dict[str, float]:
+    """Mean differences of the metrics of the same users, with their bootstrap intervals."""
+    difference = {}
+    values, others = (per_user_metrics(result.target_ranks, tuple(ks)) for result in (found, other))
+    for name in values:
+        per_user = values[name] - others[name]
+        difference[name] = float(per_user.mean())
+        difference[f"{name}_low"], difference[f"{name}_high"] = bootstrap_interval(per_user)
+    return difference
 
 
 def quickstart_data() -> list[str]:

@@ -51,7 +51,6 @@ from trl_msl import (
     MSLTrainer,
     RecommendationCallback,
     evaluate_recommendations,
-    recommend,
     tokenize_rows,
 )
 
@@ -68,8 +67,9 @@ class RecipeArguments:
         loss (`list[str]`, *optional*, defaults to `["msl"]`):
             What to train and compare, from the same start and with the same updates: `msl`, `lml` (TRL's
             `SFTTrainer`), and `untrained`.
-        num_beams (`int`, *optional*, defaults to `10`):
-            Beam width of all evaluations.
+        decoding (`str`, *optional*, defaults to `"exact"`):
+            How evaluations find the best items, see `recommend`: `exact`, `beam` (10 beams), or `generate` (the same
+            for models that the engine can't run).
         eval_batch_users (`int`, *optional*, defaults to `16`):
             Users per process that are decoded at a time.
         scratch_vocab_size, scratch_hidden_size, scratch_num_layers, scratch_pretrain_steps (`int`, *optional*):
@@ -80,7 +80,9 @@ class RecipeArguments:
         default_factory=lambda: ["msl"],
         metadata={"help": "What to train and compare: msl, lml, untrained.", "choices": ["msl", "lml", "untrained"]},
     )
-    num_beams: int = field(default=10, metadata={"help": "Beam width of all evaluations."})
+    decoding: str = field(
+        default="exact", metadata={"help": "How evaluations decode.", "choices": ["exact", "beam", "generate"]}
+    )
     eval_batch_users: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
     scratch_vocab_size: int = field(default=2000, metadata={"help": "Vocabulary of the small tokenizer."})
     scratch_hidden_size: int = field(default=128, metadata={"help": "Hidden size of the small model."})
@@ -111,7 +113,7 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
     )
     trie = data.catalog.build_trie(tokenizer, data_args.conversational, config.chat_template_kwargs)
     ranking = {
-        "num_beams": args.num_beams,
+        "mode": args.decoding,
         "batch_size": args.eval_batch_users,
         "max_length": config.max_length,
         "prompt_template": data.template,
@@ -131,15 +133,8 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
             trainer.save_model(trainer.args.output_dir)
             model, histories[name] = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
         trained = time.time()
-        metrics = evaluate_recommendations(model, tokenizer, trie, data.catalog, data.rows["test"], **ranking)
-        shown = data.rows["test"].select(range(min(5, len(data.rows["test"]))))
-        found = recommend(
-            model,
-            tokenizer,
-            trie,
-            shown["prompt"][:],
-            num_beams=args.num_beams,
-            chat_template_kwargs=config.chat_template_kwargs,
+        metrics, found = evaluate_recommendations(
+            model, tokenizer, trie, data.catalog, data.rows["test"], return_recommendations=True, **ranking
         )
         metrics |= {"train_seconds": round(trained - begun, 1), "test_seconds": round(time.time() - trained, 1)}
         results[name] = metrics
@@ -147,7 +142,7 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
             write_json(output_dir / name / "metrics.json", metrics)
             if name in histories:
                 write_json(output_dir / name / "log_history.json", histories[name])
-            text = describe_recommendations(shown, data.catalog, found)
+            text = describe_recommendations(data.rows["test"], data.catalog, found)
             (output_dir / name / "recommendations.txt").write_text(text, encoding="utf-8")
             print(text)
         if config.push_to_hub and name == "msl":

@@ -18,7 +18,7 @@ LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processe
 TINY = [
     "--scratch_hidden_size", "32", "--scratch_num_layers", "1", "--scratch_pretrain_steps", "2", "--max_steps", "4",
     "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--logging_steps", "1",
-    "--report_to", "none", "--bf16", "false", "--num_beams", "10", "--gradient_checkpointing", "false", "--use_cpu",
+    "--report_to", "none", "--bf16", "false", "--gradient_checkpointing", "false", "--use_cpu",
 ]  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_quickstart_compares_losses_on_generated_data(tmp_path):
                    "--max_test_users", 20)  # fmt: skip
     assert "ndcg@10" in again
     metrics = read(tmp_path / "evaluation" / "metrics.json")
-    assert metrics["ndcg@10"] == pytest.approx(summary["msl"]["ndcg@10"])
+    assert metrics["exact"]["ndcg@10"] == pytest.approx(summary["msl"]["ndcg@10"])
 
 
 def test_folder_yaml_lora_and_best_checkpoint(tmp_path, folder):
@@ -100,9 +100,18 @@ def test_folder_yaml_lora_and_best_checkpoint(tmp_path, folder):
     assert list(read(tmp_path / "out" / "summary.json")) == ["msl", "seconds"]
     launch(
         "evaluate.py", "--data_dir", folder, "--prompt_words", "book", "books", "read", "--model_name_or_path",
-        tmp_path / "out" / "msl", "--output_dir", tmp_path / "out", "--normalize", "vocab", "--match", "text",
+        tmp_path / "out" / "msl", "--output_dir", tmp_path / "out", "--match", "text", "--num_beams", 30,
+        "--decoding", "exact", "beam", "beam-vocab", "generate",
     )  # fmt: skip
-    assert read(tmp_path / "out" / "metrics.json")["normalize"] == "vocab"
+    metrics = read(tmp_path / "out" / "metrics.json")
+    assert list(metrics) == ["exact", "beam", "beam-vocab", "generate", "differences", "arguments"]
+    assert (metrics["exact"]["exact_rate"], metrics["beam"]["exact_rate"]) == (1, 0)
+    for wide in ("beam", "generate"):  # more beams than items find them all
+        assert metrics[wide]["ndcg@10"] == pytest.approx(metrics["exact"]["ndcg@10"])
+        assert metrics["differences"][f"{wide} - exact"]["ndcg@10"] == pytest.approx(0)
+    vocab = metrics["differences"]["beam-vocab - exact"]
+    assert vocab["ndcg@10"] == pytest.approx(metrics["beam-vocab"]["ndcg@10"] - metrics["exact"]["ndcg@10"])
+    assert vocab["ndcg@10_low"] <= vocab["ndcg@10"] <= vocab["ndcg@10_high"]
 
 
 def test_interaction_log_conversational_full_fine_tuning_and_resume(tmp_path):

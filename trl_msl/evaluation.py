@@ -89,7 +89,8 @@ def evaluate_recommendations(
         _, first, leaf = np.unique(trie.item_nodes.cpu().numpy(), return_index=True, return_inverse=True)
         representative = first[leaf]  # the first item with the same text
         targets, recommended = representative[targets], _first_of_each(representative, recommended)
-    values = per_user_metrics(ranks_of_targets(recommended, targets), ks)
+    found.target_ranks = ranks_of_targets(recommended, targets)
+    values = per_user_metrics(found.target_ranks, ks)
     low, high = bootstrap_interval(values[f"ndcg@{top_k}"], confidence)
     metrics = {
         **{name: float(value.mean()) for name, value in values.items()},

@@ -48,6 +48,8 @@ class Recommendations:
             Number of forward passes that the user took part in; `0` from `generate`.
         invalid_rate (`float`):
             Share of sequences decoded that are no item. Constrained decoding makes none.
+        target_ranks (`numpy.ndarray` of shape `(num_users,)`, fp64, *optional*):
+            From [`evaluate_recommendations`]: rank of each target, as [`ranks_of_targets`] gives it.
     """
 
     items: np.ndarray
@@ -56,6 +58,7 @@ class Recommendations:
     expansions: np.ndarray
     rounds: np.ndarray
     invalid_rate: float = 0.0
+    target_ranks: np.ndarray | None = None
 
 
 def recommend(
