@@ -59,25 +59,17 @@ def load_books() -> Catalog:
     return Catalog("Amazon Book titles, Llama 3 tokenizer", trie, targets)
 
 
-def load_prompts(books: Catalog, num_train: int, num_test: int) -> tuple[list[list[int]], list[list[int]]]:
-    """
-    Prompts of the MSL paper (Table 1) for the first training rows, in the order of `books.targets`, and for the first
-    rows of the test set; random tokens after a common beginning where the data is absent.
-    """
+def load_prompts(num_users: int) -> list[list[int]]:
+    """Token ids of the MSL paper's prompts (Table 1) for the first users of the test set; random ones where absent."""
     data, tokenizer = SHARED / "data" / "amazon_books", SHARED / "tokenizers" / "llama3"
     if not (data.is_dir() and tokenizer.is_dir()):
-        tokens = torch.randint(VOCAB_SIZE, (num_train + num_test, 160), generator=torch.Generator().manual_seed(0))
-        tokens[:, :40] = tokens[0, :40]
-        prompts = tokens.tolist()
-        return prompts[:num_train], prompts[num_train:]
+        tokens = torch.randint(VOCAB_SIZE, (num_users, 160), generator=torch.Generator().manual_seed(0))
+        tokens[:, :40] = tokens[0, :40]  # an instruction
+        return tokens.tolist()
     catalog = ItemCatalog.from_json(data / "id2name4Rec.json", template='"{text}"', empty_texts="keep")
-    windows = read_windows(data, train_file="train_10000.csv")
-    template, tokenizer = PromptTemplate.from_paper("book", "books", "read"), AutoTokenizer.from_pretrained(tokenizer)
-    train, test = (
-        build_rows(windows[split].select(range(number)), catalog, template)["prompt"][:]
-        for split, number in (("train", num_train), ("test", num_test))
-    )
-    return encode_prompts(tokenizer, train), encode_prompts(tokenizer, test)
+    windows = read_windows(data)["test"].select(range(num_users))
+    rows = build_rows(windows, catalog, PromptTemplate.from_paper("book", "books", "read"))
+    return encode_prompts(AutoTokenizer.from_pretrained(tokenizer), rows["prompt"][:])
 
 
 def generate_sequences(num_items: int, length: int, seed: int = 0) -> np.ndarray:

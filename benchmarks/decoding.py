@@ -7,14 +7,16 @@ with 10 beams and
 - our `TrieLogitsProcessor`, in place (`decode_vs_generate_processor`).
 
 Same model, same prompts, same batch, in one run, on the GPU if there is one. The model is a small Llama with Llama 3's
-vocabulary, trained with MSL for a few steps with frozen embeddings, so that its scores are like a recommender's: they
-decide how many nodes a search expands. `untrained_…` is the same model before. Also measured:
+vocabulary and random weights. How many nodes a search expands depends on how sure the model is, so its matrices are
+doubled: then it expands as many as with the model trained on this data in `docs/results.md`. Also measured:
 
 - `beam10_top10_right_share`: users whose ten best items a search with 10 beams finds, all of them, in any order;
-- `schedule`: cost by the number of nodes that a round expands, the curve of `outputs/bench/decoding_schedule.png`.
+- `schedule`: cost by the number of nodes that a round expands, for models of different sharpness, the curves of
+  `outputs/bench/decoding_schedule.png`.
 """
 
 import contextlib
+import functools
 import io
 
 import matplotlib
@@ -25,7 +27,7 @@ from timing import OUTPUT_DIR, peak_memory, summarize, time_calls
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PrefixConstrainedLogitsProcessor
 
-from trl_msl import TrieDecoder, TrieLogitsProcessor, add_sparse_lm_head, masked_softmax_loss
+from trl_msl import DecodingOutput, TrieDecoder, TrieLogitsProcessor
 
 
 matplotlib.use("Agg")
@@ -34,15 +36,33 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 BATCH_SIZE, NUM_USERS, TOP_K = 16, 256, 10
 HIDDEN_SIZE, NUM_LAYERS = 256, 4
-TRAINING_STEPS = 150
-NODES_PER_ROUND = [1, 2, 4, 8, 16, 32, 64, 128]
+SHARPNESS = 2.0
+NODES_PER_ROUND = [1, 2, 4, 8, 16, 32, 64]
 
 
 def benchmark_decoding(rounds: int = 2) -> dict:
     """Users per second and memory of each way; see the module's docstring."""
     books = load_books()
-    train, test = load_prompts(books, TRAINING_STEPS * BATCH_SIZE // 2, NUM_USERS)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prompts = load_prompts(NUM_USERS)
+    model = _make_model(SHARPNESS)
+    decoder = TrieDecoder(model, books.trie)
+    results = {
+        "catalogue": books.source,
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+        "users_per_batch": BATCH_SIZE,
+        "prompt_tokens": sum(map(len, prompts)) / len(prompts),
+        "hidden_size": HIDDEN_SIZE,
+        "num_layers": NUM_LAYERS,
+        "vocab_size": VOCAB_SIZE,
+    }
+    results |= _describe_search(decoder, prompts)
+    results |= _compare(decoder, books, prompts[:BATCH_SIZE], rounds)
+    results["schedule"] = _measure_schedule(books, prompts[: 4 * BATCH_SIZE], rounds)
+    return results
+
+
+def _make_model(sharpness: float) -> LlamaForCausalLM:
+    """A small Llama whose random matrices are multiplied by `sharpness`."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -52,25 +72,12 @@ def benchmark_decoding(rounds: int = 2) -> dict:
         num_attention_heads=4,
         num_key_value_heads=4,
     )
-    model = LlamaForCausalLM(config).to(device)
-    add_sparse_lm_head(model, books.trie)
-    results = {
-        "catalogue": books.source,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "users_per_batch": BATCH_SIZE,
-        "prompt_tokens": sum(map(len, test)) / len(test),
-        "hidden_size": HIDDEN_SIZE,
-        "num_layers": NUM_LAYERS,
-        "vocab_size": VOCAB_SIZE,
-    }
-    untrained = TrieDecoder(model.eval(), books.trie)
-    results |= {f"untrained_{name}": value for name, value in _describe_search(untrained, test).items()}
-    _train(model, books, train)
-    decoder = TrieDecoder(model.eval(), books.trie)
-    results |= _describe_search(decoder, test)
-    results |= _compare(decoder, books, test[:BATCH_SIZE], rounds)
-    results["schedule"] = _measure_schedule(decoder, test[: 4 * BATCH_SIZE], rounds)
-    return results
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(sharpness)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _describe_search(decoder: TrieDecoder, prompts: list[list[int]]) -> dict[str, float]:
@@ -80,44 +87,14 @@ def _describe_search(decoder: TrieDecoder, prompts: list[list[int]]) -> dict[str
         beams = decoder.beam_search(prompts, TOP_K, batch_size=BATCH_SIZE)
     if not exact.exact.all():
         raise RuntimeError("a search was cut short by `max_expansions`, so there is nothing to compare with")
-    is_right = exact.items.sort(dim=1).values == beams.items.sort(dim=1).values
+    is_found = (exact.items[:, :, None] == beams.items[:, None]).any(2)
     return {
-        "beam10_top10_right_share": is_right.all(1).float().mean().item(),
-        "beam10_items_found_share": (beams.items[:, :, None] == exact.items[:, None]).float().sum().item()
-        / exact.items.numel(),
+        "beam10_top10_right_share": is_found.all(1).float().mean().item(),
+        "beam10_items_found_share": is_found.float().mean().item(),
         "expansions_mean": exact.expansions.float().mean().item(),
         "expansions_max": exact.expansions.max().item(),
         "rounds_mean": exact.rounds.float().mean().item(),
     }
-
-
-def _train(model: LlamaForCausalLM, books: Catalog, prompts: list[list[int]]) -> None:
-    """A short MSL training at a temperature of 1, with frozen embeddings."""
-    model.train()
-    model.model.embed_tokens.requires_grad_(False)
-    model.lm_head.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    paths = books.trie.paths(books.trie.item_nodes[books.targets[: len(prompts)]])
-    size = BATCH_SIZE // 2
-    for start in range(0, len(prompts), size):
-        path, rows = paths[start : start + size], prompts[start : start + size]
-        titles = [books.trie.tokens(nodes[nodes >= 0]).tolist() for nodes in path]
-        length = max(len(row) + len(title) for row, title in zip(rows, titles))
-        batch = {
-            "input_ids": _pad([row + title for row, title in zip(rows, titles)], length, 0),
-            "attention_mask": _pad([[1] * (len(row) + len(title)) for row, title in zip(rows, titles)], length, 0),
-            "labels": _pad(
-                [[-100] * len(row) + nodes[nodes >= 0].tolist() for row, nodes in zip(rows, path)], length, -100
-            ),
-        }
-        output = model(**{name: values.to(model.device) for name, values in batch.items()}, sparse_lm_head=True)
-        masked_softmax_loss(output.logits, output.valid_mask, output.targets).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def _pad(rows: list[list[int]], length: int, fill: int) -> Tensor:
-    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
 
 def _compare(decoder: TrieDecoder, books: Catalog, prompts: list[list[int]], rounds: int) -> dict:
@@ -178,28 +155,34 @@ def _compare(decoder: TrieDecoder, books: Catalog, prompts: list[list[int]], rou
     return results
 
 
-def _measure_schedule(decoder: TrieDecoder, prompts: list[list[int]], rounds: int) -> dict[str, list[float]]:
+def _measure_schedule(books: Catalog, prompts: list[list[int]], rounds: int) -> dict[str, dict]:
     """Cost of the exact search by the number of nodes that a round expands, and its plot."""
+    schedule = {}
+    for sharpness in (1.0, SHARPNESS, 6.0):
+        decoder = TrieDecoder(_make_model(sharpness), books.trie)
 
-    def search(nodes_per_round: int):
-        with contextlib.redirect_stderr(io.StringIO()):
-            return decoder.search(prompts, TOP_K, nodes_per_round=nodes_per_round, batch_size=BATCH_SIZE)
+        def search(nodes_per_round: int, decoder: TrieDecoder = decoder) -> DecodingOutput:
+            with contextlib.redirect_stderr(io.StringIO()):
+                return decoder.search(prompts, TOP_K, nodes_per_round=nodes_per_round, batch_size=BATCH_SIZE)
 
-    outputs = {number: search(number) for number in NODES_PER_ROUND}
-    functions = {str(number): lambda number=number: search(number) for number in NODES_PER_ROUND}
-    seconds = summarize(time_calls(functions, rounds + 1, warmup=0))
-    schedule = {
-        "nodes_per_round": NODES_PER_ROUND,
-        "ms_per_user": [1000 * seconds[f"{number}_s"] / len(prompts) for number in NODES_PER_ROUND],
-        "rounds": [output.rounds.float().mean().item() for output in outputs.values()],
-        "expansions": [output.expansions.float().mean().item() for output in outputs.values()],
-    }
+        outputs = [search(number) for number in NODES_PER_ROUND]
+        functions = {str(number): functools.partial(search, number) for number in NODES_PER_ROUND}
+        seconds = summarize(time_calls(functions, rounds, warmup=0))
+        schedule[f"weights times {sharpness:g}"] = {
+            "nodes_per_round": NODES_PER_ROUND,
+            "ms_per_user": [1000 * seconds[f"{number}_s"] / len(prompts) for number in NODES_PER_ROUND],
+            "rounds": [output.rounds.float().mean().item() for output in outputs],
+            "expansions": [output.expansions.float().mean().item() for output in outputs],
+        }
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True)
     for axis, name in zip(axes, ("ms_per_user", "rounds", "expansions")):
-        axis.plot(NODES_PER_ROUND, schedule[name], marker="o")
+        for label, curve in schedule.items():
+            axis.plot(NODES_PER_ROUND, curve[name], marker="o", label=label)
         axis.set(xlabel="nodes per round", ylabel=name.replace("_", " "), xscale="log", ylim=(0, None))
+        axis.minorticks_off()
         axis.set_xticks(NODES_PER_ROUND, NODES_PER_ROUND)
         axis.grid(alpha=0.3)
+    axes[0].legend()
     OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
     figure.savefig(OUTPUT_DIR / "decoding_schedule.png", dpi=120)
     plt.close(figure)

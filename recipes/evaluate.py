@@ -23,6 +23,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import yaml
 from accelerate import PartialState
 from recipe_data import DataArguments, load_recipe_data
@@ -129,15 +130,18 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
         columns = tuple(f"{name}@{k}" for k in ks for name in ("ndcg", "hr"))
         print(f"{text}\n{model_args.model_name_or_path}, {len(rows)} users\n{format_table(results, columns)}")
         if differences:
-            print(f"\nDifference, with its interval\n{format_table(differences, columns)}")
+            print(f"\nDifference, with its interval\n{format_table(differences, (*columns, 'same_items'))}")
     # A rank that exits while others still talk, or with the group's threads alive, is aborted
     process.wait_for_everyone()
     process.destroy_process_group()
 
 
 def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> dict[str, float]:
-    """Mean differences of the metrics of the same users, with their bootstrap intervals."""
-    difference = {}
+    """
+    Mean differences of the metrics of the same users, with their bootstrap intervals; and for what share of the users
+    the two found the same items, in any order.
+    """
+    difference = {"same_items": float((np.sort(found.items) == np.sort(other.items)).all(axis=1).mean())}
     values, others = (per_user_metrics(result.target_ranks, tuple(ks)) for result in (found, other))
     for name in values:
         per_user = values[name] - others[name]

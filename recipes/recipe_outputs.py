@@ -26,14 +26,15 @@ def write_json(path: Path, content: Any) -> None:
 
 def format_table(results: dict[str, dict[str, float]], columns: tuple[str, ...] = ("ndcg@10", "hr@10")) -> str:
     """A row per system; the interval of a metric beside it where it is known."""
-    lines = [f"{'':>14}" + "".join(f"{column:>26}" for column in columns)]
+    width = max(14, *map(len, results))
+    lines = [" " * width + "".join(f"{column:>28}" for column in columns)]
     for name, metrics in results.items():
         cells = ""
         for column in columns:
             low, high = metrics.get(f"{column}_low"), metrics.get(f"{column}_high")
             interval = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
-            cells += f"{metrics[column]:.4f}{interval}".rjust(26)
-        lines.append(f"{name:>14}{cells}")
+            cells += f"{metrics[column]:.4f}{interval}".rjust(28)
+        lines.append(f"{name:>{width}}{cells}")
     return "\n".join(lines)
 
 

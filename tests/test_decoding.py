@@ -2,6 +2,7 @@
 """The engine against brute force: every item of the catalogue teacher-forced after every prompt."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from trl_msl import ItemTrie, TrieDecoder, build_rows, encode_prompts
+from trl_msl import ItemTrie, TrieDecoder, build_rows, encode_prompts, recommend
 
 
 VOCAB_SIZE, END = 12, 11
@@ -133,6 +134,10 @@ def test_equal_scores_are_in_the_order_of_the_items():
     assert found.items.tolist() == [[0, 2, 4, 5, 1, 3]]
     found = TrieDecoder(model, trie).search([[0]], top_k=2, exclude=[[2]])
     assert found.items.tolist() == [[0, 4]]
+    for branches in ((0, 1), (1, 0)):  # whichever branch is expanded first, the other one ties and has lower indices
+        trie = ItemTrie.from_sequences([[branch, leaf, END] for branch in branches for leaf in (2, 3)], VOCAB_SIZE)
+        found = TrieDecoder(model, trie).search([[0]], top_k=1, nodes_per_round=1)
+        assert (found.items.tolist(), found.expansions.tolist()) == ([[0]], [3])
 
 
 def test_expansions_and_rounds_of_a_known_search():
@@ -142,10 +147,35 @@ def test_expansions_and_rounds_of_a_known_search():
     # The root's children have 1/3 each; that of item 2 is a forced tail, the others may tie with it for all we know
     assert (found.items.item(), found.expansions.item(), found.rounds.item()) == (2, 3, 2)
     assert found.scores.item() == pytest.approx(np.log(1 / 3))
+    found = TrieDecoder(model, trie).search([[4, 5]], top_k=1, max_expansions=1)
+    assert (found.items.item(), found.exact.item()) == (2, False)
+    found = TrieDecoder(model, trie).search([[4, 5]], top_k=1, allowed=[3])  # nothing is looked for where it can't be
+    assert (found.items.item(), found.expansions.item(), found.rounds.item()) == (3, 2, 2)
     one = ItemTrie.from_sequences([[1, 2, END]], VOCAB_SIZE)
     found = TrieDecoder(model, one).search([[4, 5]], top_k=2)
     assert (found.items.tolist(), found.scores.tolist()) == ([[0, -1]], [[0.0, -torch.inf]])
     assert (found.exact.item(), found.expansions.item()) == (True, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(TITLE, min_size=2, max_size=14), PROMPTS, SEED, st.integers(1, 5), st.sampled_from(["trie", "vocab"]),
+    st.sampled_from([0.0, 1.0, -1.0]),
+)  # fmt: skip
+def test_our_beams_are_those_of_generate(sequences, prompts, seed, num_beams, normalize, length_penalty):
+    trie = ItemTrie.from_sequences(sequences, VOCAB_SIZE)
+    settings = {"num_beams": num_beams, "normalize": normalize, "length_penalty": length_penalty}
+    settings["top_k"] = min(num_beams, trie.num_items)
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    ours, theirs = (
+        recommend(small_model(seed), tokenizer, trie, prompts, mode=mode, **settings) for mode in ("beam", "generate")
+    )
+    if num_beams == 1:  # greedy search knows no length penalty
+        assert np.array_equal(ours.items, theirs.items)
+        return
+    np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-4)
+    differs = ours.items != theirs.items
+    assert not differs.any() or np.ptp(ours.scores[differs]) < 1e-4  # only items that tie
 
 
 def test_each_token_is_run_once(monkeypatch):

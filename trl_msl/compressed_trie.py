@@ -143,6 +143,7 @@ def ragged_arange(counts: Tensor) -> tuple[Tensor, Tensor]:
     ```python
     >>> ragged_arange(torch.tensor([2, 0, 1]))
     (tensor([0, 0, 2]), tensor([0, 1, 0]))
+
     ```
     """
     rows = torch.repeat_interleave(counts)

@@ -159,6 +159,7 @@ def pad_rows(rows: Tensor, values: Tensor, num_rows: int, fill: float) -> Tensor
     tensor([[ 5,  6],
             [-1, -1],
             [ 7, -1]])
+
     ```
     """
     counts = torch.bincount(rows, minlength=num_rows)
