@@ -90,6 +90,8 @@ class EvaluationArguments:
 def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelConfig) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing: pass the folder or repository of a trained model.")
+    if args.decoding == ["exact"] and (args.num_beams or args.length_penalty):
+        raise ValueError("`num_beams` and `length_penalty` mean nothing to exact search: add beam to `--decoding`.")
     process = PartialState()
     data = load_recipe_data(data_args)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)

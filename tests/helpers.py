@@ -37,10 +37,10 @@ def make_model(tokenizer, config_class=LlamaConfig, seed: int = 0, **kwargs):
     """A causal LM of a few thousand parameters, with weights large enough for its choices to differ."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes["max_position_embeddings"] = 256
     config = config_class(
         vocab_size=len(tokenizer),
         intermediate_size=64,
-        max_position_embeddings=256,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -10,13 +10,15 @@ import torch
 from helpers import make_model, make_windows, score_every_item
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
+    BertGenerationConfig,
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoConfig,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,9 +27,11 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3NextConfig,
+    RwkvConfig,
 )
 
-from trl_msl import ItemTrie, TrieDecoder, build_rows, encode_prompts, recommend
+from trl_msl import ItemTrie, TrieDecoder, build_rows, decoding, encode_prompts, recommend
+from trl_msl.lm_head import head_projection
 
 
 VOCAB_SIZE, END = 12, 11
@@ -140,6 +144,36 @@ def test_equal_scores_are_in_the_order_of_the_items():
         assert (found.items.tolist(), found.expansions.tolist()) == ([[0]], [3])
 
 
+def test_a_large_search(monkeypatch):
+    """Several hundred slots in the cache, many equal texts, and logits in several groups of rows."""
+    rng = np.random.default_rng(0)
+    sequences = [[*rng.integers(0, 9, rng.integers(2, 5)).tolist(), END] for _ in range(300)] + [[1, 2, END]] * 50
+    trie, model = ItemTrie.from_sequences(sequences, VOCAB_SIZE), small_model(0, sharpness=3.0)
+    prompts = [rng.integers(0, 12, 40).tolist(), rng.integers(0, 12, 33).tolist()]
+    expected = score_every_item(model, trie, prompts)
+    for max_logits in (1 << 23, 100, 1):
+        monkeypatch.setattr(decoding, "_MAX_LOGITS", max_logits)
+        decoder = TrieDecoder(model, trie)
+        found = decoder.search(prompts, top_k=200, exclude=[[300, 303], []], nodes_per_round=7)
+        check_ranking(found, expected, [set(range(350)) - {300, 303}, set(range(350))], top_k=200)
+        assert (found.expansions > 80).all()
+        for scores, user in zip(decoder.score_items(prompts, [range(350)] * 2), expected):
+            np.testing.assert_allclose(scores, user, atol=2e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu(tokenizer, trie, prompts):
+    model = make_model(tokenizer)
+    expected = score_every_item(model, trie, prompts)
+    decoder = TrieDecoder(model.cuda(), trie)
+    in_stock = torch.tensor([0, 2, 4, 6, 8, 10])
+    for method in (decoder.search, functools.partial(decoder.beam_search, num_beams=12)):
+        found = method(prompts, top_k=4, exclude=[[2]] * 5, allowed=in_stock.cuda())
+        check_ranking(found, expected, [{0, 4, 6, 8, 10}] * 5, top_k=4)
+    for scores, user in zip(decoder.score_items(prompts, [in_stock.cuda()] * 5), expected):
+        np.testing.assert_allclose(scores, user[in_stock], atol=1e-4)
+
+
 def test_expansions_and_rounds_of_a_known_search():
     trie = ItemTrie.from_sequences([[0, 0, END], [0, 1, END], [1, 2, 3, END], [2, 0, END], [2, 1, END]], VOCAB_SIZE)
     model = small_model(0, sharpness=0.0)
@@ -241,9 +275,54 @@ def test_lora(tokenizer, trie, prompts):
     found = TrieDecoder(model, trie).search(prompts, top_k=12)
     check_ranking(found, score_every_item(model, trie, prompts), [set(range(12))] * 5, top_k=12)
     assert not torch.allclose(found.scores, plain.scores)
-    head = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
-    with pytest.raises(ValueError, match="gives other logits .* mode='generate'"):
-        TrieDecoder(get_peft_model(make_model(tokenizer), head), trie)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"]),
+        LoraConfig(task_type="CAUSAL_LM", trainable_token_indices={"embed_tokens": [5, 6]}),
+    ],
+)
+def test_an_adapter_on_the_head_is_not_left_out(config, tokenizer, trie, prompts):
+    tied = config.trainable_token_indices is not None
+    model = get_peft_model(make_model(tokenizer, tie_word_embeddings=tied), config)
+    with pytest.raises(ValueError, match="adapter on its LM head.*`merge_and_unload"):
+        TrieDecoder(model, trie)
+    merged = model.merge_and_unload()
+    found = TrieDecoder(merged, trie).search(prompts, top_k=12)
+    check_ranking(found, score_every_item(merged, trie, prompts), [set(range(12))] * 5, top_k=12)
+
+
+def test_a_head_that_is_trained_as_a_whole_is_the_adapters(tokenizer, trie, prompts):
+    model = get_peft_model(make_model(tokenizer), LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(-1.0)
+    found = TrieDecoder(model, trie).search(prompts, top_k=12)
+    check_ranking(found, score_every_item(model, trie, prompts), [set(range(12))] * 5, top_k=12)
+
+
+def test_virtual_tokens_are_not_left_out(tokenizer, trie):
+    model = get_peft_model(make_model(tokenizer), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="PROMPT_TUNING adapter, whose virtual tokens.*mode='generate'"):
+        TrieDecoder(model, trie)
+
+
+def test_a_replaced_head_is_seen(tokenizer, trie, prompts):
+    model = make_model(tokenizer)
+    decoder = TrieDecoder(model, trie)
+    model.set_output_embeddings(torch.nn.Linear(32, len(tokenizer), bias=True))
+    found = decoder.search(prompts, top_k=12)
+    check_ranking(found, score_every_item(model, trie, prompts), [set(range(12))] * 5, top_k=12)
+
+
+def test_under_autocast_logits_stay_in_fp32(tokenizer, trie, prompts):
+    model = make_model(tokenizer)
+    hidden = torch.randn(5, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head_projection(model)(hidden, rows=slice(None))
+    assert torch.equal(logits, hidden @ model.lm_head.weight.T)
 
 
 SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -272,6 +351,25 @@ def test_attention_that_cannot_see_a_tree_is_recognised(tokenizer, trie, prompts
         model = make_model(tokenizer, config_class, sliding_window=16, head_dim=8)
         with pytest.raises(ValueError, match="`prompts` of up to .* don't fit the model's sliding window of 16"):
             TrieDecoder(model, trie).search(prompts)
+    with pytest.raises(ValueError, match="GPTNeoForCausalLM, has local attention"):
+        kwargs = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4}
+        TrieDecoder(make_model(tokenizer, GPTNeoConfig, **kwargs), trie)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "kwargs"),
+    [(RwkvConfig, {}), (BertGenerationConfig, {})],  # recurrent, and seeing what comes later
+)
+def test_other_logits_are_noticed(config_class, kwargs, tokenizer, trie):
+    with pytest.raises(ValueError, match="gives other logits for a tree of tokens than for its paths"):
+        TrieDecoder(make_model(tokenizer, config_class, **kwargs), trie)
+
+
+def test_too_long_for_learned_positions(tokenizer, trie, prompts):
+    longest = max(map(len, prompts))
+    model = make_model(tokenizer, GPT2Config, n_embd=32, n_layer=2, n_head=4, max_position_embeddings=longest)
+    with pytest.raises(ValueError, match=f"exceed the model's {longest} positions"):
+        TrieDecoder(model, trie).search(prompts)
 
 
 def test_the_check_notices_a_model_that_ignores_the_mask(tokenizer, trie, monkeypatch):
@@ -297,10 +395,12 @@ def test_batch_is_single(tokenizer, trie, prompts):
 
 def test_the_model_is_left_as_it_was(tokenizer, trie, prompts):
     model = make_model(tokenizer, attention_dropout=0.5).train()
+    model.model.norm.eval()
     decoder = TrieDecoder(model, trie)
     first, second = decoder.search(prompts), decoder.search(prompts)
     assert torch.equal(first.scores, second.scores)  # no dropout
     assert model.training
+    assert not model.model.norm.training
     assert not first.scores.requires_grad
 
 
@@ -330,6 +430,11 @@ def test_bad_arguments(tokenizer, trie, prompts):
         decoder.search(prompts, allowed=torch.tensor([-1]))
     with pytest.raises(ValueError, match="`allowed` is empty"):
         decoder.search(prompts, allowed=[])
+    mask = torch.tensor([True, False])
+    with pytest.raises(ValueError, match=r"`allowed` holds torch.bool \(list 0\).*`mask.nonzero\(\).squeeze\(1\)`"):
+        decoder.search(prompts, allowed=mask)
+    with pytest.raises(ValueError, match="`items` holds torch.float"):
+        decoder.score_items(prompts, [[1.5], [], [], [], []])
     with pytest.raises(ValueError, match="`items` has 1 lists for 5 prompts"):
         decoder.score_items(prompts, [[1]])
     with pytest.raises(ValueError, match="`num_beams` is 3: it must be at least `top_k` = 5"):

@@ -2,10 +2,15 @@
 import numpy as np
 import pytest
 from helpers import TITLES, make_model, make_windows
+from transformers import MambaConfig
+from trl import SFTConfig, SFTTrainer
 
 from trl_msl import (
     ItemCatalog,
+    MSLConfig,
+    MSLTrainer,
     PromptTemplate,
+    RecommendationCallback,
     build_rows,
     encode_prompts,
     evaluate_recommendations,
@@ -89,3 +94,25 @@ def test_bad_arguments(model, tokenizer, trie, catalog, rows):
         evaluate_recommendations(model, tokenizer, trie, catalog, rows.remove_columns("item_id"))
     with pytest.raises(ValueError, match="`catalog` with 1 items and `trie` with 12 do not belong together"):
         evaluate_recommendations(model, tokenizer, trie, ItemCatalog(["b0"], ["Dune"]), rows)
+
+
+def test_a_model_that_cannot_be_evaluated_is_found_before_the_training(tokenizer, trie, catalog, rows, tmp_path):
+    args = SFTConfig(tmp_path, max_steps=1, report_to="none", use_cpu=True, bf16=False, max_length=None)
+    trainer = SFTTrainer(make_model(tokenizer, MambaConfig), args, train_dataset=rows, processing_class=tokenizer)
+    trainer.add_callback(RecommendationCallback(trainer, trie, catalog, rows))
+    with pytest.raises(ValueError, match="MambaForCausalLM, can't run a tree of tokens"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_full_fine_tuning_in_bf16_is_evaluated_in_fp32(tokenizer, trie, catalog, rows, tmp_path):
+    """The trainer runs the model's forward under autocast; a deep model's own logits differ a lot then."""
+    model = make_model(tokenizer, num_hidden_layers=8, hidden_size=128)
+    args = MSLConfig(tmp_path, max_steps=1, report_to="none", use_cpu=True, bf16=True, save_strategy="no")
+    trainer = MSLTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer, trie=trie)
+    trainer.add_callback(RecommendationCallback(trainer, trie, catalog, rows, ks=(5,)))
+    trainer.train()
+    found = trainer.evaluate()
+    fp32 = make_model(tokenizer, num_hidden_layers=8, hidden_size=128)
+    fp32.load_state_dict(model.state_dict())
+    assert found["eval_ndcg@5"] == evaluate_recommendations(fp32, tokenizer, trie, catalog, rows, ks=(5,))["ndcg@5"]

@@ -69,7 +69,8 @@ def test_batches_prompts_lengths_and_wrapping_do_not_matter(mode, model, tokeniz
     single = recommend(model, tokenizer, trie, prompts, top_k=4, mode=mode, batch_size=1)
     wrapped = get_peft_model(make_model(tokenizer), LoraConfig(task_type="CAUSAL_LM"))
     adapter = recommend(wrapped, tokenizer, trie, prompts, top_k=4, mode=mode)  # a new adapter changes nothing
-    ids = recommend(model, tokenizer, trie, encode_prompts(tokenizer, prompts), top_k=4, mode=mode)
+    encoded = [np.array(ids) for ids in encode_prompts(tokenizer, prompts)]
+    ids = recommend(model, tokenizer, trie, encoded if mode == "exact" else [row.tolist() for row in encoded], 4, mode)
     for other in (single, adapter, ids):
         assert np.array_equal(whole.items, other.items)
         np.testing.assert_allclose(whole.scores, other.scores, atol=1e-4)
@@ -132,7 +133,17 @@ def test_bad_arguments(model, tokenizer, trie, prompts):
         recommend(model, tokenizer, trie, prompts, normalize="vocab")
     with pytest.raises(ValueError, match="`exclude` and `allowed` have no effect on `generate`"):
         recommend(model, tokenizer, trie, prompts, mode="generate", allowed=[1])
+    with pytest.raises(ValueError, match="`exclude` has 10 lists for 9 prompts"):
+        recommend(model, tokenizer, trie, prompts, exclude=[[1]] * 10)
+    with pytest.raises(ValueError, match="`allowed` has 2 lists for 9 prompts"):
+        recommend(model, tokenizer, trie, prompts, allowed=[[1], [2]])
+    with pytest.raises(ValueError, match="`allowed` is empty"):
+        recommend(model, tokenizer, trie, prompts, allowed=[])
+    with pytest.raises(ValueError, match="`prompts` has no token for user 0"):
+        recommend(model, tokenizer, trie, [[], [1]])
     for mode in ("beam", "generate"):
+        with pytest.raises(ValueError, match="`max_expansions` is 5, but only exact search"):
+            recommend(model, tokenizer, trie, prompts, mode=mode, max_expansions=5)
         with pytest.raises(ValueError, match="`num_beams` is 3: it must be at least `top_k` = 5"):
             recommend(model, tokenizer, trie, prompts, top_k=5, mode=mode, num_beams=3)
     for sequences in ([[5, 6], [6, 5]], [[5], [5, 6]]):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .compressed_trie import CompressedTrie, ragged_arange
-from .frontier import NO_ITEM, allowed_items, best_keys, item_keys, pad_rows
+from .frontier import NO_ITEM, best_keys, item_keys, pad_rows
 from .restriction import Restriction
 
 
@@ -152,7 +152,9 @@ class Beams:
         """Keys of each user's best finished items, int64 of shape `(num_users, top_k)`."""
         rows, columns = (self.finished_scores > -torch.inf).nonzero(as_tuple=True)
         scores = self.finished_scores[rows, columns]
-        index, items = allowed_items(self.tree, self.restriction, self.users[rows], self.finished_nodes[rows, columns])
+        nodes = self.finished_nodes[rows, columns]
+        start, end = self.tree.item_start[nodes], self.tree.item_end[nodes]
+        index, items = self.restriction.first_items(self.users[rows], start, end, limit=top_k)
         keys = pad_rows(rows[index], item_keys(scores[index], items), len(self.users), fill=NO_ITEM)
         none = keys.new_full((len(keys), top_k), NO_ITEM)
         return best_keys(torch.cat([keys, none], dim=1), top_k)

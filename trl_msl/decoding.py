@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from accelerate import PartialState
@@ -21,12 +20,14 @@ from .beams import Beams
 from .frontier import Frontier, key_items, key_scores, pad_rows
 from .lm_head import check_head, head_projection
 from .logits_process import logsumexp_by_row
-from .restriction import Restriction
-from .tree_cache import TreeCache, check_tree_attention, prefill_prefix, sliding_window
+from .restriction import Restriction, check_items, check_restrictions, is_shared
+from .tree_cache import TreeCache, prefill_prefix
+from .tree_support import USE_GENERATE, check_length, check_tree_attention
 from .trie import ItemTrie
 
 
 _VOCAB_ROWS = 64  # positions whose logits over the whole vocabulary are made at a time
+_MAX_LOGITS = 1 << 23  # number of logits over the trie that are made at a time
 
 
 @dataclass
@@ -44,7 +45,7 @@ class DecodingOutput:
         expansions (`torch.Tensor` of shape `(num_users,)`, int64):
             Number of nodes whose children were scored.
         rounds (`torch.Tensor` of shape `(num_users,)`, int64):
-            Number of forward passes that the user took part in, the prompt's included.
+            Number of forward passes whose logits were used for the user.
     """
 
     items: Tensor
@@ -71,8 +72,8 @@ class TrieDecoder:
 
     A prompt is run through the model once, and what all prompts begin with once for all of them. Nodes of the trie are
     appended to the same cache, many in one forward, each of which sees its own ancestors only. Chains of forced tokens
-    take one forward, or none at the end of an item, and only the logits of children are ever computed, in fp32. Memory
-    is bounded by `batch_size`, whatever the size of the catalogue.
+    take one forward, or none at the end of an item. Logits are computed for the tokens that continue some expanded
+    node, in fp32. Memory is bounded by `batch_size`, whatever the size of the catalogue.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -94,15 +95,19 @@ class TrieDecoder:
     """
 
     def __init__(self, model: PreTrainedModel, trie: ItemTrie):
-        base = model.get_base_model() if is_peft_model(model) else model
-        check_head(base, trie)
+        if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"`model` has a {model.active_peft_config.peft_type.value} adapter, whose virtual tokens the decoder "
+                f"would leave out: {USE_GENERATE}."
+            )
         self.model = model
-        self.backbone = base.base_model
-        self.project = head_projection(base)
-        self.trie = trie.to(base.device)
+        self.base = model.get_base_model() if is_peft_model(model) else model
+        check_head(self.base, trie)
+        self.backbone = self.base.base_model
+        self.trie = trie.to(self.base.device)
         self.tree = self.trie.compressed
-        with _evaluating(model):
-            check_tree_attention(base, self.project)
+        with evaluating(model):
+            check_tree_attention(self.base)
 
     def search(
         self,
@@ -146,9 +151,9 @@ class TrieDecoder:
             `ValueError`: if an argument is out of range, or a prompt is longer than the model's sliding window.
         """
         limits = {"top_k": top_k, "max_expansions": max_expansions, "nodes_per_round": nodes_per_round}
-        self._check_arguments(prompts, exclude, allowed, batch_size=batch_size, **limits)
+        prompts = self._check_arguments(prompts, exclude, allowed, batch_size=batch_size, **limits)
         output = DecodingOutput.empty(len(prompts), top_k)
-        with _evaluating(self.model):
+        with self._ready():
             for users, cache in self._batches(prompts, batch_size):
                 restriction = self._restriction(users, exclude, allowed)
                 frontier = Frontier(self.tree, restriction, len(users), top_k, max_expansions)
@@ -188,7 +193,7 @@ class TrieDecoder:
             `ValueError`: if an argument is out of range, or an item is a strict prefix of another.
         """
         num_beams = top_k if num_beams is None else num_beams
-        self._check_arguments(prompts, exclude, allowed, batch_size=batch_size, top_k=top_k)
+        prompts = self._check_arguments(prompts, exclude, allowed, batch_size=batch_size, top_k=top_k)
         if num_beams < top_k:
             raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
         if normalize not in ("trie", "vocab"):
@@ -199,7 +204,7 @@ class TrieDecoder:
                 "an end token to every sequence, as `ItemCatalog.build_trie` does."
             )
         output = DecodingOutput.empty(len(prompts), top_k)
-        with _evaluating(self.model):
+        with self._ready(cast_head=normalize == "vocab"):
             for users, cache in self._batches(prompts, batch_size):
                 restriction = self._restriction(users, exclude, allowed)
                 root_scores = self._score_root(cache, normalize)
@@ -234,14 +239,15 @@ class TrieDecoder:
         Raises:
             `ValueError`: if there are not as many lists of items as prompts, or an item is not in the catalogue.
         """
-        self._check_arguments(prompts, batch_size=batch_size, items_per_pass=items_per_pass)
-        self._check_items("items", items, len(prompts))
-        items = [torch.as_tensor(row, dtype=torch.int64) for row in items]
+        prompts = self._check_arguments(prompts, batch_size=batch_size, items_per_pass=items_per_pass)
+        check_items("items", items, len(prompts), self.trie.num_items)
+        items = [torch.as_tensor(row, dtype=torch.int64, device="cpu") for row in items]
         scores = [torch.zeros(len(row)) for row in items]
-        with _evaluating(self.model):
+        item_place = self.tree.item_place.cpu()
+        with self._ready():
             for users, cache in self._batches(prompts, batch_size):
                 # In the order of the leaves, so that the items of a pass have much in common
-                orders = [self.tree.item_place.cpu()[items[user]].argsort() for user in users]
+                orders = [item_place[items[user]].argsort() for user in users]
                 for start in range(0, max(map(len, orders)), items_per_pass):
                     parts = [order[start : start + items_per_pass] for order in orders]
                     found = self._score(cache, [items[user][part] for user, part in zip(users, parts)])
@@ -332,7 +338,7 @@ class TrieDecoder:
     def _batches(self, prompts: Sequence[list[int]], batch_size: int) -> Iterator[tuple[Tensor, TreeCache]]:
         """Users and the cache of their prompts, a batch at a time, prompts of similar length together."""
         order = sorted(range(len(prompts)), key=lambda user: -len(prompts[user]))
-        shared = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
+        shared = _common_length(min(prompts), max(prompts)) if len(prompts) > 1 else 0
         shared = min(shared, len(prompts[order[-1]]) - 1)  # each prompt keeps a token to read on from
         prefix = prefill_prefix(self.backbone, prompts[0][:shared], self.tree.device)
         starts = range(0, len(order), batch_size)
@@ -356,15 +362,18 @@ class TrieDecoder:
         Returns:
             `torch.Tensor` of shape `(total,)`, fp32.
         """
+        device, log_probs = rows.device, torch.empty(len(rows), device=rows.device)
         if normalize == "trie":
-            # A product with the union of all rows' tokens, out of which each row takes its own
-            union, columns = tokens.unique(return_inverse=True)
-            logits = self._project(hidden, union)[rows, columns]
-            log_probs = logits - logsumexp_by_row(logits, rows, len(hidden))[rows]
+            for chosen in _groups(torch.bincount(rows, minlength=len(hidden))):
+                here = chosen[rows]
+                # A product with the union of the rows' tokens, out of which each row takes its own
+                union, columns = tokens[here].unique(return_inverse=True)
+                logits = self.project(hidden[chosen], rows=union).to(device)
+                log_probs[here] = logits[(chosen.cumsum(0) - 1)[rows[here]], columns]
+            log_probs = log_probs - logsumexp_by_row(log_probs, rows, len(hidden))[rows]
         else:
-            log_probs = torch.empty(len(rows), device=rows.device)
             for start in range(0, len(hidden), _VOCAB_ROWS):
-                logits = self._project(hidden[start : start + _VOCAB_ROWS], slice(None))
+                logits = self.project(hidden[start : start + _VOCAB_ROWS], rows=slice(None)).to(device)
                 here = (rows >= start) & (rows < start + _VOCAB_ROWS)
                 row = rows[here] - start
                 log_probs[here] = logits[row, tokens[here].long()] - logits.logsumexp(1)[row]
@@ -372,11 +381,17 @@ class TrieDecoder:
             raise ValueError("`model` gives NaN as logits, so no item can be ranked. Has its training diverged?")
         return log_probs.clamp_(max=0.0)
 
-    def _project(self, hidden: Tensor, tokens: Tensor | slice) -> Tensor:
-        """Logits of some tokens after each hidden state, `(num_rows, num_tokens)`, fp32."""
-        weight = self.project.keywords["weight"]
-        tokens = tokens if isinstance(tokens, slice) else tokens.to(weight.device)
-        return self.project(hidden.to(weight.device), rows=tokens).to(self.tree.device)
+    @contextlib.contextmanager
+    def _ready(self, cast_head: bool = False) -> Iterator[None]:
+        """Evaluation mode, no gradient, and the head that the model has now; in fp32 if all of it is used often."""
+        self.project = head_projection(self.base)
+        if cast_head:
+            self.project = functools.partial(self.project, weight=self.project.keywords["weight"].float())
+        try:
+            with evaluating(self.model):
+                yield
+        finally:
+            del self.project
 
     def _score_root(self, cache: TreeCache, normalize: str) -> Tensor:
         """Log-probability of the tokens that all items begin with, fp32 of shape `(num_users,)`."""
@@ -398,41 +413,22 @@ class TrieDecoder:
 
     # ------------------------------------------------------------------ checks
 
-    def _check_arguments(self, prompts: Sequence[list[int]], exclude=None, allowed=None, **counts: int) -> None:
+    def _check_arguments(
+        self, prompts: Sequence[Sequence[int]], exclude=None, allowed=None, **counts: int
+    ) -> list[list[int]]:
+        """Raise a `ValueError` for arguments out of range; return the prompts as lists."""
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"`{name}` is {value}: it must be at least 1.")
         if len(prompts) == 0:
             raise ValueError("`prompts` is empty: there is nobody to recommend to.")
-        lengths = [len(prompt) for prompt in prompts]
+        prompts = [[int(token) for token in prompt] for prompt in prompts]
+        lengths = list(map(len, prompts))
         if min(lengths) == 0:
             raise ValueError(f"`prompts` has no token for user {lengths.index(0)}: an item must come after something.")
-        window = sliding_window(self.backbone.config)
-        longest = max(lengths) + self.trie.depth
-        if window is not None and longest > window:
-            raise ValueError(
-                f"`prompts` of up to {max(lengths)} tokens with an item of up to {self.trie.depth} don't fit the "
-                f"model's sliding window of {window}: shorten the prompts, or decode with `model.generate` and "
-                "`TrieLogitsProcessor` (`recommend(..., mode='generate')`)."
-            )
-        if exclude is not None:
-            self._check_items("exclude", exclude, len(prompts))
-        if allowed is not None:
-            if len(allowed) == 0:
-                raise ValueError("`allowed` is empty: leave it out to allow the whole catalogue.")
-            self._check_items("allowed", *(([allowed], 1) if is_shared(allowed) else (allowed, len(prompts))))
-
-    def _check_items(self, name: str, rows: Sequence[Sequence[int]], num_users: int) -> None:
-        if len(rows) != num_users:
-            raise ValueError(f"`{name}` has {len(rows)} lists for {num_users} prompts: pass a list for each.")
-        for user, row in enumerate(rows):
-            items = torch.as_tensor(row)
-            off = items[(items < 0) | (items >= self.trie.num_items)]
-            if len(off) > 0:
-                raise ValueError(
-                    f"`{name}` holds item {int(off[0])} (list {user}), but the catalogue has items 0 to "
-                    f"{self.trie.num_items - 1}: pass indices, such as `catalog.indices(ids)`."
-                )
+        check_length(self.backbone, max(lengths), self.trie.depth)
+        check_restrictions(len(prompts), self.trie.num_items, exclude, allowed)
+        return prompts
 
 
 def _write(output: DecodingOutput, users: Tensor, state: Frontier | Beams, is_done: Tensor) -> None:
@@ -446,18 +442,36 @@ def _write(output: DecodingOutput, users: Tensor, state: Frontier | Beams, is_do
     output.rounds[done] = state.rounds[is_done].cpu()
 
 
-def is_shared(allowed) -> bool:
-    """Whether one list of items is meant for all users."""
-    return isinstance(allowed, Tensor) and allowed.ndim == 1 or isinstance(allowed[0], Integral)
+def _common_length(first: list[int], last: list[int]) -> int:
+    """Length of the common beginning of the first and the last of some sorted prompts, and so of all of them."""
+    return next((i for i, (one, other) in enumerate(zip(first, last)) if one != other), len(first))
+
+
+def _groups(counts: Tensor) -> Iterator[Tensor]:
+    """
+    Split rows with `counts` tokens each into groups, given as masks, so that the product of a group's rows with all
+    of its tokens stays small: the many rows with few tokens must not pay for the few rows with many.
+    """
+    if len(counts) * int(counts.sum()) <= _MAX_LOGITS:
+        yield torch.ones_like(counts, dtype=torch.bool)
+        return
+    sizes, order = counts.sort(descending=True)
+    start = 0
+    while start < len(sizes):
+        total = sizes[start:].cumsum(0) * torch.arange(1, len(sizes) - start + 1, device=sizes.device)
+        end = start + max(1, int((total <= _MAX_LOGITS).sum()))
+        yield torch.zeros_like(counts, dtype=torch.bool).index_fill_(0, order[start:end], True)
+        start = end
 
 
 @contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own mode afterwards."""
-    was_training = model.training
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from .catalog import ItemCatalog, encode_items
 from .data import PromptTemplate, encode_prompts, fit_prompts
+from .decoding import TrieDecoder
 from .generation import Recommendations, recommend
 from .metrics import bootstrap_interval, coverage, per_user_metrics, ranks_of_targets
 from .trie import ItemTrie
@@ -138,13 +139,19 @@ class RecommendationCallback(TrainerCallback):
         self.trainer.callback_handler.callbacks.remove(self)
         self.trainer.callback_handler.callbacks.insert(0, self)
         self._measured = None
+        if self.kwargs.get("mode", "exact") != "generate":
+            TrieDecoder(self._model, self.trie)  # a model that it can't run is found before the training, not after
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
     def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs):
         if not all(name.startswith("eval_") for name in metrics if name != "epoch"):
             return  # `trainer.evaluate(metric_key_prefix=...)` of something else
         if self._measured is None or self._measured[0] != state.global_step:  # once for several `eval_dataset`s
             found = evaluate_recommendations(
-                self.trainer.accelerator.unwrap_model(self.trainer.model),
+                self._model,
                 getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class),
                 self.trie,
                 self.catalog,

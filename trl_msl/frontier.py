@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .compressed_trie import CompressedTrie, ragged_arange
+from .compressed_trie import CompressedTrie
 from .restriction import Restriction
 
 
@@ -35,7 +35,7 @@ class Frontier:
         nodes, scores (`torch.Tensor` of shape `(num_users, num_open)`, int64 and fp32):
             Open nodes, best first, and their log-probabilities; `-inf` where there is none.
         expansions, rounds (`torch.Tensor` of shape `(num_users,)`, int64):
-            Number of nodes expanded, and how many times some were.
+            Number of nodes expanded, and number of rounds in which some were.
         best_dropped (`torch.Tensor` of shape `(num_users,)`, fp32):
             Best score of the nodes that were not kept, since too few may still be expanded to get to them.
     """
@@ -77,17 +77,18 @@ class Frontier:
         promising = scores >= self.threshold[rows]  # an equal score may win by its index
         rows, nodes, scores = rows[promising], nodes[promising], scores[promising]
 
-        index, items = allowed_items(tree, self.restriction, self.users[rows], nodes)
-        found = pad_rows(rows[index], item_keys(scores[index], items), num_users, fill=NO_ITEM)
-        self.keys = best_keys(torch.cat([self.keys, found], dim=1), self.keys.shape[1])
-
+        top_k = self.keys.shape[1]
         below = tree.item_start[nodes] + tree.num_own_items[nodes]
+        index, items = self.restriction.first_items(self.users[rows], tree.item_start[nodes], below, limit=top_k)
+        found = pad_rows(rows[index], item_keys(scores[index], items), num_users, fill=NO_ITEM)
+        self.keys = best_keys(torch.cat([self.keys, found], dim=1), top_k)
+
         is_open = (tree.num_children[nodes] > 0) & (scores >= self.threshold[rows])
         is_open &= self.restriction.count(self.users[rows], below, tree.item_end[nodes]) > 0
         rows, nodes, scores = rows[is_open], nodes[is_open], scores[is_open]
         scores = torch.cat([self.scores, pad_rows(rows, scores, num_users, fill=-torch.inf)], dim=1)
         nodes = torch.cat([self.nodes, pad_rows(rows, nodes, num_users, fill=-1)], dim=1)
-        scores, order = scores.sort(dim=1, descending=True)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
         num_promising = ((scores >= self.threshold[:, None]) & (scores > -torch.inf)).sum(1).max()
         width = int(torch.minimum(num_promising, self.max_expansions - self.expansions.min()))
         if width < scores.shape[1]:
@@ -125,27 +126,6 @@ class Frontier:
         """Keep only some users, given by their row."""
         for name in ("users", "keys", "nodes", "scores", "expansions", "rounds", "best_dropped"):
             setattr(self, name, getattr(self, name)[rows])
-
-
-def allowed_items(
-    tree: CompressedTrie, restriction: Restriction, users: Tensor, nodes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """
-    Items that end in some nodes and that the users may get.
-
-    Args:
-        tree ([`CompressedTrie`]), restriction ([`Restriction`]):
-            Trie of the catalogue, and which items each user may get.
-        users, nodes (`torch.Tensor` of shape `(num_nodes,)`, int64):
-            Nodes, and the user of each.
-
-    Returns:
-        `tuple` of two `torch.Tensor` of shape `(num_found,)`: index in `nodes`, and item, in order.
-    """
-    index, offset = ragged_arange(tree.num_own_items[nodes].long())
-    places = tree.item_start[nodes[index]] + offset
-    is_allowed = restriction.count(users[index], places, places + 1) > 0
-    return index[is_allowed], tree.item_order[places[is_allowed]]
 
 
 def pad_rows(rows: Tensor, values: Tensor, num_rows: int, fill: float) -> Tensor:

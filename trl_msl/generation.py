@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitNormalization, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Prompt, encode_prompts
-from .decoding import DecodingOutput, TrieDecoder, is_shared
+from .decoding import DecodingOutput, TrieDecoder, evaluating
 from .logits_process import TrieLogitsProcessor
+from .restriction import check_restrictions, is_shared
 from .trie import ItemTrie
 
 
@@ -81,7 +82,8 @@ def recommend(
     Rank the catalogue's items for each prompt.
 
     Under `accelerate launch` each process takes a share of the prompts, and all get the whole result. Items with the
-    same text share a score and follow each other in catalogue order.
+    same text share a score and follow each other in catalogue order. To answer one request after the other make a
+    [`TrieDecoder`] once: making it includes a check of the model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -121,13 +123,14 @@ def recommend(
             the trie is not fit for it.
     """
     beam_arguments = {"num_beams": num_beams, "normalize": normalize, "length_penalty": length_penalty}
-    _check_mode(mode, beam_arguments, exclude, allowed)
+    _check_mode(mode, beam_arguments, max_expansions, exclude, allowed)
     if not 0 < top_k <= trie.num_items:
         raise ValueError(f"`top_k` is {top_k}: it must lie between 1 and the number of items, {trie.num_items}.")
     if len(prompts) == 0:
         raise ValueError("`prompts` is empty: there is nobody to recommend to.")
+    check_restrictions(len(prompts), trie.num_items, exclude, allowed)
     process = PartialState()
-    is_encoded = isinstance(prompts[0], list) and isinstance(prompts[0][0], int)
+    is_encoded = not isinstance(prompts[0], str) and not (len(prompts[0]) > 0 and isinstance(prompts[0][0], dict))
     encoded = prompts if is_encoded else encode_prompts(tokenizer, prompts, chat_template_kwargs)
     mine = range(process.process_index, len(encoded), process.num_processes)
     arguments = {"prompts": [encoded[user] for user in mine], "top_k": top_k, "batch_size": batch_size}
@@ -157,13 +160,15 @@ def recommend(
     return recommendations
 
 
-def _check_mode(mode: str, beam_arguments: dict[str, Any], exclude, allowed) -> None:
+def _check_mode(mode: str, beam_arguments: dict[str, Any], max_expansions: int, exclude, allowed) -> None:
     if mode not in MODES:
         raise ValueError(f"`mode` is {mode!r}: it must be one of {', '.join(map(repr, MODES))}.")
     defaults = {"num_beams": None, "normalize": "trie", "length_penalty": 0.0}
     given = [name for name, value in beam_arguments.items() if value != defaults[name]]
     if mode == "exact" and given:
         raise ValueError(f"`{given[0]}` is {beam_arguments[given[0]]!r}, but exact search has none: pass mode='beam'.")
+    if mode != "exact" and max_expansions != 1024:
+        raise ValueError(f"`max_expansions` is {max_expansions}, but only exact search has a bound: leave it out.")
     if mode == "generate" and not (exclude is None and allowed is None):
         raise ValueError("`exclude` and `allowed` have no effect on `generate`: pass mode='exact' or mode='beam'.")
 
@@ -238,15 +243,13 @@ def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
     whatever a config leaves unset, and a repetition penalty or top-k breaks constrained search silently.
     """
     base = model.get_base_model() if is_peft_model(model) else model
-    before = model.training, base.generation_config, model.generation_config
+    before = base.generation_config, model.generation_config
     base.generation_config = model.generation_config = GenerationConfig()
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             yield
     finally:
-        training, base.generation_config, model.generation_config = before
-        model.train(training)
+        base.generation_config, model.generation_config = before
 
 
 def _generate(

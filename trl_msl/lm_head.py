@@ -8,6 +8,8 @@ import types
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -83,9 +85,9 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
         kwargs["use_cache"] = False
         # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
         backbone_outputs = self.base_model(*args, **kwargs)
-        head = self.get_output_embeddings()
-        # With the model split across devices (`device_map`), the backbone can end on another device than the head
-        device = head.weight.device
+        project = head_projection(self)
+        weight, bias = project.keywords["weight"], project.keywords["bias"]
+        device = weight.device
         hidden = backbone_outputs.last_hidden_state.to(device)
         nodes = (labels[:, 1:] if shift_labels is None else shift_labels).to(device)
         local_trie = trie.to(device)
@@ -93,9 +95,7 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
         nodes = nodes[row, column]
         branching = local_trie.num_valid_tokens(nodes) > 1
 
-        project = head_projection(self)
-        weight = project.keywords["weight"]
-        with torch.autocast(device.type, enabled=False), maybe_gather_lm_head_ctx(weight, project.keywords["bias"]):
+        with maybe_gather_lm_head_ctx(weight, bias):
             output = _sparse_output(local_trie, nodes[branching], hidden[row[branching], column[branching]], project)
             if output_vocab_losses:
                 # cast once, not for each chunk of positions
@@ -111,11 +111,12 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
 def head_projection(model: PreTrainedModel) -> functools.partial:
     """
     The model's LM head as a function of `hidden` states, `(positions, hidden_size)`, and of the `rows` of the head to
-    project them onto; it returns the logits in fp32, scaled and softcapped as the model's own forward does.
+    project them onto; it returns the logits in fp32, on the head's device, scaled and softcapped as the model's own
+    forward does.
     """
     text_config = model.config.get_text_config()
     head = model.get_output_embeddings()
-    weight, bias = head.weight, head.bias
+    weight, bias = head.weight, getattr(head, "bias", None)
     # FSDP2 exposes sharded parameters as DTensors: gather them before rows are picked
     if isinstance(weight, DTensor):
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
@@ -141,11 +142,15 @@ def _sparse_output(trie: ItemTrie, nodes: Tensor, hidden: Tensor, project) -> Sp
 def _project(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, rows: Tensor | slice
 ) -> Tensor:
-    logits = hidden.float() @ weight[rows].float().T
-    if bias is not None:
-        logits = logits + bias[rows].float()
-    logits = logits * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    # With the model split across devices (`device_map`), the backbone can end on another device than the head
+    device = weight.device
+    rows = rows if isinstance(rows, slice) else rows.to(device)
+    with torch.autocast(device.type, enabled=False):
+        logits = hidden.to(device).float() @ weight[rows].float().T
+        if bias is not None:
+            logits = logits + bias[rows].float()
+        logits = logits * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 @torch.no_grad()
@@ -180,7 +185,16 @@ def _load_balancing_loss(text_config: PretrainedConfig, backbone_outputs: ModelO
 
 
 def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
-    weight = model.get_output_embeddings().weight
+    """Raise a `ValueError` where rows of the head's weight are not all there is to the logits of `trie`'s tokens."""
+    head = model.get_output_embeddings()
+    is_adapted = isinstance(head, BaseTunerLayer) and not (head.merged or head.disable_adapters)
+    if is_adapted or isinstance(head, TrainableTokensWrapper):
+        raise ValueError(
+            f"`model` has an adapter on its LM head ({type(head).__name__}), which picking rows would leave out: "
+            "merge it with `merge_and_unload()`, or leave the head out of `target_modules` and "
+            "`trainable_token_indices` (`modules_to_save=['lm_head']` trains all of it)."
+        )
+    weight = head.weight
     if not weight.is_floating_point():
         raise ValueError(
             f"`model` has an LM head of {weight.dtype}, whose rows can't be picked: keep it out of the quantisation, "

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .compressed_trie import CompressedTrie, ragged_arange
-from .trie import ItemTrie
 
 
 class TreeCache:
@@ -61,7 +59,7 @@ class TreeCache:
         visible = causal & is_token[:, None, :] | itself
         positions = (shared + column - padding[:, None]).clamp(min=0)
         hidden = forward(backbone, input_ids, positions, visible, self.cache)
-        self.root_hidden = hidden[:, longest - len(forced) - 1 :]
+        self.root_hidden = hidden[:, longest - len(forced) - 1 :].clone()  # not a view that keeps all of it
         self.is_prompt = is_token
         self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         # Ranges of items below the nodes in the cache's further slots: one nests in another's if it is its descendant
@@ -117,8 +115,8 @@ class TreeCache:
         return hidden[user, ends[user, column] - 1]
 
     def select(self, users: Tensor) -> None:
-        """Keep only some users, given by their row."""
-        self.cache.batch_select_indices(users)
+        """Keep only some users, given by a mask."""
+        self.cache.batch_select_indices(users.nonzero().squeeze(1).cpu())  # the layers may be on several devices
         for name in ("root_hidden", "is_prompt", "prompt_lengths", "item_start", "item_end"):
             setattr(self, name, getattr(self, name)[users])
 
@@ -164,73 +162,4 @@ def forward(
     output = backbone(
         input_ids=input_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
     )
-    return output.last_hidden_state
-
-
-def sliding_window(config: PretrainedConfig) -> int | None:
-    """Number of tokens that some layer of the model sees at most, if there is a limit."""
-    config = config.get_text_config()
-    layer_types = getattr(config, "layer_types", None)
-    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    if layer_types is None and getattr(config, "use_sliding_window", True):
-        layer_types = ["sliding_attention"]
-    sizes = [getattr(config, name, None) for kind, name in windows.items() if kind in (layer_types or [])]
-    return min((size for size in sizes if size is not None), default=None)
-
-
-def check_tree_attention(model: PreTrainedModel, project: Callable) -> None:
-    """
-    Run a small tree through the model and compare some of its logits with those of the model's own forward.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model, not PEFT-wrapped.
-        project (`Callable`):
-            Its head, from [`head_projection`].
-
-    Raises:
-        `ValueError`: if they differ, or the model can't do it at all.
-    """
-    remedy = (
-        "decode with `model.generate` and `TrieLogitsProcessor` instead (`recommend(..., mode='generate')`), or, if "
-        "the model allows it, call `model.set_attn_implementation('sdpa')`."
-    )
-    attention = model.config.get_text_config()._attn_implementation
-    if attention not in ("sdpa", "eager"):
-        raise ValueError(f"`model` uses {attention!r} attention, which takes no mask of a tree: {remedy}")
-    try:
-        error, spread = _compare_tree(model, project)
-    except Exception as exception:
-        name = type(model).__name__
-        raise ValueError(f"`model`, a {name}, can't run a tree of tokens ({exception!r}): {remedy}") from exception
-    if error > 0.02 * spread:
-        raise ValueError(
-            f"`model`, a {type(model).__name__}, gives other logits for a tree of tokens than for its paths (off by "
-            f"{error:.2g}), as models with recurrent layers do: {remedy}"
-        )
-
-
-def _compare_tree(model: PreTrainedModel, project: Callable) -> tuple[float, float]:
-    """
-    How far the logits at the end of two paths of a tree are from those of the model's own forward, beyond what
-    rounding explains; and how far they would be if mask and positions were ignored.
-    """
-    vocab_size = model.get_output_embeddings().weight.shape[0]
-    one, two, end = (vocab_size * part // 5 for part in (1, 2, 3))
-    device, tokens = model.device, torch.tensor([one, two, end])
-    paths = [[x, y, z, end] for x in (one, two) for y in (one, two) for z in (one, two)]
-    tree = ItemTrie.from_sequences(paths, vocab_size).to(device).compressed
-    prompts = [[one, end, two, two, one], [one, two, end]]
-    cache = TreeCache(model.base_model, tree, prompts, prefill_prefix(model.base_model, [one], device))
-    levels = torch.tensor([[1, 2]] * 2, device=device), torch.tensor([[3, 4, 5, 6]] * 2, device=device)
-    cache.append(levels[0])
-    found = project(cache.append(levels[1]).to(device), rows=tokens.to(device)).view(2, 4, 3)
-
-    def logits(sequence: list[int]) -> Tensor:
-        return model(input_ids=torch.tensor([sequence], device=device), use_cache=False).logits[0, -1, tokens].float()
-
-    expected = torch.stack([logits(prompts[0] + [one, two]), logits(prompts[1] + [two, one])])
-    in_a_row = torch.stack([logits(prompt + [one, two, one, two, one]) for prompt in prompts])
-    rounding = max(8 * torch.finfo(model.dtype).eps, 1e-4) * expected.abs().max()
-    error = (torch.stack([found[0, 1], found[1, 2]]) - expected).abs().max()
-    return (error - rounding).clamp(min=0).item(), (in_a_row - expected).abs().max().item()
+    return output.last_hidden_state.to(input_ids.device)  # with `device_map` it ends on another one
