@@ -122,6 +122,8 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
             **settings, **beams, **DECODINGS[decoding],
         )  # fmt: skip
         results[decoding]["seconds"] = round(time.time() - started, 1)
+        for name, counts in (("expansions", found[decoding].expansions), ("rounds", found[decoding].rounds)):
+            results[decoding] |= {f"{name}_mean": float(counts.mean()), f"{name}_max": int(counts.max())}
     first, *others = found
     differences = {f"{other} - {first}": compare(found[other], found[first], ks) for other in others}
     if process.is_main_process:
