@@ -181,7 +181,9 @@ def make_trainer(
         "peft_config": get_peft_config(model_args),
     }
     trainer = (
-        MSLTrainer(args=config, trie=trie, **kwargs) if name == "msl" else SFTTrainer(args=as_sft(config), **kwargs)
+        MSLTrainer(args=config, trie=trie, catalog=data.catalog, prompt_template=data.template, **kwargs)
+        if name == "msl"
+        else SFTTrainer(args=as_sft(config), **kwargs)
     )
     if config.eval_strategy != "no":
         callback = RecommendationCallback(trainer, trie, data.catalog, data.rows["validation"], ks=(10,), **ranking)

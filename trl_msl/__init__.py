@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked Softmax Loss for TRL: fine-tune an LLM to rank the items of a catalogue."""
 
+from .bundle import Bundle
 from .catalog import ItemCatalog, encode_items
 from .compressed_trie import CompressedTrie
 from .data import PromptTemplate, build_rows, encode_prompts, fit_prompts, tokenize_rows
@@ -14,11 +15,13 @@ from .losses import adaptive_temperature, masked_softmax_loss, temperature_stati
 from .metrics import bootstrap_interval, coverage, per_user_metrics, ranking_metrics, ranks_of_targets
 from .msl_config import MSLConfig
 from .msl_trainer import MSLTrainer
+from .recommender import RecommendedItems, Recommender
 from .temperature import TemperatureCallback
 from .trie import ItemTrie
 
 
 __all__ = [
+    "Bundle",
     "CompressedTrie",
     "DecodingOutput",
     "ItemCatalog",
@@ -28,6 +31,8 @@ __all__ = [
     "PromptTemplate",
     "RecommendationCallback",
     "Recommendations",
+    "RecommendedItems",
+    "Recommender",
     "SparseCausalLMOutput",
     "TemperatureCallback",
     "TrieDecoder",

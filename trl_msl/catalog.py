@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +22,8 @@ from .trie import ItemTrie
 
 logger = logging.getLogger(__name__)
 
+ITEMS_FILE = "items.parquet"
+_TEMPLATE_KEY = b"trl_msl_template"
 _CONTENT = "\u2063item text\u2063"  # stands for the item where a chat template is rendered once for all items
 
 
@@ -123,6 +127,37 @@ class ItemCatalog:
             if column not in dataset.column_names:
                 raise ValueError(f"`{argument}` = {column!r} is no column of the dataset: {dataset.column_names}.")
         return cls(dataset[id_column][:], dataset[text_column][:], **kwargs)
+
+    # ------------------------------------------------------------------ storage
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the items to `items.parquet` in a folder, whole and then renamed; the template is its metadata."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        schema = pa.schema([("id", pa.string()), ("text", pa.string())], {_TEMPLATE_KEY: self.template})
+        temporary = folder / f".{ITEMS_FILE}.tmp"
+        pq.write_table(pa.table([self.ids, self.texts], schema=schema), temporary)
+        temporary.replace(folder / ITEMS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | Path) -> ItemCatalog:
+        """
+        Read a catalogue written by [`ItemCatalog.save_pretrained`].
+
+        Raises:
+            `ValueError`: if there is none, or it can't be read.
+        """
+        path = Path(save_directory) / ITEMS_FILE
+        try:
+            table = pq.read_table(path, columns=["id", "text"])
+            template = table.schema.metadata[_TEMPLATE_KEY].decode()
+            ids, texts = table["id"].to_pylist(), table["text"].to_pylist()
+        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            raise ValueError(
+                f"`save_directory` = {str(save_directory)!r} holds no readable {ITEMS_FILE} ({error}). Save it again "
+                "with `ItemCatalog.save_pretrained`."
+            ) from error
+        return cls(ids, texts, template=template, empty_texts="keep")
 
     # ------------------------------------------------------------------ items
 

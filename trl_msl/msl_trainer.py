@@ -12,6 +12,8 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
+from .bundle import Bundle
+from .catalog import ItemCatalog
 from .data import PromptTemplate, tokenize_rows
 from .lm_head import SparseCausalLMOutput, add_sparse_lm_head
 from .losses import masked_softmax_loss
@@ -47,6 +49,9 @@ class MSLTrainer(SFTTrainer):
             Trie of the catalogue: `catalog.build_trie(tokenizer)`.
         prompt_template ([`PromptTemplate`], *optional*):
             Template by which rows longer than `max_length` are shortened. Without it they are an error.
+        catalog ([`ItemCatalog`], *optional*):
+            The items of `trie`. With it and `prompt_template`, all that is needed to recommend is saved beside the
+            model, in each checkpoint and on the Hub, for [`Recommender.from_pretrained`].
         **kwargs:
             All other arguments of [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `processing_class`,
             `peft_config`, `callbacks`, ... Datasets hold `prompt` and `completion`, standard or conversational, or
@@ -94,6 +99,7 @@ class MSLTrainer(SFTTrainer):
         *,
         trie: ItemTrie,
         prompt_template: PromptTemplate | None = None,
+        catalog: ItemCatalog | None = None,
         **kwargs: Any,
     ):
         if args is None:
@@ -111,8 +117,13 @@ class MSLTrainer(SFTTrainer):
                     f"`{name}` is not supported: full logits are never built. Rank items with "
                     "`RecommendationCallback`, and subclass `MSLTrainer` to change the loss."
                 )
+        if catalog is not None and prompt_template is None:
+            raise ValueError("`catalog` is saved to be used with the model, which also needs the `prompt_template`.")
+        if catalog is not None and len(catalog) != trie.num_items:
+            raise ValueError(f"`catalog` ({catalog}) is not what `trie` ({trie}) was built from.")
         self.trie = trie
         self.prompt_template = prompt_template
+        self.catalog = catalog
         super().__init__(model, args, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("`train_dataset` holds images, which `MSLTrainer` does not support: leave them out.")
@@ -178,6 +189,13 @@ class MSLTrainer(SFTTrainer):
                 fn_kwargs={"trie": self.trie, "max_length": args.max_length, "dataset_name": dataset_name},
             )
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.catalog is not None:
+            args, tokenizer = self.args, getattr(self.processing_class, "tokenizer", self.processing_class)
+            bundle = Bundle(self.catalog, self.trie, self.prompt_template, args.max_length, args.chat_template_kwargs)
+            bundle.save_pretrained(output_dir or args.output_dir, tokenizer)
 
     def predict(self, *args, **kwargs):
         raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")

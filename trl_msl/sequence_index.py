@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import marisa_trie
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 
 MAX_TOKEN = (1 << 24) - 1  # token ids are stored in 3 bytes
-_FORMAT = 1
-_TRIE_FILE, _ITEMS_FILE, _HEADER_FILE = "trie.marisa", "item_keys.npy", "trie.json"
+_FORMAT = 2
+_TRIE_FILE, _ITEMS_FILE, _HEADER_FILE = "trie.marisa", "trie.safetensors", "trie.json"
 
 
 class SequenceIndex:
@@ -74,13 +76,17 @@ class SequenceIndex:
         return keys
 
     def save(self, folder: Path, item_keys: np.ndarray, header: dict[str, Any]) -> None:
-        """Write the index, the key of each item and a header, each file whole and then renamed, the header last."""
+        """
+        Write the index, the key of each item, and a header with their checksums. Each file is written whole and then
+        renamed, the header last: where a crash comes between, the checksums do not fit.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         temporary = {name: folder / f".{name}.tmp" for name in (_TRIE_FILE, _ITEMS_FILE, _HEADER_FILE)}
         self.trie.save(str(temporary[_TRIE_FILE]))
-        with open(temporary[_ITEMS_FILE], "wb") as file:
-            np.save(file, item_keys.astype(np.int32), allow_pickle=False)
-        temporary[_HEADER_FILE].write_text(json.dumps({"format": _FORMAT, **header}), encoding="utf-8")
+        save_file({"item_keys": item_keys.astype(np.int32)}, temporary[_ITEMS_FILE])
+        sums = {name: file_checksum(temporary[name]) for name in (_TRIE_FILE, _ITEMS_FILE)}
+        text = json.dumps({"format": _FORMAT, "sha256": sums, **header})
+        temporary[_HEADER_FILE].write_text(text, encoding="utf-8")
         for name, path in temporary.items():
             path.replace(folder / name)
 
@@ -90,11 +96,23 @@ class SequenceIndex:
         header = json.loads((folder / _HEADER_FILE).read_text(encoding="utf-8"))
         if header["format"] != _FORMAT:
             raise ValueError(f"its format is {header['format']}, this version reads {_FORMAT}")
+        # Before marisa-trie and safetensors read a byte: a damaged file could make them crash or ask for any memory
+        for name in (_TRIE_FILE, _ITEMS_FILE):
+            if file_checksum(folder / name) != header["sha256"][name]:
+                raise ValueError(f"{name} is damaged, or does not belong to {_HEADER_FILE}")
         trie = marisa_trie.BinaryTrie().load(str(folder / _TRIE_FILE))
-        item_keys = np.load(folder / _ITEMS_FILE, allow_pickle=False)
+        item_keys = load_file(folder / _ITEMS_FILE)["item_keys"]
         sequences = [trie.restore_key(key) for key in item_keys.tolist()]
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) // 3
         return _decode(b"".join(sequences)), lengths, header
+
+
+def file_checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _encode(tokens: np.ndarray) -> np.ndarray:

@@ -350,8 +350,8 @@ class ItemTrie:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
-        Write the trie into a folder: the sequences as a marisa-trie, which item has which as a NumPy array, and a
-        JSON header. No pickle. Each file is written whole and then renamed, the header last.
+        Write the trie into a folder: the sequences as a marisa-trie, which item has which as safetensors, and a JSON
+        header with their checksums. No pickle. Each file is written whole and then renamed, the header last.
         """
         index, key_nodes = self._index
         node_keys = np.argsort(key_nodes)
@@ -365,7 +365,7 @@ class ItemTrie:
         Read a trie written by [`ItemTrie.save_pretrained`].
 
         Raises:
-            `ValueError`: if a file is missing, unreadable, or the files do not belong together.
+            `ValueError`: if a file is missing, damaged, or the files do not belong together.
         """
         try:
             tokens, lengths, header = SequenceIndex.load(Path(save_directory))

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from from_scratch import train_tokenizer
+from helpers import TITLES, make_model, make_windows
+from peft import LoraConfig
+
+from trl_msl import (
+    Bundle,
+    ItemCatalog,
+    MSLConfig,
+    MSLTrainer,
+    PromptTemplate,
+    Recommender,
+    build_rows,
+    recommend,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer, catalog, trie, template):
+    """What training leaves behind: an adapter on a base model in a folder, and the catalogue."""
+    path = tmp_path_factory.mktemp("trained")
+    make_model(tokenizer).save_pretrained(path / "base")
+    rows = build_rows(make_windows(catalog.ids), catalog, template)
+    trainer = MSLTrainer(
+        str(path / "base"),
+        MSLConfig(
+            path / "out", max_steps=2, save_steps=1, report_to="none", bf16=False, use_cpu=True, learning_rate=1e-2
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        trie=trie,
+        prompt_template=template,
+        catalog=catalog,
+        peft_config=LoraConfig(task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    trainer.save_model()
+    return path / "out"
+
+
+HISTORIES = [["b0", "b3"], ["b8", "b4", "b10"], ["b5"]]
+
+
+def test_the_catalogue_lies_beside_every_model_saved(folder):
+    for saved in (folder, folder / "checkpoint-1", folder / "checkpoint-2"):
+        names = {path.name for path in saved.iterdir()}
+        assert {"items.parquet", "trie.marisa", "trie.safetensors", "trie.json", "recommender.json"} <= names
+        assert "adapter_model.safetensors" in names
+        assert not [name for name in names if name.endswith((".tmp", ".pkl", ".npy"))]
+    versions = json.loads((folder / "recommender.json").read_text())["versions"]
+    assert set(versions) >= {"python", "trl_msl", "trl", "torch"}
+
+
+def test_a_new_process_recommends_the_same(folder):
+    expected = Recommender.from_pretrained(folder).recommend(HISTORIES, k=5)
+    code = (
+        "import json, sys; from trl_msl import Recommender; "
+        "found = Recommender.from_pretrained(sys.argv[1]).recommend(json.loads(sys.argv[2]), k=5); "
+        "print(json.dumps([found.ids, found.texts, found.scores, found.exact]))"
+    )
+    command = [sys.executable, "-c", code, str(folder), json.dumps(HISTORIES)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(output.splitlines()[-1]) == [expected.ids, expected.texts, expected.scores, expected.exact]
+
+
+def test_recommendations_are_those_of_the_engine(folder, tokenizer, catalog, trie, template):
+    recommender = Recommender.from_pretrained(folder)
+    prompts = [template.render([catalog.completions[i] for i in catalog.indices(ids)]) for ids in HISTORIES]
+    expected = recommend(recommender.model, tokenizer, trie, prompts, top_k=12)
+    found = recommender.recommend(HISTORIES, k=12, exclude_history=False)
+    assert [catalog.indices(ids) for ids in found.ids] == expected.items.tolist()
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+    assert found.texts == [[catalog.texts[index] for index in row] for row in expected.items]
+    assert all(found.exact)
+
+
+def test_histories_by_text_and_without_what_the_user_has_had(folder, catalog):
+    recommender = Recommender.from_pretrained(folder)
+    by_id = recommender.recommend(HISTORIES, k=12)
+    texts = [[catalog.texts[index] for index in catalog.indices(ids)] for ids in HISTORIES]
+    assert recommender.recommend(texts, k=12) == by_id
+    for ids, history in zip(by_id.ids, HISTORIES):
+        assert not set(ids) & set(history)
+    assert len(by_id.ids[2]) == 10  # "A History of Tea" is there twice, and the user has had one of them
+    stock = recommender.recommend(HISTORIES, k=12, allowed=["b1", "b2", "b3"])
+    assert [set(ids) for ids in stock.ids] == [{"b1", "b2"}, {"b1", "b2", "b3"}, {"b1", "b2", "b3"}]
+
+
+def test_save_merged_and_load(folder, tmp_path):
+    recommender = Recommender.from_pretrained(folder)
+    expected = recommender.recommend(HISTORIES, k=5)
+    recommender.save_pretrained(tmp_path / "adapter")
+    assert Recommender.from_pretrained(tmp_path / "adapter").recommend(HISTORIES, k=5) == expected
+    from peft import AutoPeftModelForCausalLM
+
+    merged = AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()
+    Recommender(merged, recommender.tokenizer, recommender.bundle).save_pretrained(tmp_path / "merged")
+    found = Recommender.from_pretrained(tmp_path / "merged").recommend(HISTORIES, k=5)
+    assert found.ids == expected.ids
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+
+
+def test_bad_histories(folder):
+    recommender = Recommender.from_pretrained(folder)
+    with pytest.raises(ValueError, match="`histories`: 1 of 2 are empty, the first that of user 1"):
+        recommender.recommend([["b1"], []])
+    with pytest.raises(ValueError, match=r"`histories` hold 1 different ids that are not in the catalogue.*'b99'"):
+        recommender.recommend([["b1", "b99", "b2"]])
+    with pytest.raises(ValueError, match=r"1 different texts that are not in the catalogue.*'Ulysses'"):
+        recommender.recommend([["Dune", "Emma", "Ulysses"]])
+
+
+def test_another_tokenizer_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    other = train_tokenizer(TITLES, vocab_size=380)
+    other.save_pretrained(tmp_path / "copy")
+    with pytest.raises(ValueError, match="writes other tokens than the one"):
+        Recommender.from_pretrained(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["items.parquet", "trie.marisa", "trie.safetensors", "trie.json", "recommender.json"])
+def test_missing_and_damaged_files(name, folder, tmp_path, tokenizer):
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / name
+    content = path.read_bytes()
+    for damaged in (content[:-3], content[:10], b"", b"[1]", content[::-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="holds no readable catalogue"):
+            Bundle.from_pretrained(tmp_path / "copy", tokenizer)
+    path.unlink()
+    with pytest.raises(ValueError, match="holds no readable catalogue|has no recommender.json"):
+        Recommender.from_pretrained(tmp_path / "copy")
+
+
+def test_awkward_texts_survive(tmp_path, tokenizer):
+    texts = ["", "x" * 100_000, "\x00\x07\t\n", "\u202eשלום", "👩‍👩‍👧‍👦 é", "a\u0301", 'say "no"']
+    catalog = ItemCatalog(range(7), texts, template="<{text}>", empty_texts="keep")
+    catalog.save_pretrained(tmp_path)
+    loaded = ItemCatalog.from_pretrained(tmp_path)
+    assert (loaded.ids, loaded.texts, loaded.template) == (catalog.ids, texts, "<{text}>")
+    bundle = Bundle(catalog, catalog.build_trie(tokenizer), PromptTemplate("{history}"))
+    bundle.save_pretrained(tmp_path, tokenizer)
+    assert Bundle.from_pretrained(tmp_path, tokenizer).catalog.completions == catalog.completions
+
+
+def test_a_catalogue_needs_its_template_and_its_trie(tokenizer, catalog, trie, template, tmp_path):
+    rows = build_rows(make_windows(catalog.ids), catalog, template)
+    args = MSLConfig(tmp_path, report_to="none", use_cpu=True, bf16=False)
+    kwargs = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
+    with pytest.raises(ValueError, match="also needs the `prompt_template`"):
+        MSLTrainer(make_model(tokenizer), trie=trie, catalog=catalog, **kwargs)
+    other = ItemCatalog(["0"], ["Dune"])
+    with pytest.raises(ValueError, match="is not what `trie`"):
+        MSLTrainer(make_model(tokenizer), trie=trie, catalog=other, prompt_template=template, **kwargs)

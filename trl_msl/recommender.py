@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recommending with a trained model and its catalogue, from one folder or repository."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .bundle import BUNDLE_FILE, Bundle
+from .data import fit_prompts
+from .generation import recommend
+
+
+@dataclass
+class RecommendedItems:
+    """
+    Items recommended to some users, best first; fewer than asked for where a user may get no more.
+
+    Args:
+        ids (`list[list[str]]`):
+            Item ids of each user.
+        texts (`list[list[str]]`):
+            Their texts.
+        scores (`list[list[float]]`):
+            Their log-probabilities.
+        exact (`list[bool]`):
+            Whether these are certainly the best items for each user.
+    """
+
+    ids: list[list[str]]
+    texts: list[list[str]]
+    scores: list[list[float]]
+    exact: list[bool]
+
+
+class Recommender:
+    """
+    A trained model with its tokenizer and its catalogue.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model: an adapter, merged, or full.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        bundle ([`Bundle`]):
+            Catalogue, trie and prompt.
+
+    Example:
+
+    ```python
+    recommender = Recommender.from_pretrained("user/my-recommender")
+    found = recommender.recommend([["17", "4"], ["23"]], k=10)  # item ids or texts, oldest first
+    print(found.texts[0], found.scores[0])
+    ```
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bundle: Bundle):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.bundle = bundle
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, revision: str | None = None, **kwargs: Any
+    ) -> Recommender:
+        """
+        Load a model and its catalogue from a folder or from a repository on the Hub.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                Folder that `trainer.save_model` or [`Recommender.save_pretrained`] wrote, or repository that it was
+                pushed to. An adapter's base model is loaded from where the adapter says.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repository.
+            **kwargs:
+                Passed to `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ...
+                Code from the repository is not run unless you pass `trust_remote_code=True`.
+
+        Raises:
+            `ValueError`: if there is no catalogue in it, or it is damaged or does not fit the tokenizer.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), revision=revision))
+        if not (folder / BUNDLE_FILE).is_file():
+            raise ValueError(
+                f"`pretrained_model_name_or_path` = {str(pretrained_model_name_or_path)!r} has no {BUNDLE_FILE}, so "
+                "it is a model without a catalogue: train with `MSLTrainer(..., catalog=catalog)`, or make a "
+                "`Recommender` of the model, the tokenizer and a `Bundle`."
+            )
+        trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+        bundle = Bundle.from_pretrained(folder, tokenizer)
+        return cls(AutoModelForCausalLM.from_pretrained(folder, **kwargs), tokenizer, bundle)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write model (or adapter), tokenizer and catalogue into a folder, the catalogue last."""
+        self.model.save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
+        self.bundle.save_pretrained(save_directory, self.tokenizer)
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        exclude_history: bool = True,
+        allowed: Iterable[str] | None = None,
+        **kwargs: Any,
+    ) -> RecommendedItems:
+        """
+        Recommend items to some users.
+
+        Args:
+            histories (`Sequence[Sequence[str]]`):
+                Items that each user has had, oldest first: all of them ids, or all of them texts.
+            k (`int`, *optional*, defaults to `10`):
+                Number of items to recommend.
+            exclude_history (`bool`, *optional*, defaults to `True`):
+                Whether to leave out what a user has had, and items with the same text.
+            allowed (`Iterable[str]`, *optional*):
+                Ids of the items that may be recommended, such as those in stock.
+            **kwargs:
+                `mode`, `batch_size` and other arguments of [`recommend`].
+
+        Raises:
+            `ValueError`: if a history is empty or holds an item that is not in the catalogue.
+        """
+        catalog, template = self.bundle.catalog, self.bundle.prompt_template
+        empty = [user for user, history in enumerate(histories) if len(history) == 0]
+        if empty:
+            raise ValueError(
+                f"`histories`: {len(empty)} of {len(histories)} are empty, the first that of user {empty[0]}, so "
+                "there is nothing to go by. Recommend them the most popular items instead."
+            )
+        indices = self._indices(histories)
+        written = [[catalog.completions[index] for index in history] for history in indices]
+        rows = {"prompt": [template.render(history) for history in written], "history": written}
+        # As in `evaluate_recommendations`: room for an item of average length
+        limit = float("inf") if self.bundle.max_length is None else self.bundle.max_length
+        room = [limit - int(self.bundle.trie.item_lengths.double().mean())] * len(rows["prompt"])
+        prompts = fit_prompts(self.tokenizer, rows, room, template, self.bundle.chat_template_kwargs)
+        found = recommend(
+            self.model,
+            self.tokenizer,
+            self.bundle.trie,
+            prompts,
+            top_k=min(k, len(catalog)),
+            exclude=[self._with_same_text(history) for history in indices] if exclude_history else None,
+            allowed=None if allowed is None else catalog.indices(allowed),
+            **kwargs,
+        )
+        items = [[index for index in row if index >= 0] for row in found.items.tolist()]
+        return RecommendedItems(
+            ids=[[catalog.ids[index] for index in row] for row in items],
+            texts=[[catalog.texts[index] for index in row] for row in items],
+            scores=[scores[: len(row)] for scores, row in zip(found.scores.tolist(), items)],
+            exact=found.exact.tolist(),
+        )
+
+    @cached_property
+    def _indices_of_text(self) -> dict[str, list[int]]:
+        indices: dict[str, list[int]] = {}
+        for index, text in enumerate(self.bundle.catalog.texts):
+            indices.setdefault(text, []).append(index)
+        return indices
+
+    def _indices(self, histories: Sequence[Sequence[str]]) -> list[list[int]]:
+        """Index of each item: by id if all are ids, else by text."""
+        catalog = self.bundle.catalog
+        items = {str(item) for history in histories for item in history}
+        unknown_ids, unknown_texts = items - catalog.index_of_id.keys(), items - self._indices_of_text.keys()
+        if unknown_ids and unknown_texts:
+            kind, unknown = min(("ids", unknown_ids), ("texts", unknown_texts), key=lambda pair: len(pair[1]))
+            raise ValueError(
+                f"`histories` hold {len(unknown)} different {kind} that are not in the catalogue of {len(catalog)} "
+                f"items, such as {sorted(unknown)[:3]}. Pass ids throughout or texts throughout, and leave out what "
+                "is not in the catalogue."
+            )
+        if not unknown_ids:
+            return [catalog.indices(history) for history in histories]
+        return [[self._indices_of_text[str(item)][0] for item in history] for history in histories]
+
+    def _with_same_text(self, indices: list[int]) -> list[int]:
+        """The items, and those that are written alike."""
+        texts = self.bundle.catalog.texts
+        return [same for index in indices for same in self._indices_of_text[texts[index]]]
