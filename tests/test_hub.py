@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train, push, and pull in another process, by huggingface_hub's own client over HTTP on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+from helpers import make_model, make_windows
+from hub_server import serve
+
+from trl_msl import build_rows
+
+
+TRAIN_AND_PUSH = """
+import json, sys
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer
+from trl_msl import Bundle, ItemCatalog, ItemTrie, MSLConfig, MSLTrainer, PromptTemplate, Recommender
+
+folder, histories = sys.argv[1], json.loads(sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(f"{folder}/base")
+catalog = ItemCatalog.from_pretrained(f"{folder}/base")
+trainer = MSLTrainer(
+    f"{folder}/base",
+    MSLConfig(
+        f"{folder}/out", max_steps=2, report_to="none", bf16=False, use_cpu=True, learning_rate=1e-2, push_to_hub=True,
+        hub_model_id="somebody/recommender",
+    ),
+    train_dataset=Dataset.from_parquet(f"{folder}/rows.parquet"),
+    processing_class=tokenizer,
+    trie=catalog.build_trie(tokenizer),
+    prompt_template=PromptTemplate("The user has read: {history}\\nNext: "),
+    catalog=catalog,
+    peft_config=LoraConfig(task_type="CAUSAL_LM"),
+)
+trainer.train()
+trainer.push_to_hub()
+found = Recommender(
+    trainer.model, tokenizer, Bundle(catalog, trainer.trie, trainer.prompt_template, trainer.args.max_length)
+).recommend(histories)
+print(json.dumps([found.ids, found.scores]))
+"""
+
+PULL = """
+import json, sys
+from trl_msl import Recommender
+
+found = Recommender.from_pretrained("somebody/recommender").recommend(json.loads(sys.argv[2]))
+print(json.dumps([found.ids, found.scores]))
+"""
+
+
+def run(code: str, folder, url: str, home: str) -> list:
+    environment = {
+        **os.environ, "HF_ENDPOINT": url, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / home),
+        "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    histories = json.dumps([["b0", "b3"], ["b8", "b4", "b10"], ["b5"]])
+    command = [sys.executable, "-c", code, str(folder), histories]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_train_push_and_pull(tmp_path, tokenizer, catalog, template):
+    make_model(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    catalog.save_pretrained(tmp_path / "base")
+    build_rows(make_windows(catalog.ids), catalog, template).to_parquet(tmp_path / "rows.parquet")
+    with serve() as hub:
+        trained = run(TRAIN_AND_PUSH, tmp_path, hub.url, "home-of-the-trainer")
+        files = hub.repos["somebody/recommender"]
+        pulled = run(PULL, tmp_path, hub.url, "home-of-the-user")
+    assert {"adapter_model.safetensors", "items.parquet", "trie.marisa", "recommender.json", "README.md"} <= set(files)
+    assert pulled == trained  # the same items with the same scores, to the last bit
+    assert len(pulled[0][0]) == 10
