@@ -26,6 +26,8 @@ accelerate launch recipes/sft_msl.py \
     --model_name_or_path Qwen/Qwen3-0.6B --use_peft --output_dir outputs/mine
 ```
 
+A run that was killed goes on from its last whole checkpoint with `--resume_from_checkpoint last`.
+
 All options can stand in a YAML file: `--config recipes/configs/quickstart.yaml`. What it leaves in `output_dir`: the
 trained model of each loss with `metrics.json`, `log_history.json` and `recommendations.txt`, and `summary.json` and
 `training.png`.
@@ -129,7 +131,8 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
             model = model.to(process.device)
         else:
             trainer = make_trainer(name, data, tokenizer, trie, config, model_args, ranking)
-            trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+            is_last = config.resume_from_checkpoint == "last"
+            trainer.train(resume_from_checkpoint=True if is_last else config.resume_from_checkpoint)
             trainer.save_model(trainer.args.output_dir)
             model, histories[name] = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
         trained = time.time()

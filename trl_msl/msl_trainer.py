@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
@@ -20,6 +24,9 @@ from .losses import masked_softmax_loss
 from .msl_config import MSLConfig
 from .temperature import TemperatureCallback
 from .trie import ItemTrie
+
+
+logger = logging.getLogger(__name__)
 
 
 class MSLTrainer(SFTTrainer):
@@ -134,6 +141,15 @@ class MSLTrainer(SFTTrainer):
         self.add_callback(TemperatureCallback.from_config(args))
         # The loss is divided by the count of the whole accumulated batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """
+        As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last checkpoint in `output_dir`
+        that was written to its end, so that a run may be killed at any moment.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     @property
     def temperature(self) -> float:
@@ -260,6 +276,26 @@ class MSLTrainer(SFTTrainer):
             metrics[name].append(sums[name] / max(sums["positions"], 1))
         for name in ("lml", "lml1", "lml2") if "lml" in sums else ():
             metrics[name].append(sums[name] / max(sums["supervised"], 1))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str:
+    """
+    Folder of the last checkpoint whose `trainer_state.json`, which is written last, is whole.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    steps = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+        except (OSError, TypeError, ValueError):
+            logger.warning("%s was not written to its end: it is left out.", path)
+        else:
+            steps[state.global_step] = path
+    if not steps:
+        raise ValueError(f"`resume_from_checkpoint`: {str(output_dir)!r} has no checkpoint written to its end.")
+    return str(steps[max(steps)])
 
 
 def _check_tokenized(
