@@ -17,29 +17,32 @@ import json, sys
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
-from trl_msl import Bundle, ItemCatalog, ItemTrie, MSLConfig, MSLTrainer, PromptTemplate, Recommender
+from trl_msl import (
+    ItemCatalog, MSLConfig, MSLTrainer, PromptTemplate, RecommendationCallback, Recommender
+)
 
 folder, histories = sys.argv[1], json.loads(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/base")
 catalog = ItemCatalog.from_pretrained(f"{folder}/base")
+rows = Dataset.from_parquet(f"{folder}/rows.parquet")
 trainer = MSLTrainer(
     f"{folder}/base",
     MSLConfig(
         f"{folder}/out", max_steps=2, report_to="none", bf16=False, use_cpu=True, learning_rate=1e-2, push_to_hub=True,
-        hub_model_id="somebody/recommender",
+        hub_model_id="somebody/recommender", eval_strategy="steps", eval_steps=1,
     ),
-    train_dataset=Dataset.from_parquet(f"{folder}/rows.parquet"),
+    train_dataset=rows,
+    eval_dataset=rows,
     processing_class=tokenizer,
     trie=catalog.build_trie(tokenizer),
     prompt_template=PromptTemplate("The user has read: {history}\\nNext: "),
     catalog=catalog,
     peft_config=LoraConfig(task_type="CAUSAL_LM"),
 )
+trainer.add_callback(RecommendationCallback(trainer, trainer.trie, catalog, rows))
 trainer.train()
 trainer.push_to_hub()
-found = Recommender(
-    trainer.model, tokenizer, Bundle(catalog, trainer.trie, trainer.prompt_template, trainer.args.max_length)
-).recommend(histories)
+found = Recommender(trainer.model, tokenizer, trainer.bundle).recommend(histories)
 print(json.dumps([found.ids, found.scores]))
 """
 
@@ -47,6 +50,11 @@ PULL = """
 import json, sys
 from trl_msl import Recommender
 
+from huggingface_hub import hf_hub_download
+
+card = open(hf_hub_download("somebody/recommender", "README.md"), encoding="utf-8").read()
+exec(card.split("```python")[1].split("```")[0])  # the usage example of the model card
+assert len(found.texts[0]) == 10
 found = Recommender.from_pretrained("somebody/recommender").recommend(json.loads(sys.argv[2]))
 print(json.dumps([found.ids, found.scores]))
 """
@@ -74,5 +82,8 @@ def test_train_push_and_pull(tmp_path, tokenizer, catalog, template):
         files = hub.repos["somebody/recommender"]
         pulled = run(PULL, tmp_path, hub.url, "home-of-the-user")
     assert {"adapter_model.safetensors", "items.parquet", "trie.marisa", "recommender.json", "README.md"} <= set(files)
+    card = files["README.md"].decode()
+    assert "12 items" in card and "40 training rows" in card and "| ndcg@10 | 0." in card and "2504.04178" in card
+    assert "time machine" not in card
     assert pulled == trained  # the same items with the same scores, to the last bit
     assert len(pulled[0][0]) == 10

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, ProcessorMixin, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -21,6 +22,7 @@ from .catalog import ItemCatalog
 from .data import PromptTemplate, tokenize_rows
 from .lm_head import SparseCausalLMOutput, add_sparse_lm_head
 from .losses import masked_softmax_loss
+from .model_card import describe_recommender
 from .msl_config import MSLConfig
 from .temperature import TemperatureCallback
 from .trie import ItemTrie
@@ -209,9 +211,30 @@ class MSLTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.catalog is not None:
-            args, tokenizer = self.args, getattr(self.processing_class, "tokenizer", self.processing_class)
-            bundle = Bundle(self.catalog, self.trie, self.prompt_template, args.max_length, args.chat_template_kwargs)
-            bundle.save_pretrained(output_dir or args.output_dir, tokenizer)
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            self.bundle.save_pretrained(output_dir or self.args.output_dir, tokenizer)
+
+    @property
+    def bundle(self) -> Bundle:
+        """What is saved beside the model."""
+        args = self.args
+        return Bundle(self.catalog, self.trie, self.prompt_template, args.max_length, args.chat_template_kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.catalog is None or not self.is_world_process_zero():
+            return
+        evaluations = [entry for entry in self.state.log_history if any("@" in name for name in entry)]
+        best = [entry for entry in evaluations if entry["step"] == self.state.best_global_step]
+        metrics = (best or evaluations or [{}])[-1]
+        num_rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
+        path = Path(self.args.output_dir) / "README.md"
+        card = ModelCard.load(path)
+        introduction, _, rest = card.text.partition("## Quick start")  # TRL's, for a model that chats
+        procedure = rest[rest.index("## Training procedure") :]
+        model_id = self.hub_model_id or str(self.args.output_dir)
+        card.text = introduction + describe_recommender(model_id, self.bundle, num_rows, metrics) + procedure
+        card.save(path)
 
     def predict(self, *args, **kwargs):
         raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
