@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from accelerate import PartialState
 from recipe_data import DataArguments, load_recipe_data
@@ -92,7 +93,7 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
         raise ValueError("`model_name_or_path` is missing: pass the folder or repository of a trained model.")
     if args.decoding == ["exact"] and (args.num_beams or args.length_penalty):
         raise ValueError("`num_beams` and `length_penalty` mean nothing to exact search: add beam to `--decoding`.")
-    process = PartialState()
+    process = PartialState(cpu=not torch.accelerator.is_available())
     data = load_recipe_data(data_args)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     model = AutoModelForCausalLM.from_pretrained(

@@ -12,6 +12,8 @@ import yaml
 from conftest import ROOT
 from helpers import TITLES, make_windows
 
+from trl_msl import Recommender
+
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes"]
@@ -165,3 +167,43 @@ def test_two_processes_follow_the_same_course_as_one(tmp_path, folder):
     metrics = [read(tmp_path / name / "msl" / "metrics.json") for name in ("one", "two")]
     assert metrics[0]["num_rows"] == metrics[1]["num_rows"] == 6
     assert metrics[0]["ndcg@10"] == pytest.approx(metrics[1]["ndcg@10"], abs=1e-4)
+
+
+def test_recommend_to_the_users_of_a_file(tmp_path, folder):
+    """On two processes; what is there of a killed run is taken up; CSV and Parquet; unknown items."""
+    model = tmp_path / "out" / "msl"
+    launch("sft_msl.py", "--data_dir", folder, "--output_dir", tmp_path / "out", *TINY, "--scratch_pretrain_steps", 0)
+    windows = make_windows([str(index) for index in range(len(TITLES))], 11)["item_ids"][:]
+    users = pd.DataFrame({"user_id": range(11), "item_ids": windows})
+    users.to_parquet(tmp_path / "users.parquet")
+    common = ["--model_name_or_path", model, "--part_size", 4, "--top_k", 3]
+    arguments = [*common, "--users", tmp_path / "users.parquet", "--output", tmp_path / "found.parquet"]
+    launch("recommend.py", *arguments, num_processes=2)
+    found = pd.read_parquet(tmp_path / "found.parquet")
+    expected = Recommender.from_pretrained(model).recommend(windows, k=3)
+    assert [list(ids) for ids in found["recommended_ids"]] == expected.ids
+    assert found["user_id"].tolist() == list(range(11)) and found["exact"].all()
+    assert not (tmp_path / "found.parquet.parts").exists()
+
+    # As a killed run would have left it: the second of three parts, here with a mark; and one of another run
+    marked = found.iloc[4:8].assign(user_id=-1)
+    arguments[-1] = tmp_path / "again.parquet"
+    (tmp_path / "again.parquet.parts").mkdir()
+    (tmp_path / "again.parquet.parts" / "job.json").write_text("{}")
+    output = launch("recommend.py", *arguments, fails=True)
+    assert "holds parts of a run with other users, output" in output
+    (tmp_path / "again.parquet.parts" / "job.json").unlink()
+    marked.to_parquet(tmp_path / "again.parquet.parts" / "000000000004.parquet")
+    launch("recommend.py", *arguments)
+    again = pd.read_parquet(tmp_path / "again.parquet")
+    assert again["user_id"].tolist() == [0, 1, 2, 3, -1, -1, -1, -1, 8, 9, 10]
+    assert again["recommended_ids"].map(list).tolist() == expected.ids
+
+    strange = pd.DataFrame({"item_ids": [json.dumps(windows[0]), '["0", "no such item"]', '["nor this"]']})
+    strange.to_csv(tmp_path / "users.csv", index=False)
+    arguments = [*common, "--users", tmp_path / "users.csv", "--output", tmp_path / "csv.parquet"]
+    assert "not in the catalogue" in launch("recommend.py", *arguments, fails=True)
+    arguments[-1] = tmp_path / "dropped.parquet"
+    output = launch("recommend.py", *arguments, "--unknown_items", "drop")
+    assert "2 unknown items of histories were dropped, and 1 users who had no other" in output
+    assert len(pd.read_parquet(tmp_path / "dropped.parquet")) == 2

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Recommend items to the users of a file, with a model that carries its catalogue.
+
+```bash
+accelerate launch recipes/recommend.py --model_name_or_path outputs/quickstart/msl \
+    --users users.parquet --output recommendations.parquet
+```
+
+`users` is a Parquet or CSV file with a column `item_ids`: what each user has had, oldest first, ids or texts, as a
+list or as JSON. Other columns, such as `user_id`, are kept; `recommended_ids`, `recommended_texts`, `scores` and `exact`
+are added. The output is made in parts: a run that was killed goes on where it was, on any number of processes.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from recipe_outputs import write_json
+from tqdm.auto import tqdm
+from trl import ModelConfig, TrlParser
+
+from trl_msl import Recommender
+
+
+@dataclass
+class RecommendArguments:
+    """
+    Arguments of this recipe, besides those of the model.
+
+    Parameters:
+        users (`str`):
+            Parquet or CSV file with a column `item_ids`.
+        output (`str`, *optional*, defaults to `"recommendations.parquet"`):
+            Parquet file to write.
+        top_k (`int`, *optional*, defaults to `10`):
+            Number of items to recommend.
+        exclude_history (`bool`, *optional*, defaults to `True`):
+            Whether to leave out what a user has had.
+        unknown_items (`str`, *optional*, defaults to `"error"`):
+            What to do with items of a history that are not in the catalogue: `error`, or `drop`, with users who have
+            no other; how many is reported.
+        part_size (`int`, *optional*, defaults to `1000`):
+            Users of a part, which are lost when a run is killed.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Users per process that are decoded at a time.
+    """
+
+    users: str = field(metadata={"help": "Parquet or CSV file with a column `item_ids`."})
+    output: str = field(default="recommendations.parquet", metadata={"help": "Parquet file to write."})
+    top_k: int = field(default=10, metadata={"help": "Number of items to recommend."})
+    exclude_history: bool = field(default=True, metadata={"help": "Leave out what a user has had."})
+    unknown_items: str = field(
+        default="error", metadata={"help": "Items that are not in the catalogue.", "choices": ["error", "drop"]}
+    )
+    part_size: int = field(default=1000, metadata={"help": "Users of a part."})
+    batch_size: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
+
+
+def main(args: RecommendArguments, model_args: ModelConfig) -> None:
+    process = PartialState(cpu=not torch.accelerator.is_available())
+    recommender = Recommender.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+    )
+    recommender.model.to(process.device)
+    users = read_users(args.users)
+    known = recommender.bundle.catalog.index_of_id.keys() | set(recommender.bundle.catalog.texts)
+    users, report = drop_unknown(users, known) if args.unknown_items == "drop" else (users, "")
+    process.print(f"{len(users):,} users, {len(recommender.bundle.catalog):,} items{report}")
+
+    folder = Path(f"{args.output}.parts")
+    with process.main_process_first():
+        check_job(folder, {**asdict(args), **asdict(model_args)}, args.users)
+    parts = {folder / f"{start:012}.parquet": start for start in range(0, len(users), args.part_size)}
+    missing = [path for path in parts if not path.exists()]
+    process.wait_for_everyone()  # all must see the same parts missing before one of them is written
+    for path in tqdm(missing, desc="Parts", initial=len(parts) - len(missing), total=len(parts),
+                     disable=not process.is_main_process):  # fmt: skip
+        part = users.iloc[parts[path] : parts[path] + args.part_size]
+        found = recommender.recommend(
+            part["item_ids"].tolist(), args.top_k, args.exclude_history, batch_size=args.batch_size
+        )  # each process decodes a share, and has the whole result
+        if process.is_main_process:
+            write_parquet(path, part.assign(
+                recommended_ids=found.ids, recommended_texts=found.texts, scores=found.scores, exact=found.exact
+            ))  # fmt: skip
+    if process.is_main_process:
+        write_parquet(Path(args.output), pd.concat(map(pd.read_parquet, parts), ignore_index=True))
+        shutil.rmtree(folder)
+        print(args.output)
+    # A rank that exits while others still talk, or with the group's threads alive, is aborted
+    process.wait_for_everyone()
+    process.destroy_process_group()
+
+
+def read_users(path: str) -> pd.DataFrame:
+    """The file with `item_ids` as lists of strings."""
+    users = pd.read_parquet(path) if path.endswith(".parquet") else pd.read_csv(path)
+    if "item_ids" not in users.columns:
+        raise ValueError(f"`users` = {path!r} has no column `item_ids`: it has {list(users.columns)}.")
+    if len(users) == 0:
+        raise ValueError(f"`users` = {path!r} has no rows: there is nobody to recommend to.")
+    try:
+        lists = [json.loads(items) if isinstance(items, str) else list(items) for items in users["item_ids"]]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`users` = {path!r}: `item_ids` must hold lists, or lists as JSON ({error}).") from error
+    return users.assign(item_ids=[[str(item) for item in items] for items in lists])
+
+
+def drop_unknown(users: pd.DataFrame, known: set[str]) -> tuple[pd.DataFrame, str]:
+    """Users without the items that are not known, those who have others; and what was dropped, in words."""
+    kept = [[item for item in items if item in known] for items in users["item_ids"]]
+    num_items = sum(map(len, users["item_ids"])) - sum(map(len, kept))
+    num_users = sum(len(items) == 0 for items in kept)
+    kept = users.assign(item_ids=kept)[[len(items) > 0 for items in kept]]
+    return kept, f" ({num_items:,} unknown items of histories were dropped, and {num_users:,} users who had no other)"
+
+
+def check_job(folder: Path, arguments: dict, users: str) -> None:
+    """Parts may only be taken up by the run that they come from."""
+    job = json.loads(json.dumps({**arguments, "sha256": hashlib.sha256(Path(users).read_bytes()).hexdigest()}))
+    path = folder / "job.json"
+    if not path.exists():
+        write_json(path, job)
+    elif (before := json.loads(path.read_text(encoding="utf-8"))) != job:
+        changed = [name for name in job if before.get(name) != job[name]]
+        raise ValueError(f"{folder} holds parts of a run with other {', '.join(changed)}: remove it to start anew.")
+
+
+def write_parquet(path: Path, table: pd.DataFrame) -> None:
+    """Write whole, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    table.to_parquet(temporary, index=False)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main(*TrlParser((RecommendArguments, ModelConfig)).parse_args_and_config())
