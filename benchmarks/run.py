@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 
+from bundle import benchmark_bundle
 from decoding import benchmark_decoding
 from loss import benchmark_loss
 from processor import benchmark_processor
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "trie_build": benchmark_trie_build,
     "processor": benchmark_processor,
     "decoding": benchmark_decoding,
+    "bundle": benchmark_bundle,
 }
 # What is promised: result → (at least or at most, limit, the absolute values behind it)
 TARGETS = {
@@ -41,6 +43,8 @@ TARGETS = {
     "trie_build_1m_mb": ("<=", 200),
     "processor_vs_transformers": (">=", 10, "transformers_marisa_s", "processor_s"),
     "processor_inplace_vs_transformers": (">=", 10, "transformers_marisa_s", "processor_inplace_s"),
+    "bundle_1m_save_s": ("<=", 10),
+    "bundle_1m_load_s": ("<=", 10),
     "decode_vs_generate_marisa": (">=", 8, "generate_marisa_users_per_s", "decode_users_per_s"),
     "decode_vs_generate_processor": (">=", 5, "generate_processor_users_per_s", "decode_users_per_s"),
     "decode_memory_vs_generate": ("<=", 0.25, "decode_peak_mb", "generate_processor_peak_mb"),

@@ -8,8 +8,8 @@ accelerate launch recipes/recommend.py --model_name_or_path outputs/quickstart/m
 ```
 
 `users` is a Parquet or CSV file with a column `item_ids`: what each user has had, oldest first, ids or texts, as a
-list or as JSON. Other columns, such as `user_id`, are kept; `recommended_ids`, `recommended_texts`, `scores` and `exact`
-are added. The output is made in parts: a run that was killed goes on where it was, on any number of processes.
+list or as JSON. Other columns, such as `user_id`, are kept; `recommended_ids`, `recommended_texts`, `scores` and
+`exact` are added. The output is made in parts: a run that was killed goes on where it was, on any number of processes.
 """
 
 import hashlib
