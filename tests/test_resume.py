@@ -16,7 +16,7 @@ from trl_msl.msl_trainer import last_complete_checkpoint
 TRAIN = """
 import os, signal, sys
 from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 from peft import LoraConfig
 from trl_msl import ItemCatalog, MSLConfig, MSLTrainer, PromptTemplate
 
@@ -33,6 +33,7 @@ class Trainer(MSLTrainer):
             os.kill(os.getpid(), signal.SIGKILL)
         super()._save_optimizer_and_scheduler(output_dir)
 
+set_seed(0)  # TRL 1.14 makes a new adapter before it sets the seed
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/base")
 catalog = ItemCatalog.from_pretrained(f"{folder}/base")
 trainer = Trainer(
