@@ -63,9 +63,10 @@ def evaluate_recommendations(
             `mode`, `batch_size` and other arguments of [`recommend`].
 
     Returns:
-        `dict` of `hr@K`, `ndcg@K`, `mrr@K`; `ndcg@K_low` and `ndcg@K_high` for the largest K; `coverage`, the share of
-        the catalogue that was recommended to anybody; `exact_rate`, the share of rows whose items are certainly the
-        best; `invalid_rate`; and `num_rows`. With `return_recommendations`, also the [`Recommendations`].
+        `dict` of `hr@K`, `ndcg@K`, `mrr@K`; for the largest K also the ends of their intervals, such as `ndcg@K_low`
+        and `ndcg@K_high`; `coverage`, the share of the catalogue that was recommended to anybody; `exact_rate`, the
+        share of rows whose items are certainly the best; `invalid_rate`; and `num_rows`. With
+        `return_recommendations`, also the [`Recommendations`].
     """
     if match not in ("id", "text"):
         raise ValueError(f"`match` is {match!r}: it must be 'id' or 'text'.")
@@ -92,11 +93,10 @@ def evaluate_recommendations(
         targets, recommended = representative[targets], _first_of_each(representative, recommended)
     found.target_ranks = ranks_of_targets(recommended, targets)
     values = per_user_metrics(found.target_ranks, ks)
-    low, high = bootstrap_interval(values[f"ndcg@{top_k}"], confidence)
-    metrics = {
-        **{name: float(value.mean()) for name, value in values.items()},
-        f"ndcg@{top_k}_low": low,
-        f"ndcg@{top_k}_high": high,
+    metrics = {name: float(value.mean()) for name, value in values.items()}
+    for name in (f"ndcg@{top_k}", f"hr@{top_k}", f"mrr@{top_k}"):
+        metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values[name], confidence)
+    metrics |= {
         "coverage": coverage(found.items, len(catalog)),
         "exact_rate": float(found.exact.mean()),
         "invalid_rate": found.invalid_rate,

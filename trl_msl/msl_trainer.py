@@ -232,6 +232,9 @@ class MSLTrainer(SFTTrainer):
         card = ModelCard.load(path)
         introduction, _, rest = card.text.partition("## Quick start")  # TRL's, for a model that chats
         procedure = rest[rest.index("## Training procedure") :]
+        # TRL's template has no word for a base model that is not on the Hub
+        base = f"`{get_config_model_id(self.model.config)}`"
+        introduction = introduction.replace("[None](https://huggingface.co/None)", base)
         model_id = self.hub_model_id or str(self.args.output_dir)
         card.text = introduction + describe_recommender(model_id, self.bundle, num_rows, metrics) + procedure
         card.save(path)
