@@ -30,7 +30,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from trl_msl import ItemTrie, TrieDecoder, build_rows, decoding, encode_prompts, recommend
+from trl_msl import ItemTrie, TrieDecoder, build_rows, encode_prompts, next_tokens, recommend
 from trl_msl.lm_head import head_projection
 
 
@@ -152,7 +152,7 @@ def test_a_large_search(monkeypatch):
     prompts = [rng.integers(0, 12, 40).tolist(), rng.integers(0, 12, 33).tolist()]
     expected = score_every_item(model, trie, prompts)
     for max_logits in (1 << 23, 100, 1):
-        monkeypatch.setattr(decoding, "_MAX_LOGITS", max_logits)
+        monkeypatch.setattr(next_tokens, "_MAX_LOGITS", max_logits)
         decoder = TrieDecoder(model, trie)
         found = decoder.search(prompts, top_k=200, exclude=[[300, 303], []], nodes_per_round=7)
         check_ranking(found, expected, [set(range(350)) - {300, 303}, set(range(350))], top_k=200)

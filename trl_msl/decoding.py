@@ -19,15 +19,11 @@ from transformers import PreTrainedModel
 from .beams import Beams
 from .frontier import Frontier, key_items, key_scores, pad_rows
 from .lm_head import check_head, head_projection
-from .logits_process import logsumexp_by_row
+from .next_tokens import next_token_log_probs
 from .restriction import Restriction, check_items, check_restrictions, is_shared
 from .tree_cache import TreeCache, prefill_prefix
 from .tree_support import USE_GENERATE, check_length, check_tree_attention
 from .trie import ItemTrie
-
-
-_VOCAB_ROWS = 64  # positions whose logits over the whole vocabulary are made at a time
-_MAX_LOGITS = 1 << 23  # number of logits over the trie that are made at a time
 
 
 @dataclass
@@ -276,7 +272,7 @@ class TrieDecoder:
             hidden = cache.root_hidden[:, -1] if rounds == 1 else cache.append(nodes)
             row, column = (nodes >= 0).nonzero(as_tuple=True)
             parents, children = self.tree.children(nodes[row, column])
-            log_probs = self._log_probs(hidden, parents, self.tree.head_tokens(children))
+            log_probs = next_token_log_probs(self.project, hidden, parents, self.tree.head_tokens(children))
             frontier.add(row[parents], children, scores[row, column][parents] + log_probs)
 
     def _beam_search(
@@ -305,7 +301,9 @@ class TrieDecoder:
                 state = read.reshape(-1).cumsum(0) - 1
                 is_read = read.reshape(-1)[rows]
                 tokens = self.tree.chain_tokens[self.tree.chain_start[nodes] + steps]
-                log_probs[is_read] = self._log_probs(hidden, state[rows[is_read]], tokens[is_read], normalize)
+                log_probs[is_read] = next_token_log_probs(
+                    self.project, hidden, state[rows[is_read]], tokens[is_read], normalize
+                )
                 beams.count_expansions(read)
             beams.advance(rows, nodes, steps, log_probs)
 
@@ -325,7 +323,7 @@ class TrieDecoder:
         if (nodes > 0).any():
             hidden[nodes > 0] = cache.append(pad_rows(row[nodes > 0], nodes[nodes > 0], len(items), fill=-1))
         parents, children = tree.children(nodes)
-        log_probs = self._log_probs(hidden, parents, tree.head_tokens(children))
+        log_probs = next_token_log_probs(self.project, hidden, parents, tree.head_tokens(children))
         first = torch.searchsorted(parents, torch.arange(len(keys), device=tree.device))
         scores = torch.zeros(len(leaves), device=tree.device)
         for above, below in zip(levels[1:], levels):
@@ -347,40 +345,6 @@ class TrieDecoder:
             users = order[start : start + batch_size]
             yield torch.tensor(users), TreeCache(self.backbone, self.tree, [prompts[user] for user in users], prefix)
 
-    def _log_probs(self, hidden: Tensor, rows: Tensor, tokens: Tensor, normalize: str = "trie") -> Tensor:
-        """
-        Log-probabilities of next tokens.
-
-        Args:
-            hidden (`torch.Tensor` of shape `(num_rows, hidden_size)`):
-                Hidden state that each row of tokens comes after.
-            rows, tokens (`torch.Tensor` of shape `(total,)`):
-                Row and id of each token, rows ascending.
-            normalize (`str`):
-                `"trie"`, among the tokens of the row; or `"vocab"`, over the vocabulary.
-
-        Returns:
-            `torch.Tensor` of shape `(total,)`, fp32.
-        """
-        device, log_probs = rows.device, torch.empty(len(rows), device=rows.device)
-        if normalize == "trie":
-            for chosen in _groups(torch.bincount(rows, minlength=len(hidden))):
-                here = chosen[rows]
-                # A product with the union of the rows' tokens, out of which each row takes its own
-                union, columns = tokens[here].unique(return_inverse=True)
-                logits = self.project(hidden[chosen], rows=union).to(device)
-                log_probs[here] = logits[(chosen.cumsum(0) - 1)[rows[here]], columns]
-            log_probs = log_probs - logsumexp_by_row(log_probs, rows, len(hidden))[rows]
-        else:
-            for start in range(0, len(hidden), _VOCAB_ROWS):
-                logits = self.project(hidden[start : start + _VOCAB_ROWS], rows=slice(None)).to(device)
-                here = (rows >= start) & (rows < start + _VOCAB_ROWS)
-                row = rows[here] - start
-                log_probs[here] = logits[row, tokens[here].long()] - logits.logsumexp(1)[row]
-        if log_probs.isnan().any():
-            raise ValueError("`model` gives NaN as logits, so no item can be ranked. Has its training diverged?")
-        return log_probs.clamp_(max=0.0)
-
     @contextlib.contextmanager
     def _ready(self, cast_head: bool = False) -> Iterator[None]:
         """Evaluation mode, no gradient, and the head that the model has now; in fp32 if all of it is used often."""
@@ -400,7 +364,8 @@ class TrieDecoder:
             return torch.zeros(num_users, device=self.tree.device)
         rows = torch.arange(num_users * num_forced, device=self.tree.device)
         tokens = self.tree.chain_tokens[:num_forced].repeat(num_users)
-        log_probs = self._log_probs(cache.root_hidden[:, :-1].flatten(0, 1), rows, tokens, normalize)
+        hidden = cache.root_hidden[:, :-1].flatten(0, 1)
+        log_probs = next_token_log_probs(self.project, hidden, rows, tokens, normalize)
         return log_probs.view(num_users, num_forced).sum(1)
 
     def _restriction(self, users: Tensor, exclude, allowed) -> Restriction:
@@ -445,23 +410,6 @@ def _write(output: DecodingOutput, users: Tensor, state: Frontier | Beams, is_do
 def _common_length(first: list[int], last: list[int]) -> int:
     """Length of the common beginning of the first and the last of some sorted prompts, and so of all of them."""
     return next((i for i, (one, other) in enumerate(zip(first, last)) if one != other), len(first))
-
-
-def _groups(counts: Tensor) -> Iterator[Tensor]:
-    """
-    Split rows with `counts` tokens each into groups, given as masks, so that the product of a group's rows with all
-    of its tokens stays small: the many rows with few tokens must not pay for the few rows with many.
-    """
-    if len(counts) * int(counts.sum()) <= _MAX_LOGITS:
-        yield torch.ones_like(counts, dtype=torch.bool)
-        return
-    sizes, order = counts.sort(descending=True)
-    start = 0
-    while start < len(sizes):
-        total = sizes[start:].cumsum(0) * torch.arange(1, len(sizes) - start + 1, device=sizes.device)
-        end = start + max(1, int((total <= _MAX_LOGITS).sum()))
-        yield torch.zeros_like(counts, dtype=torch.bool).index_fill_(0, order[start:end], True)
-        start = end
 
 
 @contextlib.contextmanager
