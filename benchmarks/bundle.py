@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from catalogs import SHARED, VOCAB_SIZE
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from models import small_llama
+from transformers import AutoTokenizer
 
 from trl_msl import Bundle, ItemCatalog, PromptTemplate, TrieDecoder
 
@@ -43,20 +44,8 @@ def benchmark_bundle() -> dict:
         bundle = Bundle.from_pretrained(folder, tokenizer)
         results["bundle_1m_load_s"] = time.perf_counter() - start
     for name, sharpness in (("top10_1m", 6.0), ("top10_1m_untrained", 1.0)):
-        results |= _time_requests(name, TrieDecoder(_make_model(sharpness), bundle.trie))
+        results |= _time_requests(name, TrieDecoder(small_llama(64, 2, sharpness), bundle.trie))
     return results
-
-
-def _make_model(sharpness: float) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
-    )).eval()  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(sharpness)
-    return model
 
 
 def _time_requests(name: str, decoder: TrieDecoder, num_requests: int = 20) -> dict:

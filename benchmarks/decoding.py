@@ -22,10 +22,11 @@ import io
 import matplotlib
 import torch
 from catalogs import VOCAB_SIZE, Catalog, load_books, load_prompts
+from models import small_llama
 from processor import read_marisa_trie
 from timing import OUTPUT_DIR, peak_memory, summarize, time_calls
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PrefixConstrainedLogitsProcessor
+from transformers import GenerationConfig, LlamaForCausalLM, PrefixConstrainedLogitsProcessor
 
 from trl_msl import DecodingOutput, TrieDecoder, TrieLogitsProcessor
 
@@ -62,22 +63,7 @@ def benchmark_decoding(rounds: int = 2) -> dict:
 
 
 def _make_model(sharpness: float) -> LlamaForCausalLM:
-    """A small Llama whose random matrices are multiplied by `sharpness`."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=4 * HIDDEN_SIZE,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(sharpness)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return small_llama(HIDDEN_SIZE, NUM_LAYERS, sharpness).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _describe_search(decoder: TrieDecoder, prompts: list[list[int]]) -> dict[str, float]:

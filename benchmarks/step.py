@@ -13,10 +13,10 @@ import statistics
 
 import torch
 from catalogs import VOCAB_SIZE, Catalog, load_books
+from models import small_llama
 from peft import LoraConfig, get_peft_model
 from timing import summarize, time_calls
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_msl import add_sparse_lm_head, masked_softmax_loss
 
@@ -29,14 +29,6 @@ def benchmark_step(rounds: int = 24) -> dict:
     """Time of a training step beside that of its backbone; see the module's docstring."""
     books = load_books()
     batch = _make_batch(books)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=4 * HIDDEN_SIZE,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-    )
     results = {
         "catalogue": books.source,
         "tokens": batch["input_ids"].numel(),
@@ -45,8 +37,7 @@ def benchmark_step(rounds: int = 24) -> dict:
         "vocab_size": VOCAB_SIZE,
     }
     for suffix, num_rounds in (("", rounds), ("_full", max(rounds // 2, 1))):
-        torch.manual_seed(0)
-        base_model = LlamaForCausalLM(config).train()
+        base_model = small_llama(HIDDEN_SIZE, NUM_LAYERS).train()
         add_sparse_lm_head(base_model, books.trie)
         model = base_model
         if not suffix:
