@@ -104,7 +104,7 @@ def load_recipe_data(args: DataArguments) -> RecipeData:
         catalog = ItemCatalog.from_json(f"{args.data_dir}/id2name4Rec.json", **policies)
         windows = read_windows(args.data_dir, train_file=args.train_file)
     elif args.interactions:
-        catalog = _read_items(args, policies)
+        catalog = read_items(args.items, args.item_column, args.text_column, **policies)
         columns = (args.user_column, args.item_column, args.timestamp_column)
         log = k_core(read_interactions(args.interactions, *columns), args.min_interactions)
         windows = split_by_time(sliding_windows(log))
@@ -126,15 +126,16 @@ def load_recipe_data(args: DataArguments) -> RecipeData:
     return RecipeData(catalog, template, rows, best)
 
 
-def _read_items(args: DataArguments, policies: dict[str, str]) -> ItemCatalog:
-    if args.items.endswith(".json"):
-        return ItemCatalog.from_json(args.items, **policies)
-    if args.items.endswith(".csv"):
+def read_items(source: str, item_column: str = "item_id", text_column: str = "title", **policies: str) -> ItemCatalog:
+    """Catalogue from a JSON file that maps ids to texts, a CSV or Parquet file, or a dataset on the Hub."""
+    if source.endswith(".json"):
+        return ItemCatalog.from_json(source, **policies)
+    if source.endswith(".csv"):
         # ids and texts as they are written: "007" is not 7, "NA" is a title
-        frame = pd.read_csv(args.items, dtype=str, keep_default_na=False)
+        frame = pd.read_csv(source, dtype=str, keep_default_na=False)
         dataset = Dataset.from_pandas(frame, preserve_index=False)
-    elif args.items.endswith(".parquet"):
-        dataset = Dataset.from_parquet(args.items)
+    elif source.endswith(".parquet"):
+        dataset = Dataset.from_parquet(source)
     else:
-        dataset = load_dataset(args.items, split="train")
-    return ItemCatalog.from_dataset(dataset, args.item_column, args.text_column, **policies)
+        dataset = load_dataset(source, split="train")
+    return ItemCatalog.from_dataset(dataset, item_column, text_column, **policies)

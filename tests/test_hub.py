@@ -81,9 +81,16 @@ def test_train_push_and_pull(tmp_path, tokenizer, catalog, template):
         trained = run(TRAIN_AND_PUSH, tmp_path, hub.url, "home-of-the-trainer")
         files = hub.repos["somebody/recommender"]
         pulled = run(PULL, tmp_path, hub.url, "home-of-the-user")
-    assert {"adapter_model.safetensors", "items.parquet", "trie.marisa", "recommender.json", "README.md"} <= set(files)
+    assert {"adapter_model.safetensors", "items.parquet", "trie.safetensors", "recommender.json", "README.md"} <= set(
+        files
+    )
     card = files["README.md"].decode()
-    assert "12 items" in card and "40 training rows" in card and "| ndcg@10 | 0." in card and "2504.04178" in card
+    assert (
+        "Trained with 12 items" in card
+        and "40 training rows" in card
+        and "| ndcg@10 | 0." in card
+        and "2504.04178" in card
+    )
     assert "time machine" not in card and "None" not in card.split("## Quick start")[0]
     assert pulled == trained  # the same items with the same scores, to the last bit
     assert len(pulled[0][0]) == 10

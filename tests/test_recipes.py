@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
-from helpers import TITLES, make_windows
+from helpers import TITLES, make_model, make_windows
 
-from trl_msl import Recommender
+from trl_msl import Bundle, ItemCatalog, Recommender
 
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
@@ -207,3 +207,22 @@ def test_recommend_to_the_users_of_a_file(tmp_path, folder):
     output = launch("recommend.py", *arguments, "--unknown_items", "drop")
     assert "2 unknown items of histories were dropped, and 1 users who had no other" in output
     assert len(pd.read_parquet(tmp_path / "dropped.parquet")) == 2
+
+
+def test_update_the_catalogue_of_a_trained_model(tmp_path, tokenizer, catalog, trie, template):
+    recommender = Recommender(make_model(tokenizer), tokenizer, Bundle(catalog, trie, template))
+    recommender.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "checkpoint-1").mkdir()
+    (tmp_path / "new.json").write_text(json.dumps({"n0": "The Silent Wood", "n1": "#42"}))
+    arguments = ["--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "updated"]
+    arguments += ["--add", tmp_path / "new.json", "--withdraw", "b7", "b3"]
+    output = launch("update_catalog.py", *arguments)
+    assert "14 items: 12 that the model was trained with, 2 added since, 2 withdrawn." in output
+    assert "1 share no token with an item of the training, such as ['n1']" in output
+    assert pd.read_csv(tmp_path / "updated" / "new_items.csv")["shared_tokens"].tolist()[1] == 0
+    assert not (tmp_path / "updated" / "checkpoint-1").exists()
+    new = ItemCatalog(["n0", "n1"], ["The Silent Wood", "#42"])
+    expected = recommender.update(add=new, withdraw=["b3", "b7"]).recommend([["b3", "n0"]], k=14)
+    found = Recommender.from_pretrained(tmp_path / "updated").recommend([["b3", "n0"]], k=14)
+    assert found.ids == expected.ids and found.scores[0] == pytest.approx(expected.scores[0], abs=1e-5)
+    assert "exists already: name another" in launch("update_catalog.py", *arguments, fails=True)

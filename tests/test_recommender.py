@@ -3,6 +3,8 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import takewhile
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from trl_msl import (
     PromptTemplate,
     Recommender,
     build_rows,
+    encode_items,
     recommend,
 )
 
@@ -51,7 +54,7 @@ HISTORIES = [["b0", "b3"], ["b8", "b4", "b10"], ["b5"]]
 def test_the_catalogue_lies_beside_every_model_saved(folder):
     for saved in (folder, folder / "checkpoint-1", folder / "checkpoint-2"):
         names = {path.name for path in saved.iterdir()}
-        assert {"items.parquet", "trie.marisa", "trie.safetensors", "trie.json", "recommender.json"} <= names
+        assert {"items.parquet", "trie.safetensors", "recommender.json"} <= names
         assert "adapter_model.safetensors" in names
         assert not [name for name in names if name.endswith((".tmp", ".pkl", ".npy"))]
     versions = json.loads((folder / "recommender.json").read_text())["versions"]
@@ -125,7 +128,7 @@ def test_another_tokenizer_is_refused(folder, tmp_path):
         Recommender.from_pretrained(tmp_path / "copy")
 
 
-@pytest.mark.parametrize("name", ["items.parquet", "trie.marisa", "trie.safetensors", "trie.json", "recommender.json"])
+@pytest.mark.parametrize("name", ["items.parquet", "trie.safetensors", "recommender.json"])
 def test_missing_and_damaged_files(name, folder, tmp_path, tokenizer):
     shutil.copytree(folder, tmp_path / "copy")
     path = tmp_path / "copy" / name
@@ -148,6 +151,65 @@ def test_awkward_texts_survive(tmp_path, tokenizer):
     bundle = Bundle(catalog, catalog.build_trie(tokenizer), PromptTemplate("{history}"))
     bundle.save_pretrained(tmp_path, tokenizer)
     assert Bundle.from_pretrained(tmp_path, tokenizer).catalog.completions == catalog.completions
+
+
+def test_items_withdrawn_and_restored(folder, catalog):
+    """The others keep their order and their scores; histories may still hold what was withdrawn."""
+    recommender = Recommender.from_pretrained(folder)
+    before = recommender.recommend(HISTORIES, k=12)
+    updated = recommender.update(withdraw=["b3", "b7"])
+    after = updated.recommend(HISTORIES, k=12)
+    for user, ids in enumerate(before.ids):
+        kept = [place for place, item in enumerate(ids) if item not in ("b3", "b7")]
+        assert after.ids[user] == [ids[place] for place in kept]
+        np.testing.assert_allclose(after.scores[user], [before.scores[user][place] for place in kept], atol=1e-5)
+    assert updated.recommend(HISTORIES[:1], k=12, allowed=["b3", "b1"]).ids == [["b1"]]
+    assert updated.update(restore=["b3", "b7"]).recommend(HISTORIES, k=12) == before
+    assert updated.update(restore=["b3"], withdraw=["b1"]).bundle.withdrawn == {"b1", "b7"}
+    with pytest.raises(ValueError, match="`restore` holds 1 .* not withdrawn, such as .'b1'"):
+        updated.update(restore=["b1"])
+    with pytest.raises(ValueError, match="1 id.* not in the catalogue"):
+        updated.update(withdraw=["b99"])
+    with pytest.raises(ValueError, match="`withdrawn` holds all 12 items"):
+        updated.update(withdraw=catalog.ids)
+
+
+def test_items_added_without_training(folder, tmp_path, tokenizer, catalog):
+    recommender = Recommender.from_pretrained(folder)
+    new = ItemCatalog(["n0", "n1", "n2"], ["The Silent Wood", "Emma and Dune", "#42"])
+    updated = recommender.update(add=new, withdraw=["b0"])
+    assert updated.bundle.catalog.completions[-1] == '"#42"'  # the template of the catalogue, not of what was added
+    shared = updated.bundle.shared_prefixes()
+    assert list(shared) == ["n0", "n1", "n2"] and shared["n0"] > shared["n1"] > shared["n2"] == 0
+    # Counted by hand: tokens shared with some trained item, less the quote with which all of them begin
+    written = encode_items(tokenizer, catalog.completions)
+    for item, tokens in zip(new.ids, encode_items(tokenizer, updated.bundle.catalog.completions[12:])):
+        longest = max(sum(x == y for x, y in takewhile(lambda p: p[0] == p[1], zip(tokens, t))) for t in written)
+        assert shared[item] == longest - 1
+
+    updated.save_pretrained(tmp_path)
+    loaded = Recommender.from_pretrained(tmp_path)
+    found = loaded.recommend([["b3", "n1"], ["b1"]], k=12)
+    assert found.ids == updated.recommend([["b3", "n1"], ["b1"]], k=12).ids
+    assert {"n0", "n2"} <= set(found.ids[0]) and "b0" not in found.ids[1]
+    # What is new stays new when more is added, and shares nothing with what is just as new
+    again = loaded.update(add=ItemCatalog(["n3"], ["#42 again"])).bundle
+    assert again.num_trained == 12 and again.shared_prefixes() == {**shared, "n3": 0}
+    with pytest.raises(ValueError, match="1 id.* in the catalogue already, such as .'n1'"):
+        loaded.update(add=ItemCatalog(["n1"], ["Another"]))
+
+
+def test_decoding_settings_travel(folder, tmp_path):
+    recommender = Recommender.from_pretrained(folder)
+    bundle = replace(recommender.bundle, decoding={"mode": "beam", "num_beams": 12, "normalize": "vocab"})
+    Recommender(recommender.model, recommender.tokenizer, bundle).save_pretrained(tmp_path)
+    loaded = Recommender.from_pretrained(tmp_path)
+    found = loaded.recommend(HISTORIES, k=3)
+    assert not any(found.exact)
+    assert found == recommender.recommend(HISTORIES, k=3, mode="beam", num_beams=12, normalize="vocab")
+    assert loaded.recommend(HISTORIES, k=3, mode="exact") == recommender.recommend(HISTORIES, k=3)
+    with pytest.raises(ValueError, match="`decoding` has .'temperature'."):
+        replace(bundle, decoding={"temperature": 2})
 
 
 def test_a_catalogue_needs_its_template_and_its_trie(tokenizer, catalog, trie, template, tmp_path):

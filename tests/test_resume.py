@@ -9,7 +9,7 @@ import pytest
 from helpers import make_model, make_windows
 from safetensors.numpy import load_file
 
-from trl_msl import ItemTrie, build_rows
+from trl_msl import Bundle, ItemCatalog, build_rows
 from trl_msl.msl_trainer import last_complete_checkpoint
 
 
@@ -82,16 +82,17 @@ def test_killed_and_resumed(moment, last, left, folder):
     assert all((resumed[name] == whole[name]).all() for name in whole)
 
 
-def test_a_bundle_that_is_cut_off_is_no_bundle(tmp_path):
-    """Killed between two files: what lies there is either the old trie or an error."""
-    ItemTrie.from_sequences([[1, 2], [3]]).save_pretrained(tmp_path)
-    before = (tmp_path / "trie.marisa").read_bytes()
-    ItemTrie.from_sequences([[1, 4], [3]]).save_pretrained(tmp_path / "new")
-    (tmp_path / "trie.marisa").write_bytes((tmp_path / "new" / "trie.marisa").read_bytes())
-    with pytest.raises(ValueError, match="trie.marisa is damaged, or does not belong"):
-        ItemTrie.from_pretrained(tmp_path)
-    (tmp_path / "trie.marisa").write_bytes(before)
-    assert ItemTrie.from_pretrained(tmp_path).num_items == 2
+def test_a_bundle_that_is_cut_off_is_no_bundle(tmp_path, tokenizer, catalog, trie, template):
+    """Killed between two files: what lies there is one of the two bundles, whole, or an error."""
+    Bundle(catalog, trie, template).save_pretrained(tmp_path, tokenizer)
+    before = (tmp_path / "trie.safetensors").read_bytes()
+    other = ItemCatalog(catalog.ids, catalog.texts[::-1])
+    Bundle(other, other.build_trie(tokenizer), template).save_pretrained(tmp_path / "new", tokenizer)
+    (tmp_path / "trie.safetensors").write_bytes((tmp_path / "new" / "trie.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="trie.safetensors is damaged, or does not belong"):
+        Bundle.from_pretrained(tmp_path, tokenizer)
+    (tmp_path / "trie.safetensors").write_bytes(before)
+    assert Bundle.from_pretrained(tmp_path, tokenizer).catalog.texts == catalog.texts
 
 
 def test_no_complete_checkpoint(tmp_path):

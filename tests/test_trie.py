@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
 import math
 
 import numpy as np
@@ -7,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from trl_msl import ItemTrie
+from trl_msl.trie_arrays import _checksum
 
 
 VOCAB_SIZE = 7
@@ -136,7 +137,8 @@ def test_save_and_load(tmp_path_factory, sequences):
     for name in ("first_child", "edges", "item_nodes"):
         assert torch.equal(getattr(loaded, name), getattr(trie, name))
     assert loaded.vocab_size == 123
-    assert sorted(path.name for path in folder.iterdir()) == ["trie.json", "trie.marisa", "trie.safetensors"]
+    assert [path.name for path in folder.iterdir()] == ["trie.safetensors"]
+    assert trie.find(sequences).tolist() == loaded.find(sequences).tolist()
 
 
 def test_copies_and_pickles_hold_the_trie_and_nothing_derived():
@@ -154,24 +156,20 @@ def test_copies_and_pickles_hold_the_trie_and_nothing_derived():
     assert torch.equal(pickle.loads(pickle.dumps(trie)).edges, trie.edges)
 
 
-def test_loading_what_does_not_belong_together_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="holds no readable ItemTrie"):
-        ItemTrie.from_pretrained(tmp_path)
-    ItemTrie.from_sequences([[1, 2], [3]]).save_pretrained(tmp_path)
-    meta = json.loads((tmp_path / "trie.json").read_text())
-    (tmp_path / "trie.json").write_text(json.dumps({**meta, "num_items": 3}))
-    with pytest.raises(ValueError, match="its header says"):
+def test_nothing_to_load(tmp_path):
+    with pytest.raises(ValueError, match="holds no readable ItemTrie.*trie.safetensors is missing"):
         ItemTrie.from_pretrained(tmp_path)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(["trie.marisa", "trie.safetensors", "trie.json"]), st.data())
-def test_damaged_files_are_an_error(tmp_path_factory, name, data):
+@given(st.data())
+def test_damaged_files_are_an_error(tmp_path_factory, data):
     """Cut, with a bit flipped, or replaced: never a crash, never another trie than the one saved."""
     folder = tmp_path_factory.mktemp("trie")
     trie = ItemTrie.from_sequences([[1, 2], [3], [1, 4, 5]])
     trie.save_pretrained(folder)
-    content = bytearray((folder / name).read_bytes())
+    path = folder / "trie.safetensors"
+    content = bytearray(path.read_bytes())
     damage = data.draw(st.sampled_from(["cut", "flip", "replace"]))
     if damage == "cut":
         content = content[: data.draw(st.integers(0, len(content) - 1))]
@@ -179,14 +177,61 @@ def test_damaged_files_are_an_error(tmp_path_factory, name, data):
         content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     else:
         content = data.draw(st.binary(max_size=200))
-    (folder / name).write_bytes(content)
+    path.write_bytes(content)
     try:
         loaded = ItemTrie.from_pretrained(folder)
     except ValueError as error:
         assert "holds no readable ItemTrie" in str(error)
-    else:  # a flip may only touch how the header is written, or the size of the vocabulary
-        assert name == "trie.json"
-        assert torch.equal(loaded.tokens(loaded.paths(loaded.item_nodes)), trie.tokens(trie.paths(trie.item_nodes)))
+    else:  # a flip may only touch how the header is written
+        assert torch.equal(loaded.edges, trie.edges) and torch.equal(loaded.item_nodes, trie.item_nodes)
+
+
+@settings(max_examples=300, deadline=None)
+@given(any_sequences, st.data())
+def test_arrays_of_an_adversary_are_a_trie_or_an_error(tmp_path_factory, sequences, data):
+    """Numbers changed, and the checksum made to fit: what is read is a trie all the same, or an error."""
+    folder = tmp_path_factory.mktemp("trie")
+    ItemTrie.from_sequences(sequences).save_pretrained(folder)
+    path = folder / "trie.safetensors"
+    arrays = load_file(path)
+    for _ in range(data.draw(st.integers(1, 3))):
+        array = arrays[data.draw(st.sampled_from(sorted(arrays)))]
+        value = data.draw(st.integers(-3, 60) | st.integers(0, 2**27) | st.sampled_from([1 << 24, 1 << 25, 3 << 24]))
+        array[data.draw(st.integers(0, len(array) - 1))] = np.int64(value).astype(array.dtype)
+    vocab_size = data.draw(st.sampled_from([-1, 0, 1, 50, 123, 2**24, 2**40]))
+    header = {"format": "3", "vocab_size": str(vocab_size), "sha256": _checksum(arrays, vocab_size)}
+    save_file(arrays, path, metadata=header)
+    try:
+        loaded = ItemTrie.from_pretrained(folder)
+    except ValueError as error:
+        assert "holds no readable ItemTrie" in str(error)
+    else:
+        paths = loaded.paths(loaded.item_nodes)
+        sequences = [loaded.tokens(path[path >= 0]).tolist() for path in paths]
+        rebuilt = ItemTrie.from_sequences(sequences, vocab_size=loaded.vocab_size)
+        for name in ("first_child", "edges", "item_nodes"):
+            assert torch.equal(getattr(loaded, name), getattr(rebuilt, name))
+
+
+ONE_ITEM = np.array([1 << 24, 1 << 25], np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"nodes": np.zeros(3, np.int64), "item_nodes": np.ones(1, np.int32)}, "`nodes` is int64"),
+        ({"nodes": np.zeros((3, 3), np.uint32), "item_nodes": np.ones(1, np.int32)}, "`nodes` is uint32"),
+        ({"nodes": np.zeros(3, np.uint32)}, "item_nodes"),
+        ({"nodes": np.zeros(3, np.uint32), "item_nodes": np.ones(1, np.int32)}, "`nodes` are no trie"),
+        ({"nodes": ONE_ITEM, "item_nodes": np.ones(0, np.int32)}, "`item_nodes` is int32"),
+        ({"nodes": ONE_ITEM, "item_nodes": np.full(1, 2, np.int32)}, "outside the trie"),
+    ],
+)
+def test_foreign_arrays(arrays, message, tmp_path):
+    header = {"format": "3", "vocab_size": "9", "sha256": _checksum(arrays, 9)}
+    save_file(arrays, tmp_path / "trie.safetensors", metadata=header)
+    with pytest.raises(ValueError, match=message):
+        ItemTrie.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

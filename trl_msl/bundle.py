@@ -7,21 +7,24 @@ import dataclasses
 import hashlib
 import json
 import platform
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from .catalog import ITEMS_FILE, ItemCatalog, encode_items
 from .data import PromptTemplate, encode_prompts
-from .sequence_index import file_checksum
 from .trie import ItemTrie
+from .trie_arrays import TRIE_FILE
 
 
 BUNDLE_FILE = "recommender.json"
-_FORMAT = 1
+_FORMAT = 2
+_DECODING = ("mode", "max_expansions", "num_beams", "normalize", "length_penalty")
 _PACKAGES = ("trl_msl", "trl", "transformers", "peft", "datasets", "torch", "marisa-trie")
 
 
@@ -41,6 +44,16 @@ class Bundle:
             As in training: longer prompts lose their oldest items.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template.
+        decoding (`dict[str, Any]`, *optional*):
+            Arguments of [`recommend`] that [`Recommender`] uses unless told otherwise: `mode`, `max_expansions`,
+            `num_beams`, `normalize`, `length_penalty`.
+        num_trained (`int`, *optional*):
+            The model was trained with the first so many items, and has never seen those after them. Defaults to all.
+        withdrawn (`frozenset[str]`, *optional*):
+            Ids of items that histories may hold, but that are not to be recommended.
+
+    Raises:
+        `ValueError`: if these do not fit together.
     """
 
     catalog: ItemCatalog
@@ -48,11 +61,27 @@ class Bundle:
     prompt_template: PromptTemplate
     max_length: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    decoding: dict[str, Any] = field(default_factory=lambda: {"mode": "exact"})
+    num_trained: int | None = None
+    withdrawn: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        if len(self.catalog) != self.trie.num_items:
+            raise ValueError(f"`catalog` ({self.catalog}) is not what `trie` ({self.trie}) was built from.")
+        if unknown := self.decoding.keys() - set(_DECODING):
+            raise ValueError(f"`decoding` has {sorted(unknown)}: it may have {', '.join(_DECODING)}.")
+        if self.num_trained is not None and not 0 < self.num_trained <= len(self.catalog):
+            raise ValueError(f"`num_trained` is {self.num_trained}, but there are {len(self.catalog)} items.")
+        self.catalog.indices(self.withdrawn)
+        if len(self.withdrawn) == len(self.catalog):
+            raise ValueError(f"`withdrawn` holds all {len(self.catalog)} items, so there is nothing to recommend.")
+
+    # ------------------------------------------------------------------ storage
 
     def save_pretrained(self, save_directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """
-        Write the bundle into a folder: `items.parquet`, the trie's files, and `recommender.json`. No pickle. Each file
-        is written whole and then renamed, `recommender.json` last: without it there is no bundle.
+        Write the bundle into a folder: `items.parquet`, `trie.safetensors`, and `recommender.json`, last, with the
+        checksums of the others. Each file is written whole and then renamed.
 
         Args:
             save_directory (`str` or `Path`):
@@ -69,8 +98,11 @@ class Bundle:
             "prompt_template": dataclasses.asdict(self.prompt_template),
             "max_length": self.max_length,
             "chat_template_kwargs": self.chat_template_kwargs,
+            "decoding": self.decoding,
+            "num_trained": self.num_trained,
+            "withdrawn": sorted(self.withdrawn),
             "tokenizer_fingerprint": self.fingerprint(tokenizer),
-            "sha256": {ITEMS_FILE: file_checksum(folder / ITEMS_FILE)},
+            "sha256": {name: _checksum(folder / name) for name in (ITEMS_FILE, TRIE_FILE)},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         }
         temporary = folder / f".{BUNDLE_FILE}.tmp"
@@ -96,13 +128,17 @@ class Bundle:
             content = json.loads((folder / BUNDLE_FILE).read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
                 raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
-            if content["sha256"][ITEMS_FILE] != file_checksum(folder / ITEMS_FILE):
-                raise ValueError(f"{ITEMS_FILE} is damaged, or does not belong to {BUNDLE_FILE}")
-            catalog, trie = ItemCatalog.from_pretrained(folder), ItemTrie.from_pretrained(folder)
-            if not len(catalog) == trie.num_items == content["num_items"]:
-                raise ValueError(f"{catalog} and {trie} do not belong together")
-            template = PromptTemplate(**content["prompt_template"])
-            bundle = cls(catalog, trie, template, content["max_length"], content["chat_template_kwargs"])
+            for name in (ITEMS_FILE, TRIE_FILE):
+                if content["sha256"][name] != _checksum(folder / name):
+                    raise ValueError(f"{name} is damaged, or does not belong to {BUNDLE_FILE}")
+            _check_types(content)
+            bundle = cls(
+                ItemCatalog.from_pretrained(folder),
+                ItemTrie.from_pretrained(folder),
+                PromptTemplate(**content["prompt_template"]),
+                withdrawn=frozenset(content["withdrawn"]),
+                **{name: content[name] for name in ("max_length", "chat_template_kwargs", "decoding", "num_trained")},
+            )
             expected = content["tokenizer_fingerprint"]
         except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
@@ -130,3 +166,93 @@ class Bundle:
             "prompt": encode_prompts(tokenizer, [prompt], self.chat_template_kwargs),
         }
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+    # ------------------------------------------------------------------ a catalogue that changes
+
+    def update(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        add: ItemCatalog | None = None,
+        withdraw: Iterable[str] = (),
+        restore: Iterable[str] = (),
+    ) -> Bundle:
+        """
+        The bundle with items added and withdrawn, for the same model.
+
+        An item that is withdrawn keeps its place in the catalogue and the trie: histories may hold it, and the scores
+        and the order of the others stay. An item that is added shares the probability of the tokens before it, so
+        scores of the others fall; see [`Bundle.shared_prefixes`] for what the model can know of it.
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer of the model.
+            add ([`ItemCatalog`], *optional*):
+                New items. Their texts are written by the template of this bundle's catalogue.
+            withdraw (`Iterable[str]`, *optional*):
+                Ids of items that are no longer to be recommended.
+            restore (`Iterable[str]`, *optional*):
+                Ids of withdrawn items that may be recommended again.
+
+        Raises:
+            `ValueError`: if an id to add is there already, or one to withdraw or restore is not.
+        """
+        catalog, trie = self.catalog, self.trie
+        withdraw, restore = (frozenset(map(str, ids)) for ids in (withdraw, restore))
+        if strangers := restore - self.withdrawn:
+            raise ValueError(f"`restore` holds {len(strangers)} id(s) not withdrawn, such as {sorted(strangers)[:3]}.")
+        if add is not None:
+            catalog = catalog.extend(add)
+            trie = catalog.build_trie(tokenizer, self.prompt_template.conversational, self.chat_template_kwargs)
+        num_trained = self.num_trained or len(self.catalog)
+        catalog.indices(withdraw)
+        withdrawn = (self.withdrawn - restore) | withdraw
+        return dataclasses.replace(self, catalog=catalog, trie=trie, num_trained=num_trained, withdrawn=withdrawn)
+
+    def shared_prefixes(self) -> dict[str, int]:
+        """
+        For each item that the model was not trained with, how many of its first tokens it shares with an item that it
+        was trained with, beyond those that all of these share (an opening quote, say).
+
+        With none in common the item starts by a token that the model has never been asked to choose: how it is ranked
+        then hangs on what the model knew of its title before.
+        """
+        num_trained = self.num_trained or len(self.catalog)
+        trie = self.trie.to("cpu")
+        is_trained = torch.zeros(trie.num_nodes, dtype=torch.bool)
+        for nodes in trie.item_nodes[:num_trained].split(1 << 16):
+            paths = trie.paths(nodes)
+            is_trained[paths[paths >= 0]] = True
+        num_common = 0  # levels at which all trained items are at one node
+        for start, end in trie.levels[1:]:
+            if int(is_trained[start:end].sum()) != 1:
+                break
+            num_common += 1
+        shared = []
+        for nodes in trie.item_nodes[num_trained:].split(1 << 16):
+            paths = trie.paths(nodes)
+            shared += ((paths >= 0) & is_trained[paths]).sum(dim=1).sub(num_common).clamp(min=0).tolist()
+        return dict(zip(self.catalog.ids[num_trained:], shared))
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_types(content: dict[str, Any]) -> None:
+    """Raise where a file from elsewhere has values of other types than [`Bundle.save_pretrained`] writes."""
+    expected = {
+        "prompt_template": dict,
+        "max_length": int | None,
+        "chat_template_kwargs": dict | None,
+        "decoding": dict,
+        "num_trained": int | None,
+        "withdrawn": list,
+        "tokenizer_fingerprint": str,
+    }
+    for name, kind in expected.items():
+        if not isinstance(content[name], kind):
+            raise ValueError(f"its {name!r} is {content[name]!r}")

@@ -128,6 +128,20 @@ class ItemCatalog:
                 raise ValueError(f"`{argument}` = {column!r} is no column of the dataset: {dataset.column_names}.")
         return cls(dataset[id_column][:], dataset[text_column][:], **kwargs)
 
+    def extend(self, items: ItemCatalog) -> ItemCatalog:
+        """
+        This catalogue with further items after its own, written by its own template.
+
+        Raises:
+            `ValueError`: if an id is there already.
+        """
+        if known := [item for item in items.ids if item in self.index_of_id]:
+            raise ValueError(
+                f"`items` holds {len(known)} id(s) that are in the catalogue already, such as {known[:3]}: an id "
+                "stands for one text. Leave them out, or give a changed item a new id."
+            )
+        return ItemCatalog(self.ids + items.ids, self.texts + items.texts, template=self.template, empty_texts="keep")
+
     # ------------------------------------------------------------------ storage
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -50,6 +50,8 @@ class PromptTemplate:
     conversational: bool = False
 
     def __post_init__(self):
+        if not (isinstance(self.text, str) and isinstance(self.separator, str)):
+            raise ValueError(f"`text` and `separator` are {self.text!r} and {self.separator!r}: they must be strings.")
         if self.text.count("{history}") != 1:
             raise ValueError(f"`text` is {self.text!r}: it must contain {{history}} exactly once.")
 

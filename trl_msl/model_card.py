@@ -32,7 +32,7 @@ def describe_recommender(model_id: str, bundle: Bundle, num_rows: int | None, me
         "for text, score in zip(found.texts[0], found.scores[0]):\n    print(f'{score:8.2f}  {text}')\n```",
         "It recommends items of the catalogue that it carries, and nothing else, by the log-probability among the "
         "tokens that continue some item, which is what the Masked Softmax Loss trains.",
-        f"## Data\n\n{len(catalog):,} items ({bundle.trie.depth} tokens at most)"
+        f"## Data\n\nTrained with {len(catalog):,} items ({bundle.trie.depth} tokens at most)"
         + (f", {num_rows:,} training rows." if num_rows else "."),
     ]
     measured = [name for name in metrics if "@" in name and not name.endswith(("_low", "_high"))]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,12 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .bundle import BUNDLE_FILE, Bundle
+from .catalog import ItemCatalog
 from .data import fit_prompts
 from .generation import recommend
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -94,8 +99,9 @@ class Recommender:
                 "it is a model without a catalogue: train with `MSLTrainer(..., catalog=catalog)`, or make a "
                 "`Recommender` of the model, the tokenizer and a `Bundle`."
             )
-        trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+        # Left out, transformers would ask at the terminal
+        trust_remote_code = kwargs.setdefault("trust_remote_code", False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         bundle = Bundle.from_pretrained(folder, tokenizer)
         return cls(AutoModelForCausalLM.from_pretrained(folder, **kwargs), tokenizer, bundle)
 
@@ -104,6 +110,12 @@ class Recommender:
         self.model.save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
         self.bundle.save_pretrained(save_directory, self.tokenizer)
+
+    def update(
+        self, add: ItemCatalog | None = None, withdraw: Iterable[str] = (), restore: Iterable[str] = ()
+    ) -> Recommender:
+        """The same model with items added and withdrawn: see [`Bundle.update`]."""
+        return Recommender(self.model, self.tokenizer, self.bundle.update(self.tokenizer, add, withdraw, restore))
 
     def recommend(
         self,
@@ -126,7 +138,7 @@ class Recommender:
             allowed (`Iterable[str]`, *optional*):
                 Ids of the items that may be recommended, such as those in stock.
             **kwargs:
-                `mode`, `batch_size` and other arguments of [`recommend`].
+                `batch_size`, `mode` and other arguments of [`recommend`]. Without `mode` the bundle's hold.
 
         Raises:
             `ValueError`: if a history is empty or holds an item that is not in the catalogue.
@@ -152,8 +164,8 @@ class Recommender:
             prompts,
             top_k=min(k, len(catalog)),
             exclude=[self._with_same_text(history) for history in indices] if exclude_history else None,
-            allowed=None if allowed is None else catalog.indices(allowed),
-            **kwargs,
+            allowed=self._allowed_indices(allowed),
+            **({} if "mode" in kwargs else self.bundle.decoding) | kwargs,
         )
         items = [[index for index in row if index >= 0] for row in found.items.tolist()]
         return RecommendedItems(
@@ -185,6 +197,17 @@ class Recommender:
         if not unknown_ids:
             return [catalog.indices(history) for history in histories]
         return [[self._indices_of_text[str(item)][0] for item in history] for history in histories]
+
+    def _allowed_indices(self, allowed: Iterable[str] | None) -> list[int] | None:
+        """Indices of the items that may be recommended, of those `allowed`; `None` if all of the catalogue may."""
+        catalog, withdrawn = self.bundle.catalog, self.bundle.withdrawn
+        if allowed is None and not withdrawn:
+            return None
+        indices = range(len(catalog)) if allowed is None else catalog.indices(allowed)
+        available = [index for index in indices if catalog.ids[index] not in withdrawn]
+        if allowed is not None and len(available) < len(indices):
+            logger.warning("%d of %d `allowed` items are withdrawn.", len(indices) - len(available), len(indices))
+        return available
 
     def _with_same_text(self, indices: list[int]) -> list[int]:
         """The items, and those that are written alike."""

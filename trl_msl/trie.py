@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .compressed_trie import CompressedTrie, ragged_arange
 from .sequence_index import MAX_TOKEN, SequenceIndex
+from .trie_arrays import build_edges, find_first_children, read_arrays, write_arrays
 
 
 class ItemTrie:
@@ -73,11 +74,6 @@ class ItemTrie:
         tokens, lengths = _flatten(sequences)
         if len(lengths) == 0:
             raise ValueError("`sequences` is empty: a trie needs at least one item.")
-        return cls._from_flat(tokens, lengths, vocab_size)
-
-    @classmethod
-    def _from_flat(cls, tokens: np.ndarray, lengths: np.ndarray, vocab_size: int | None) -> ItemTrie:
-        """Trie of the sequences whose tokens stand in a row in `tokens`, int64, with their `lengths`, int64."""
         if lengths.min() == 0:
             raise ValueError(
                 f"`sequences` holds {int((lengths == 0).sum())} empty sequence(s), the first at index "
@@ -90,8 +86,11 @@ class ItemTrie:
                 f"`sequences` hold token ids from {int(tokens.min())} to {largest}, but must stay within "
                 f"0 and `vocab_size` - 1 = {vocab_size - 1} (and 2**24 - 1). Was the right tokenizer used?"
             )
-        edges, item_nodes = _build_edges(tokens, lengths, vocab_size)
-        first_child = np.searchsorted(edges, np.arange(len(edges) + 1, dtype=np.int64) * vocab_size).astype(np.int32)
+        return cls._from_arrays(*build_edges(tokens, lengths, vocab_size), vocab_size)
+
+    @classmethod
+    def _from_arrays(cls, edges: np.ndarray, item_nodes: np.ndarray, vocab_size: int) -> ItemTrie:
+        first_child = find_first_children(edges, vocab_size)
         return cls(torch.from_numpy(first_child), torch.from_numpy(edges), torch.from_numpy(item_nodes), vocab_size)
 
     # ------------------------------------------------------------------ size and place
@@ -319,7 +318,7 @@ class ItemTrie:
             )
         return statistics
 
-    # ------------------------------------------------------------------ marisa-trie: exact lookup and storage
+    # ------------------------------------------------------------------ exact lookup
 
     @cached_property
     def _index(self) -> tuple[SequenceIndex, np.ndarray]:
@@ -348,16 +347,14 @@ class ItemTrie:
         keys = index.find(*_flatten(sequences))
         return torch.from_numpy(np.where(keys >= 0, key_nodes[keys], -1)).to(self.device)
 
+    # ------------------------------------------------------------------ storage
+
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
-        Write the trie into a folder: the sequences as a marisa-trie, which item has which as safetensors, and a JSON
-        header with their checksums. No pickle. Each file is written whole and then renamed, the header last.
+        Write the trie into a folder, as `trie.safetensors`: the arrays with their checksum. The file is written whole
+        and then renamed.
         """
-        index, key_nodes = self._index
-        node_keys = np.argsort(key_nodes)
-        item_keys = node_keys[np.searchsorted(key_nodes, self.item_nodes.cpu().numpy(), sorter=node_keys)]
-        header = {"vocab_size": self.vocab_size, "num_items": self.num_items, "num_nodes": self.num_nodes}
-        index.save(Path(save_directory), item_keys, header)
+        write_arrays(Path(save_directory), self.edges.cpu().numpy(), self.item_nodes.cpu().numpy(), self.vocab_size)
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> ItemTrie:
@@ -365,19 +362,16 @@ class ItemTrie:
         Read a trie written by [`ItemTrie.save_pretrained`].
 
         Raises:
-            `ValueError`: if a file is missing, damaged, or the files do not belong together.
+            `ValueError`: if the file is missing or damaged.
         """
         try:
-            tokens, lengths, header = SequenceIndex.load(Path(save_directory))
-            trie = cls._from_flat(tokens, lengths, header["vocab_size"])
-            if (trie.num_items, trie.num_nodes) != (header["num_items"], header["num_nodes"]):
-                raise ValueError(f"it holds {trie}, its header says {header}")
-        except (OSError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            arrays = read_arrays(Path(save_directory))
+        except ValueError as error:
             raise ValueError(
                 f"`save_directory` = {str(save_directory)!r} holds no readable ItemTrie ({error}). "
                 "Save it again with `ItemTrie.save_pretrained`."
             ) from error
-        return trie
+        return cls._from_arrays(*arrays)
 
 
 def _flatten(sequences: Sequence[Sequence[int]] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -389,35 +383,3 @@ def _flatten(sequences: Sequence[Sequence[int]] | np.ndarray) -> tuple[np.ndarra
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
         tokens = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=int(lengths.sum()))
     return tokens, lengths
-
-
-def _build_edges(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Number the nodes breadth-first, one level at a time.
-
-    Items stay sorted by their node from level to level, so that only those that still share a node with another item
-    need sorting by their next token: after a few tokens most items are alone in their branch.
-    """
-    starts = np.cumsum(lengths) - lengths
-    item_nodes = np.zeros(len(lengths), dtype=np.int32)
-    items = np.arange(len(lengths))  # those not ended yet, sorted by node
-    nodes = np.zeros(len(lengths), dtype=np.int64)  # and the node of each
-    levels = [np.array([-1], dtype=np.int64)]
-    num_nodes = 1
-    for depth in range(int(lengths.max())):
-        keys = nodes * vocab_size + tokens[starts[items] + depth]
-        shared = np.zeros(len(nodes), dtype=bool)
-        shared[1:] = nodes[1:] == nodes[:-1]
-        shared[:-1] |= shared[1:]
-        crowd = np.flatnonzero(shared)  # crowds are contiguous, so sorting all of them at once keeps them in place
-        order = crowd[np.argsort(keys[crowd], kind="stable")]
-        keys[crowd], items[crowd] = keys[order], items[order]
-        is_new = np.ones(len(keys), dtype=bool)
-        is_new[1:] = keys[1:] != keys[:-1]
-        nodes = num_nodes - 1 + np.cumsum(is_new)
-        levels.append(keys[is_new])
-        num_nodes += len(levels[-1])
-        item_nodes[items] = nodes
-        goes_on = lengths[items] > depth + 1
-        items, nodes = items[goes_on], nodes[goes_on]
-    return np.concatenate(levels), item_nodes
