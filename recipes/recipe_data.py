@@ -3,8 +3,7 @@
 
 from dataclasses import dataclass, field
 
-import pandas as pd
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import DatasetDict
 from synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
 
 from trl_msl import (
@@ -17,6 +16,7 @@ from trl_msl import (
     sliding_windows,
     split_by_time,
 )
+from trl_msl.interactions import read_table
 
 
 @dataclass
@@ -130,12 +130,6 @@ def read_items(source: str, item_column: str = "item_id", text_column: str = "ti
     """Catalogue from a JSON file that maps ids to texts, a CSV or Parquet file, or a dataset on the Hub."""
     if source.endswith(".json"):
         return ItemCatalog.from_json(source, **policies)
-    if source.endswith(".csv"):
-        # ids and texts as they are written: "007" is not 7, "NA" is a title
-        frame = pd.read_csv(source, dtype=str, keep_default_na=False)
-        dataset = Dataset.from_pandas(frame, preserve_index=False)
-    elif source.endswith(".parquet"):
-        dataset = Dataset.from_parquet(source)
-    else:
-        dataset = load_dataset(source, split="train")
-    return ItemCatalog.from_dataset(dataset, item_column, text_column, **policies)
+    table, _ = read_table(source, [item_column, text_column])
+    texts = table[text_column].astype(object).where(table[text_column].notna(), "")  # none is an empty one
+    return ItemCatalog(table[item_column].tolist(), texts.tolist(), **policies)

@@ -33,7 +33,7 @@ def format_table(results: dict[str, dict[str, float]], columns: tuple[str, ...] 
         for column in columns:
             low, high = metrics.get(f"{column}_low"), metrics.get(f"{column}_high")
             interval = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
-            cells += f"{metrics[column]:.4f}{interval}".rjust(28)
+            cells += (f"{metrics[column]:.4f}{interval}" if column in metrics else "not evaluated").rjust(28)
         lines.append(f"{name:>{width}}{cells}")
     return "\n".join(lines)
 

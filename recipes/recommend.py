@@ -18,6 +18,7 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
@@ -26,6 +27,10 @@ from tqdm.auto import tqdm
 from trl import ModelConfig, TrlParser
 
 from trl_msl import Recommender
+from trl_msl.interactions import read_table
+
+
+ADDED = {"recommended_ids", "recommended_texts", "scores", "exact"}
 
 
 @dataclass
@@ -64,6 +69,7 @@ class RecommendArguments:
 
 def main(args: RecommendArguments, model_args: ModelConfig) -> None:
     process = PartialState(cpu=not torch.accelerator.is_available())
+    users = read_users(args.users, may_be_empty=args.unknown_items == "drop")
     recommender = Recommender.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
@@ -71,7 +77,6 @@ def main(args: RecommendArguments, model_args: ModelConfig) -> None:
         attn_implementation=model_args.attn_implementation,
     )
     recommender.model.to(process.device)
-    users = read_users(args.users)
     known = recommender.bundle.catalog.index_of_id.keys() | set(recommender.bundle.catalog.texts)
     users, report = drop_unknown(users, known) if args.unknown_items == "drop" else (users, "")
     process.print(f"{len(users):,} users, {len(recommender.bundle.catalog):,} items{report}")
@@ -101,18 +106,35 @@ def main(args: RecommendArguments, model_args: ModelConfig) -> None:
     process.destroy_process_group()
 
 
-def read_users(path: str) -> pd.DataFrame:
-    """The file with `item_ids` as lists of strings."""
-    users = pd.read_parquet(path) if path.endswith(".parquet") else pd.read_csv(path)
-    if "item_ids" not in users.columns:
-        raise ValueError(f"`users` = {path!r} has no column `item_ids`: it has {list(users.columns)}.")
-    if len(users) == 0:
-        raise ValueError(f"`users` = {path!r} has no rows: there is nobody to recommend to.")
+def read_users(path: str, may_be_empty: bool = False) -> pd.DataFrame:
+    """The file with `item_ids` as lists of strings. Other columns of a CSV file are strings, as they are written."""
+    if not path.endswith((".csv", ".parquet")):
+        raise ValueError(f"`users` = {path!r} must be a .csv or .parquet file.")
+    users, _ = read_table(path, ["item_ids"])
+    if taken := sorted(ADDED & set(users.columns)):
+        raise ValueError(f"`users` = {path!r} has the columns {taken}, which are those to be added: rename them.")
+    lists = [parse_history(cell) for cell in users["item_ids"]]
+    wrong = [row for row, items in enumerate(lists) if items is None or not (items or may_be_empty)]
+    if wrong:
+        raise ValueError(
+            f"`users` = {path!r}: `item_ids` must hold lists of ids or texts, or such lists as JSON, but {len(wrong)} "
+            f"of {len(users)} rows do not (the first: {wrong[:5]}, with "
+            f"{repr(users['item_ids'].iloc[wrong[0]])[:200]}). Repair them, or leave these users out."
+        )
+    return users.assign(item_ids=lists)
+
+
+def parse_history(cell: object) -> list[str] | None:
+    """The items of a list, or of a list as JSON; `None` if it is none of ids or texts."""
     try:
-        lists = [json.loads(items) if isinstance(items, str) else list(items) for items in users["item_ids"]]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`users` = {path!r}: `item_ids` must hold lists, or lists as JSON ({error}).") from error
-    return users.assign(item_ids=[[str(item) for item in items] for items in lists])
+        items = json.loads(cell) if isinstance(cell, str) else cell
+    except (ValueError, RecursionError):
+        return None
+    items = items.tolist() if isinstance(items, np.ndarray) else items
+    # Not floats: pandas makes them of whole numbers where one is missing, and 12.0 is another id than 12
+    if not isinstance(items, list) or any(isinstance(i, bool) or not isinstance(i, str | int) for i in items):
+        return None
+    return [str(item) for item in items]
 
 
 def drop_unknown(users: pd.DataFrame, known: set[str]) -> tuple[pd.DataFrame, str]:

@@ -34,6 +34,7 @@ trained model of each loss with `metrics.json`, `log_history.json` and `recommen
 """
 
 import dataclasses
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ from trl_msl import (
     MSLTrainer,
     RecommendationCallback,
     evaluate_recommendations,
+    is_sharded,
     tokenize_rows,
 )
 
@@ -95,6 +97,9 @@ class RecipeArguments:
 def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, model_args: ModelConfig) -> None:
     if config.resume_from_checkpoint and len(args.loss) > 1:
         raise ValueError(f"`resume_from_checkpoint` is one run's, but `loss` is {args.loss}: pass the loss to resume.")
+    sharding = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
+    if sharding and "untrained" in args.loss:
+        raise ValueError("`loss` holds `untrained`, which a sharded run can't evaluate: use `recipes/evaluate.py`.")
     started = time.time()
     process, output_dir = PartialState(), Path(config.output_dir)
     data = load_recipe_data(data_args)
@@ -136,18 +141,27 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
             trainer.save_model(trainer.args.output_dir)
             model, histories[name] = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
         trained = time.time()
-        metrics, found = evaluate_recommendations(
-            model, tokenizer, trie, data.catalog, data.rows["test"], return_recommendations=True, **ranking
-        )
-        metrics |= {"train_seconds": round(trained - begun, 1), "test_seconds": round(time.time() - trained, 1)}
-        results[name] = metrics
+        if process.is_main_process and name in histories:
+            write_json(output_dir / name / "log_history.json", histories[name])
+        if is_sharded(model):
+            results[name] = {}
+            process.print(
+                "The model is sharded, and decoding needs all of it in each process. Evaluate what was saved:\n"
+                f"accelerate launch recipes/evaluate.py --model_name_or_path {trainer.args.output_dir}"
+            )
+        else:
+            results[name], found = evaluate_recommendations(
+                model, tokenizer, trie, data.catalog, data.rows["test"], return_recommendations=True, **ranking
+            )
+            results[name]["test_seconds"] = round(time.time() - trained, 1)
+            if process.is_main_process:
+                text = describe_recommendations(data.rows["test"], data.catalog, found)
+                (output_dir / name).mkdir(parents=True, exist_ok=True)
+                (output_dir / name / "recommendations.txt").write_text(text, encoding="utf-8")
+                print(text)
+        results[name]["train_seconds"] = round(trained - begun, 1)
         if process.is_main_process:
-            write_json(output_dir / name / "metrics.json", metrics)
-            if name in histories:
-                write_json(output_dir / name / "log_history.json", histories[name])
-            text = describe_recommendations(data.rows["test"], data.catalog, found)
-            (output_dir / name / "recommendations.txt").write_text(text, encoding="utf-8")
-            print(text)
+            write_json(output_dir / name / "metrics.json", results[name])
         if config.push_to_hub and name == "msl":
             trainer.push_to_hub()
     if data.best_possible:

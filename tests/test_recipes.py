@@ -2,36 +2,14 @@
 """The recipes, run as users run them: by `accelerate launch`."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT
 from helpers import TITLES, make_model, make_windows
+from launching import TINY, launch
 
 from trl_msl import Bundle, ItemCatalog, Recommender
-
-
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes"]
-TINY = [
-    "--scratch_hidden_size", "32", "--scratch_num_layers", "1", "--scratch_pretrain_steps", "2", "--max_steps", "4",
-    "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--logging_steps", "1",
-    "--report_to", "none", "--bf16", "false", "--gradient_checkpointing", "false", "--use_cpu",
-]  # fmt: skip
-
-
-def launch(script, *arguments, fails=False, num_processes=1):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    # what starts several processes is named after GPUs, also where there are none
-    several = ["--multi_gpu"] if num_processes > 1 else []
-    command = [*LAUNCH, str(num_processes), *several, str(ROOT / "recipes" / script), *map(str, arguments)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert (run.returncode != 0) == fails, run.stdout[-3000:] + run.stderr[-3000:]
-    return run.stdout + run.stderr
 
 
 def read(path):

@@ -17,6 +17,7 @@ from .msl_config import MSLConfig
 from .msl_trainer import MSLTrainer
 from .recommender import RecommendedItems, Recommender
 from .temperature import TemperatureCallback
+from .tree_support import is_sharded
 from .trie import ItemTrie
 
 
@@ -46,6 +47,7 @@ __all__ = [
     "encode_prompts",
     "evaluate_recommendations",
     "fit_prompts",
+    "is_sharded",
     "k_core",
     "masked_softmax_loss",
     "per_user_metrics",

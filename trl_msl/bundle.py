@@ -6,7 +6,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .catalog import ITEMS_FILE, ItemCatalog, encode_items
 from .data import PromptTemplate, encode_prompts
+from .generation import MODES
 from .trie import ItemTrie
 from .trie_arrays import TRIE_FILE
 
@@ -68,10 +72,13 @@ class Bundle:
     def __post_init__(self):
         if len(self.catalog) != self.trie.num_items:
             raise ValueError(f"`catalog` ({self.catalog}) is not what `trie` ({self.trie}) was built from.")
-        if unknown := self.decoding.keys() - set(_DECODING):
-            raise ValueError(f"`decoding` has {sorted(unknown)}: it may have {', '.join(_DECODING)}.")
+        if self.max_length is not None and not _is_whole(self.max_length, 1, 1 << 31):
+            raise ValueError(f"`max_length` is {self.max_length!r}: it must be a number of tokens, or `None`.")
+        _check_decoding(self.decoding, len(self.catalog))
         if self.num_trained is not None and not 0 < self.num_trained <= len(self.catalog):
             raise ValueError(f"`num_trained` is {self.num_trained}, but there are {len(self.catalog)} items.")
+        # As the catalogue has them: the number 5 would not be found among its ids, and item "5" be recommended
+        object.__setattr__(self, "withdrawn", frozenset(map(str, self.withdrawn)))
         self.catalog.indices(self.withdrawn)
         if len(self.withdrawn) == len(self.catalog):
             raise ValueError(f"`withdrawn` holds all {len(self.catalog)} items, so there is nothing to recommend.")
@@ -126,12 +133,10 @@ class Bundle:
         folder = Path(save_directory)
         try:
             content = json.loads((folder / BUNDLE_FILE).read_text(encoding="utf-8"))
-            if content["format"] != _FORMAT:
-                raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
-            for name in (ITEMS_FILE, TRIE_FILE):
-                if content["sha256"][name] != _checksum(folder / name):
-                    raise ValueError(f"{name} is damaged, or does not belong to {BUNDLE_FILE}")
             _check_types(content)
+            for name in (ITEMS_FILE, TRIE_FILE):
+                if content["sha256"].get(name) != _checksum(folder / name):
+                    raise ValueError(f"{name} is damaged, or does not belong to {BUNDLE_FILE}")
             bundle = cls(
                 ItemCatalog.from_pretrained(folder),
                 ItemTrie.from_pretrained(folder),
@@ -139,13 +144,16 @@ class Bundle:
                 withdrawn=frozenset(content["withdrawn"]),
                 **{name: content[name] for name in ("max_length", "chat_template_kwargs", "decoding", "num_trained")},
             )
-            expected = content["tokenizer_fingerprint"]
-        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            if content["num_items"] != len(bundle.catalog):
+                raise ValueError(f"it counts {content['num_items']} items, {ITEMS_FILE} holds {len(bundle.catalog)}")
+            # A chat template from elsewhere, and what is passed to it, may fail in many ways
+            fingerprint = bundle.fingerprint(tokenizer)
+        except (OSError, TypeError, ValueError, OverflowError, RecursionError, TemplateError) as error:
             raise ValueError(
                 f"`save_directory` = {str(save_directory)!r} holds no readable catalogue ({error}). Save it again, "
                 "with `Recommender.save_pretrained` or by training with `catalog=`."
             ) from error
-        if bundle.fingerprint(tokenizer) != expected:
+        if fingerprint != content["tokenizer_fingerprint"]:
             raise ValueError(
                 f"`tokenizer` ({tokenizer.name_or_path!r}) writes other tokens than the one that "
                 f"{str(save_directory)!r} was made with: load the tokenizer that lies beside the model."
@@ -242,9 +250,13 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_types(content: dict[str, Any]) -> None:
-    """Raise where a file from elsewhere has values of other types than [`Bundle.save_pretrained`] writes."""
+def _check_types(content: Any) -> None:
+    """Raise where a file from elsewhere has other keys or types than [`Bundle.save_pretrained`] writes."""
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        found = content.get("format") if isinstance(content, dict) else content
+        raise ValueError(f"its format is {reprlib.repr(found)}, this version reads {_FORMAT}")
     expected = {
+        "num_items": int,
         "prompt_template": dict,
         "max_length": int | None,
         "chat_template_kwargs": dict | None,
@@ -252,7 +264,40 @@ def _check_types(content: dict[str, Any]) -> None:
         "num_trained": int | None,
         "withdrawn": list,
         "tokenizer_fingerprint": str,
+        "sha256": dict,
     }
+    if missing := expected.keys() - content.keys():
+        raise ValueError(f"it lacks {sorted(missing)}")
     for name, kind in expected.items():
-        if not isinstance(content[name], kind):
-            raise ValueError(f"its {name!r} is {content[name]!r}")
+        if not isinstance(content[name], kind) or isinstance(content[name], bool):
+            raise ValueError(f"its {name!r} is {reprlib.repr(content[name])}")
+    if strange := [item for item in content["withdrawn"] if not isinstance(item, str)]:
+        raise ValueError(f"its 'withdrawn' holds {len(strange)} that are no id, such as {reprlib.repr(strange[0])}")
+
+
+def _check_decoding(decoding: dict[str, Any], num_items: int) -> None:
+    """Raise where arguments of [`recommend`] are none that it takes, or would take memory without end."""
+    if unknown := decoding.keys() - set(_DECODING):
+        raise ValueError(f"`decoding` has {sorted(unknown)}: it may have {', '.join(_DECODING)}.")
+    penalty = decoding.get("length_penalty", 0.0)
+    is_valid = {
+        "mode": decoding.get("mode", "exact") in MODES,
+        "normalize": decoding.get("normalize", "trie") in ("trie", "vocab"),
+        "num_beams": decoding.get("num_beams") is None or _is_whole(decoding["num_beams"], 1, num_items),
+        "max_expansions": _is_whole(decoding.get("max_expansions", 1), 1, 1 << 31),
+        "length_penalty": _is_number(penalty) and abs(penalty) <= 10,
+    }
+    for name, is_fine in is_valid.items():
+        if not is_fine:
+            raise ValueError(
+                f"`decoding` has {reprlib.repr(decoding[name])} as {name!r}: pass what `recommend` takes, and no more "
+                f"beams than the {num_items} items."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class ItemCatalog:
 
     Args:
         ids (`Sequence`):
-            Item ids, unique. Kept as strings.
+            Item ids, strings or integers, unique. Kept as strings.
         texts (`Sequence[str]`):
             What the model reads and writes for each item, usually its title.
         template (`str`, *optional*, defaults to `"{text}"`):
@@ -50,7 +51,8 @@ class ItemCatalog:
             What to do with entities such as `&amp;`: `"keep"` (with a warning) or `"decode"`.
 
     Raises:
-        `ValueError`: if there are no items, ids repeat, a text is not a string, or a policy says so.
+        `ValueError`: if there are no items, an id is neither string nor integer, ids repeat, a text is not a string or
+            can't be written, or a policy says so.
 
     Example:
 
@@ -79,11 +81,18 @@ class ItemCatalog:
         _check_choice("empty_texts", empty_texts, ("error", "keep", "id"))
         _check_choice("duplicate_texts", duplicate_texts, ("share", "error"))
         _check_choice("html_entities", html_entities, ("keep", "decode"))
-        if template.count("{text}") != 1:
-            raise ValueError(f"`template` is {template!r}: it must contain {{text}} exactly once.")
+        if not (isinstance(template, str) and template.count("{text}") == 1 and is_unicode(template)):
+            raise ValueError(f"`template` is {template!r}: it must be a text that contains {{text}} exactly once.")
         if len(ids) != len(texts) or len(ids) == 0:
             raise ValueError(
                 f"`ids` and `texts` have {len(ids)} and {len(texts)} entries: they must be as many, not 0."
+            )
+        # Not floats: str(12.0) is another id than str(12), and a missing id must not become "nan" or "None"
+        not_ids = [item for item in ids if not _is_id(item)]
+        if not_ids:
+            raise ValueError(
+                f"`ids` holds {len(not_ids)} of {len(ids)} that are neither a text nor a whole number, such as "
+                f"{not_ids[0]!r}: mend them, or leave these items out."
             )
         self.template = template
         self.ids = [str(item) for item in ids]
@@ -96,6 +105,12 @@ class ItemCatalog:
         if not_text:
             raise ValueError(
                 f"`texts` holds {len(not_text)} value(s) that are no string, such as item {not_text[0]!r}."
+            )
+        broken = [item for item, text in zip(self.ids, texts) if not is_unicode(text)]
+        if broken:
+            raise ValueError(
+                f"`texts` holds {len(broken)} value(s) with half a character (a lone surrogate), such as item "
+                f"{broken[0]!r}. Mend them, by text.encode(errors='replace').decode() for example."
             )
         self.texts = self._with_empty_texts(self._with_html_entities(texts, html_entities), empty_texts)
         self._report_duplicates(duplicate_texts)
@@ -111,9 +126,9 @@ class ItemCatalog:
     def from_json(cls, path: str | Path, **kwargs: Any) -> ItemCatalog:
         """Catalogue from a JSON file that maps id to text; `kwargs` as for [`ItemCatalog`]."""
         try:
-            pairs = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=list)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"`path` = {str(path)!r} is no JSON file ({error}).") from error
+            pairs = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=list)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"`path` = {str(path)!r} is no JSON file that can be read ({error}).") from error
         if not (isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)):
             raise ValueError(f"`path` = {str(path)!r} must hold one JSON object that maps item ids to texts.")
         return cls([item for item, _ in pairs], [text for _, text in pairs], **kwargs)
@@ -164,9 +179,12 @@ class ItemCatalog:
         path = Path(save_directory) / ITEMS_FILE
         try:
             table = pq.read_table(path, columns=["id", "text"])
+            if table.schema.types != [pa.string()] * 2 or _TEMPLATE_KEY not in (table.schema.metadata or {}):
+                raise ValueError(f"it has no texts and their template, but {table.schema}")
+            table.validate(full=True)  # a text that is no UTF-8, say
             template = table.schema.metadata[_TEMPLATE_KEY].decode()
             ids, texts = table["id"].to_pylist(), table["text"].to_pylist()
-        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(
                 f"`save_directory` = {str(save_directory)!r} holds no readable {ITEMS_FILE} ({error}). Save it again "
                 "with `ItemCatalog.save_pretrained`."
@@ -213,6 +231,8 @@ class ItemCatalog:
         Raises:
             `ValueError`: if ids are not in the catalogue; it says how many and shows the first ones.
         """
+        if isinstance(ids, str):  # its characters may well be ids
+            raise ValueError(f"`ids` is the text {ids!r}: it must be a list of ids.")
         ids = [str(item) for item in ids]
         unknown = [item for item in ids if item not in self.index_of_id]
         if unknown:
@@ -349,6 +369,21 @@ def _chat_turn(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[st
         )
     place, end = min(found)
     return before, after[: place + len(end)], ends[end]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written and tokenised: half a character, as JSON's `"\\ud800"` gives, can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_id(item: Any) -> bool:
+    if isinstance(item, str):
+        return item != "" and is_unicode(item)
+    return isinstance(item, Integral) and not isinstance(item, bool)
 
 
 def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
-from .catalog import ItemCatalog, encode_items
+from .catalog import ItemCatalog, encode_items, is_unicode
 from .trie import ItemTrie
 
 
@@ -50,8 +50,10 @@ class PromptTemplate:
     conversational: bool = False
 
     def __post_init__(self):
-        if not (isinstance(self.text, str) and isinstance(self.separator, str)):
-            raise ValueError(f"`text` and `separator` are {self.text!r} and {self.separator!r}: they must be strings.")
+        if not all(isinstance(text, str) and is_unicode(text) for text in (self.text, self.separator)):
+            raise ValueError(f"`text` and `separator` are {self.text!r} and {self.separator!r}: they must be texts.")
+        if not isinstance(self.conversational, bool):
+            raise ValueError(f"`conversational` is {self.conversational!r}: it must be `True` or `False`.")
         if self.text.count("{history}") != 1:
             raise ValueError(f"`text` is {self.text!r}: it must contain {{history}} exactly once.")
 

@@ -16,6 +16,7 @@ from .data import PromptTemplate, encode_prompts, fit_prompts
 from .decoding import TrieDecoder
 from .generation import Recommendations, recommend
 from .metrics import bootstrap_interval, coverage, per_user_metrics, ranks_of_targets
+from .tree_support import is_sharded
 from .trie import ItemTrie
 
 
@@ -139,8 +140,14 @@ class RecommendationCallback(TrainerCallback):
         self.trainer.callback_handler.callbacks.remove(self)
         self.trainer.callback_handler.callbacks.insert(0, self)
         self._measured = None
+        # What can't be done is found before the training, not after
+        if is_sharded(self._model):
+            raise ValueError(
+                "`trainer` shards the model over processes (FSDP, ZeRO-3), and decoding needs all of it in each: "
+                "leave `RecommendationCallback` out (recipes: --eval_strategy no) and evaluate what was saved."
+            )
         if self.kwargs.get("mode", "exact") != "generate":
-            TrieDecoder(self._model, self.trie)  # a model that it can't run is found before the training, not after
+            TrieDecoder(self._model, self.trie)
 
     @property
     def _model(self) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from .data import Prompt, encode_prompts
 from .decoding import DecodingOutput, TrieDecoder, evaluating
 from .logits_process import TrieLogitsProcessor
 from .restriction import check_restrictions, is_shared
+from .tree_support import check_whole
 from .trie import ItemTrie
 
 
@@ -136,6 +137,7 @@ def recommend(
     arguments = {"prompts": [encoded[user] for user in mine], "top_k": top_k, "batch_size": batch_size}
     num_invalid = 0
     if mode == "generate":
+        check_whole(model)
         found, num_invalid = _generate_items(model, tokenizer, trie, **arguments, **beam_arguments)
     else:
         arguments["exclude"] = None if exclude is None else [exclude[user] for user in mine]

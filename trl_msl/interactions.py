@@ -14,7 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
+
+from .catalog import is_unicode
 
 
 logger = logging.getLogger(__name__)
@@ -65,7 +69,7 @@ def read_interactions(
         `pandas.DataFrame` with `user_id` and `item_id` (strings) and `timestamp` (int64, or float64 if not all are
         whole), sorted by user and timestamp; ties stay in the order of the source.
     """
-    table, name = _load_table(source, [user_column, item_column, timestamp_column])
+    table, name = read_table(source, [user_column, item_column, timestamp_column])
     users, items = _ids_as_strings(table[user_column], name), _ids_as_strings(table[item_column], name)
     timestamps = _as_timestamps(table[timestamp_column], name)
     order = np.lexsort((timestamps, pd.factorize(users, sort=True)[0]))  # stable
@@ -178,7 +182,7 @@ def _cut_by_time(windows: Dataset, fractions: dict[str, float]) -> DatasetDict:
 
 
 def _read_window_file(path: Path) -> Dataset:
-    table, name = _load_table(path, ["user_id", "item_ids", "timestamp"])
+    table, name = read_table(path, ["user_id", "item_ids", "timestamp"])
     items = [_parse_items(cell, f"{name}, row {row}") for row, cell in enumerate(table["item_ids"])]
     users, timestamps = _ids_as_strings(table["user_id"], name), _as_timestamps(table["timestamp"], name)
     return Dataset.from_dict({"user_id": users.tolist(), "item_ids": items, "timestamp": timestamps})
@@ -190,30 +194,42 @@ def _parse_items(cell: str, where: str) -> list[str]:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         items = None
     ids = items if isinstance(items, list) and all(type(item) in (int, str) and item != "" for item in items) else []
-    if len(ids) < 2:
-        raise ValueError(f"{where}: item_ids must be a list of at least 2 ids, like [12, 7], got {cell!r}; repair it.")
+    if len(ids) < 2 or not all(is_unicode(item) for item in ids if isinstance(item, str)):
+        got = repr(cell) if len(repr(cell)) <= 200 else f"{cell[:200]!r}…"
+        raise ValueError(f"{where}: item_ids must be a list of at least 2 ids, like [12, 7], got {got}; repair it.")
     return [str(item) for item in ids]
 
 
-def _load_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
-    """Returns the rows of `source`, which has `columns`, and its name for error messages."""
+def read_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
+    """
+    Returns the rows of `source`, as for [`read_interactions`], and its name for error messages. It has each of
+    `columns` once, and maybe others. Cells of a CSV file are strings as they are written, empty ones missing.
+    """
     name = str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"
+    names = None
     try:
         if isinstance(source, Dataset | pd.DataFrame):
             table = source.to_pandas() if isinstance(source, Dataset) else source
         elif name.endswith(".parquet"):
-            table = pd.read_parquet(name)
+            table = pq.read_table(name)
+            table.validate(full=True)  # texts that are no UTF-8, say
+            table = table.to_pandas()
         elif name.endswith(".csv"):
             # Only strings, so that ids keep leading zeros, and "NA" is an id: nothing but an empty cell is missing.
             table = pd.read_csv(name, dtype=str, keep_default_na=False, na_values=[""])
             if not isinstance(table.index, pd.RangeIndex):  # pandas has made an index of surplus cells
                 raise ValueError("its rows have more cells than its header; quote cells that hold commas")
+            # Read again, as pandas has renamed the second of two columns of a name
+            names = pd.read_csv(name, dtype=str, keep_default_na=False, header=None, nrows=1).iloc[0].tolist()
         elif isinstance(source, str):
             table = load_dataset(name, split="train").to_pandas()
         else:
             raise ValueError("it must be a DataFrame, one Dataset, a .csv or .parquet file, or a Hub dataset's name")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException, DatasetsError) as error:
         raise ValueError(f"{name} cannot be read: {error}. Check its path, type and format.") from error
+    names = names or list(table.columns)
+    if repeated := [column for column in columns if names.count(column) > 1]:
+        raise ValueError(f"{name} has the columns {repeated} more than once; rename or drop those not meant.")
     if missing := [column for column in columns if column not in table.columns]:
         raise ValueError(f"{name} lacks the columns {missing} and has {list(table.columns)}; name or rename them.")
     if table.empty:
@@ -235,7 +251,10 @@ def _as_timestamps(column: pd.Series, name: str) -> np.ndarray:
     numbers = pd.to_numeric(column, errors="coerce")
     if pd.api.types.is_datetime64_any_dtype(column) or numbers.isna().all():
         dates = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
-        numbers = (dates - pd.Timestamp(0, tz="UTC")).dt.as_unit("us").dt.total_seconds()
+        try:  # in microseconds, as nanoseconds reach only from 1677 to 2262
+            numbers = (dates.dt.as_unit("us") - pd.Timestamp(0, tz="UTC").as_unit("us")).dt.total_seconds()
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{name}: {column.name!r} holds dates out of range ({error}); repair or drop.") from error
     floats = numbers.to_numpy(np.float64, na_value=np.nan)
     _reject(~np.isfinite(floats), column, name, "a number or an ISO 8601 date")
     exact = pd.api.types.is_signed_integer_dtype(numbers) or ((floats % 1 == 0) & (np.abs(floats) < 2**53)).all()
@@ -246,5 +265,5 @@ def _reject(invalid: np.ndarray, column: pd.Series, name: str, expected: str) ->
     if len(rows := np.flatnonzero(invalid)):
         raise ValueError(
             f"{name}: {column.name!r} must hold {expected}, but {len(rows)} of {len(column)} rows do not (the first: "
-            f"{rows[:5].tolist()}, with {column.iloc[rows[0]]!r}); repair or drop them."
+            f"{rows[:5].tolist()}, with {repr(column.iloc[rows[0]])[:200]}); repair or drop them."
         )

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -117,11 +117,16 @@ def head_projection(model: PreTrainedModel) -> functools.partial:
     text_config = model.config.get_text_config()
     head = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
-    # FSDP2 exposes sharded parameters as DTensors: gather them before rows are picked
+    # FSDP2 exposes sharded parameters as DTensors where its own hooks have not gathered them
     if isinstance(weight, DTensor):
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        weight, bias = _gather(weight), None if bias is None else _gather(bias)
     softcap = getattr(text_config, "final_logit_softcapping", None)
     return functools.partial(_project, weight=weight, bias=bias, scale=_logit_scale(text_config), softcap=softcap)
+
+
+def _gather(parameter: DTensor) -> Tensor:
+    """The whole of a sharded parameter. Its gradient is averaged over ranks, as FSDP does for what it gathers."""
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _sparse_output(trie: ItemTrie, nodes: Tensor, hidden: Tensor, project) -> SparseCausalLMOutput:

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .bundle import BUNDLE_FILE, Bundle
@@ -92,7 +94,13 @@ class Recommender:
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), revision=revision))
+            try:
+                folder = Path(snapshot_download(str(pretrained_model_name_or_path), revision=revision))
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"`pretrained_model_name_or_path` = {str(pretrained_model_name_or_path)!r} is no folder, and "
+                    f"can't be had from the Hub ({error})."
+                ) from error
         if not (folder / BUNDLE_FILE).is_file():
             raise ValueError(
                 f"`pretrained_model_name_or_path` = {str(pretrained_model_name_or_path)!r} has no {BUNDLE_FILE}, so "
@@ -101,9 +109,9 @@ class Recommender:
             )
         # Left out, transformers would ask at the terminal
         trust_remote_code = kwargs.setdefault("trust_remote_code", False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = _load(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
         bundle = Bundle.from_pretrained(folder, tokenizer)
-        return cls(AutoModelForCausalLM.from_pretrained(folder, **kwargs), tokenizer, bundle)
+        return cls(_load(AutoModelForCausalLM, folder, **kwargs), tokenizer, bundle)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model (or adapter), tokenizer and catalogue into a folder, the catalogue last."""
@@ -144,6 +152,14 @@ class Recommender:
             `ValueError`: if a history is empty or holds an item that is not in the catalogue.
         """
         catalog, template = self.bundle.catalog, self.bundle.prompt_template
+        if len(histories) == 0:
+            raise ValueError("`histories` is empty: there is nobody to recommend to.")
+        no_lists = [user for user, history in enumerate(histories) if _is_no_list(history)]
+        if no_lists:  # the characters of a text may well be ids
+            raise ValueError(
+                f"`histories`: {len(no_lists)} of {len(histories)} are no lists, the first that of user "
+                f"{no_lists[0]}, {histories[no_lists[0]]!r}. Pass a list of items for each user, also for a single one."
+            )
         empty = [user for user, history in enumerate(histories) if len(history) == 0]
         if empty:
             raise ValueError(
@@ -213,3 +229,18 @@ class Recommender:
         """The items, and those that are written alike."""
         texts = self.bundle.catalog.texts
         return [same for index in indices for same in self._indices_of_text[texts[index]]]
+
+
+def _is_no_list(history: Any) -> bool:
+    return isinstance(history, str | bytes | Mapping) or not hasattr(history, "__len__")
+
+
+def _load(auto_class: type, folder: Path, **kwargs: Any) -> Any:
+    """Load a model or tokenizer; what transformers makes of damaged or foreign files becomes one kind of error."""
+    try:
+        return auto_class.from_pretrained(folder, **kwargs)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(
+            f"{auto_class.__name__} can't load {str(folder)!r} ({type(error).__name__}: {error}). Are its files "
+            "whole, and, of an adapter, is the base model where its adapter_config.json says?"
+        ) from error

@@ -43,6 +43,23 @@ def _sliding_window(config: PretrainedConfig) -> int | None:
     return min((size for size in sizes if size is not None), default=None)
 
 
+def is_sharded(model: PreTrainedModel) -> bool:
+    """
+    Whether processes hold a part of the model's weights each (FSDP2, ZeRO-3). Such a model can be trained, not
+    decoded with: each process searches at its own pace.
+    """
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` if `model` is sharded."""
+    if is_sharded(model):
+        raise ValueError(
+            f"`model`, a {type(model).__name__}, is sharded over processes, each of which decodes at its own pace: "
+            "save it and decode with the whole model (`recipes/evaluate.py`)."
+        )
+
+
 def check_tree_attention(model: PreTrainedModel) -> None:
     """
     Run a small tree through the model and compare some of its logits with those of its paths.
@@ -60,14 +77,9 @@ def check_tree_attention(model: PreTrainedModel) -> None:
             f"`model` uses {config._attn_implementation!r} attention, which takes no mask of a tree: call "
             f"`model.set_attn_implementation('sdpa')` if the model allows it, or {USE_GENERATE}."
         )
-    if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError(
-            f"`model`, a {name}, is sharded over processes, each of which decodes at its own pace: save it and decode "
-            "with the whole model."
-        )
-    if "local" in getattr(
-        config, "attention_layers", []
-    ):  # GPT-Neo counts slots of the cache as if they were positions
+    check_whole(model)
+    # GPT-Neo counts slots of the cache as if they were positions
+    if "local" in getattr(config, "attention_layers", []):
         raise ValueError(f"`model`, a {name}, has local attention, which takes no mask of a tree: {USE_GENERATE}.")
     try:
         error = _compare_tree(model)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Train small models in `folder` with the rows that lie there, 8 a step over all processes: all weights, an adapter, and
+all weights from a checkpoint on. Launched by `test_distributed.py` on one process and on several.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from trl_msl import (
+    ItemCatalog,
+    MSLConfig,
+    MSLTrainer,
+    PromptTemplate,
+    add_sparse_lm_head,
+    masked_softmax_loss,
+    tokenize_rows,
+)
+
+
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(1)
+tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+catalog = ItemCatalog.from_pretrained(folder / "base")
+trie = catalog.build_trie(tokenizer)
+template = PromptTemplate("The user has read: {history}\nNext: ")
+rows = Dataset.from_parquet(str(folder / "rows.parquet"))
+rows = rows.map(
+    tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs={"tokenizer": tokenizer, "trie": trie}
+)
+# In the second step, the second of two ranks has nothing to learn from: no title at all
+rows = rows.map(
+    lambda row, index: {"labels": [-100] * len(row["labels"])} if 12 <= index < 16 else row, with_indices=True
+)
+
+
+def train(name: str, resume: bool = False, **kwargs) -> None:
+    set_seed(0)
+    num_processes = PartialState(cpu=True).num_processes
+    config = MSLConfig(
+        out / name, max_steps=4, save_steps=2, logging_steps=1, report_to="none", bf16=False, use_cpu=True,
+        learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0, train_sampling_strategy="sequential",
+        per_device_train_batch_size=8 // num_processes, temperature_min=0.1, temperature_ema=0.3,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = MSLTrainer(
+        str(folder / "base"), config, train_dataset=rows, processing_class=tokenizer, trie=trie, catalog=catalog,
+        prompt_template=template, **kwargs,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(out / "full" / "checkpoint-2") if resume else None)
+    trainer.save_model()
+    report = {
+        "temperature": trainer.temperature,
+        "sharded": any(isinstance(p, torch.distributed.tensor.DTensor) for p in trainer.model.parameters()),
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    (out / name / f"rank{trainer.args.process_index}.json").write_text(json.dumps(report))
+
+
+def compare_gradients_of_a_sharded_head() -> None:
+    """
+    An LM head that is sharded by itself is gathered by the sparse head: no hook does it, as `lm_head` isn't called.
+    """
+    process = PartialState()
+    gradients = []
+    for is_sharded in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(folder / "base").train()
+        add_sparse_lm_head(model, trie)
+        if is_sharded:
+            for module in (*model.model.layers, model.lm_head, model):
+                fully_shard(module, mesh=init_device_mesh("cpu", (process.num_processes,)))
+        for rank in [process.process_index] if is_sharded else range(process.num_processes):
+            batch = [{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} for row in rows]
+            output = model(**batch[rank], sparse_lm_head=True)
+            loss = masked_softmax_loss(output.logits, output.valid_mask, output.targets).sum()
+            (loss if is_sharded else loss / process.num_processes).backward()
+        whole = [p.grad.full_tensor() if is_sharded else p.grad for p in model.parameters()]
+        gradients.append(dict(zip((name for name, _ in model.named_parameters()), whole)))
+    errors = {name: float((gradients[0][name] - gradients[1][name]).abs().max()) for name in gradients[0]}
+    (out / f"errors{process.process_index}.json").write_text(json.dumps(errors))
+
+
+train("full")
+train("resumed", resume=True)
+train("lora", peft_config=LoraConfig(task_type="CAUSAL_LM"))
+process = PartialState()
+if process.num_processes > 1:
+    compare_gradients_of_a_sharded_head()
+process.wait_for_everyone()
+process.destroy_process_group()

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scripts run as users run them, by `accelerate launch`, on CPU processes."""
+
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+TINY = [
+    "--scratch_hidden_size", "32", "--scratch_num_layers", "1", "--scratch_pretrain_steps", "2", "--max_steps", "4",
+    "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--logging_steps", "1",
+    "--report_to", "none", "--bf16", "false", "--gradient_checkpointing", "false", "--use_cpu",
+]  # fmt: skip
+
+
+def launch(script, *arguments, fails: bool = False, num_processes: int = 1, config: str | None = None) -> str:
+    """
+    Run a script of `recipes/`, or one by its path, and return what it printed.
+
+    `config` is the name of a file in `recipes/accelerate_configs/`; several processes take that of DDP by default.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", str(num_processes)]
+    if num_processes > 1:
+        config = config or "multi_gpu"
+        command += ["--config_file", str(ROOT / "recipes" / "accelerate_configs" / f"{config}.yaml")]
+    if config == "fsdp2":
+        command.append(str(ROOT / "tests" / "fsdp_on_cpu.py"))
+    command += [str(ROOT / "recipes" / script), *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert (run.returncode != 0) == fails, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout + run.stderr

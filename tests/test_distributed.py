@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes (gloo, CPU) train as one does: DDP and FSDP2, by the accelerate configs that users get."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from helpers import make_model, make_windows
+from launching import TINY, launch
+from safetensors.numpy import load_file
+
+from trl_msl import Recommender, build_rows
+
+
+SCRIPT = ROOT / "tests" / "distributed_training.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer, catalog, template):
+    path = tmp_path_factory.mktemp("distributed")
+    make_model(tokenizer).save_pretrained(path / "base")
+    tokenizer.save_pretrained(path / "base")
+    catalog.save_pretrained(path / "base")
+    build_rows(make_windows(catalog.ids), catalog, template).to_parquet(path / "rows.parquet")
+    launch(SCRIPT, path, path / "one")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["multi_gpu", "fsdp2"])
+def test_two_processes_train_as_one(kind, folder):
+    """Weights, losses and τ, although one rank has a batch without any title; and going on from a checkpoint."""
+    launch(SCRIPT, folder, folder / kind, num_processes=2, config=kind)
+    for name, weights in (("full", "model"), ("lora", "adapter_model"), ("resumed", "model")):
+        expected = load_file(folder / "one" / ("full" if name == "resumed" else name) / f"{weights}.safetensors")
+        found = load_file(folder / kind / name / f"{weights}.safetensors")
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert found[key] == pytest.approx(expected[key], abs=1e-5), key
+        one, first, second = (
+            json.loads((folder / run / name / f"rank{rank}.json").read_text())
+            for run, rank in (("one", 0), (kind, 0), (kind, 1))
+        )
+        assert first["sharded"] == (kind == "fsdp2") and not one["sharded"]
+        assert first["temperature"] == second["temperature"] == pytest.approx(one["temperature"], abs=1e-5)
+        assert len(first["log"]) == len(one["log"]) == 4
+        for entry, other in zip(one["log"], first["log"]):
+            for measure in ("loss", "grad_norm", "temperature", "target_probability"):
+                assert other[measure] == pytest.approx(entry[measure], abs=1e-4), (entry["step"], measure)
+    found = [Recommender.from_pretrained(folder / run / "full").recommend([["b0", "b3"]]) for run in ("one", kind)]
+    assert found[0].ids == found[1].ids
+    for rank in (0, 1):
+        errors = json.loads((folder / kind / f"errors{rank}.json").read_text())
+        assert "lm_head.weight" in errors and max(errors.values()) < 1e-5, errors
+
+
+def test_the_recipe_with_a_sharded_model(tmp_path):
+    """It trains and saves; what needs the whole model is refused before the training, or left to `evaluate.py`."""
+    arguments = [
+        *TINY,
+        "--scratch_pretrain_steps",
+        0,
+        "--loss",
+        "msl",
+        "--max_test_users",
+        8,
+        "--output_dir",
+        tmp_path,
+    ]
+    output = launch("sft_msl.py", *arguments, num_processes=2, config="fsdp2", fails=True)
+    assert "shards the model over processes (FSDP, ZeRO-3), and decoding needs all of it" in output
+    arguments += ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
+    output = launch("sft_msl.py", *arguments, num_processes=2, config="fsdp2")
+    assert "Evaluate what was saved" in output and "not evaluated" in output
+    arguments = ["--model_name_or_path", tmp_path / "msl", "--max_test_users", 8, "--output_dir", tmp_path / "found"]
+    launch("evaluate.py", *arguments)
+    assert json.loads((tmp_path / "found" / "metrics.json").read_text())["exact"]["num_rows"] == 8
