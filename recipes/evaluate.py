@@ -27,12 +27,12 @@ import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
-from recipe_data import DataArguments, load_recipe_data
+from recipe_data import load_recipe_data
 from recipe_outputs import describe_recommendations, format_table, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
-from trl_msl import Recommendations, bootstrap_interval, evaluate_recommendations, per_user_metrics
+from trl_msl import DataArguments, Recommendations, bootstrap_interval, evaluate_recommendations, per_user_metrics
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"

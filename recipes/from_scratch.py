@@ -190,8 +190,8 @@ def write_base_model(
         rows = Dataset.from_dict({"text": [text() for _ in range(32 * pretrain_steps)]})
         trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
         trainer.train()
-        model = trainer.accelerator.unwrap_model(trainer.model)
-    if PartialState().is_main_process:
+        trainer.save_model(str(path))  # also where FSDP or ZeRO-3 has sharded the model
+    elif PartialState().is_main_process:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
     PartialState().wait_for_everyone()

@@ -43,12 +43,13 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import DatasetDict
 from from_scratch import write_base_model
-from recipe_data import DataArguments, RecipeData, load_recipe_data
+from recipe_data import RecipeData, load_recipe_data
 from recipe_outputs import describe_recommendations, format_table, plot_training, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from trl_msl import (
+    DataArguments,
     ItemTrie,
     MSLConfig,
     MSLTrainer,

@@ -20,11 +20,10 @@ from pathlib import Path
 
 import pandas as pd
 from huggingface_hub import snapshot_download
-from recipe_data import read_items
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from trl_msl import Bundle
+from trl_msl import Bundle, read_items
 
 
 @dataclass

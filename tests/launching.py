@@ -29,7 +29,13 @@ def launch(script, *arguments, fails: bool = False, num_processes: int = 1, conf
     if config == "fsdp2":
         command.append(str(ROOT / "tests" / "fsdp_on_cpu.py"))
     command += [str(ROOT / "recipes" / script), *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+    }
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert (run.returncode != 0) == fails, run.stdout[-3000:] + run.stderr[-3000:]
     return run.stdout + run.stderr

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes (gloo, CPU) train as one does: DDP and FSDP2, by the accelerate configs that users get."""
 
+import importlib.util
 import json
+import shutil
 
 import pytest
 from conftest import ROOT
@@ -18,7 +20,7 @@ SCRIPT = ROOT / "tests" / "distributed_training.py"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer, catalog, template):
     path = tmp_path_factory.mktemp("distributed")
-    make_model(tokenizer).save_pretrained(path / "base")
+    make_model(tokenizer, hidden_size=320).save_pretrained(path / "base")  # ZeRO-3 leaves 100,000 weights in one piece
     tokenizer.save_pretrained(path / "base")
     catalog.save_pretrained(path / "base")
     build_rows(make_windows(catalog.ids), catalog, template).to_parquet(path / "rows.parquet")
@@ -26,9 +28,11 @@ def folder(tmp_path_factory, tokenizer, catalog, template):
     return path
 
 
-@pytest.mark.parametrize("kind", ["multi_gpu", "fsdp2"])
+@pytest.mark.parametrize("kind", ["multi_gpu", "fsdp2", "zero3"])
 def test_two_processes_train_as_one(kind, folder):
     """Weights, losses and τ, although one rank has a batch without any title; and going on from a checkpoint."""
+    if kind == "zero3" and not (importlib.util.find_spec("deepspeed") and shutil.which("g++")):
+        pytest.skip("DeepSpeed is not installed, or can't compile what it needs on a CPU")
     launch(SCRIPT, folder, folder / kind, num_processes=2, config=kind)
     for name, weights in (("full", "model"), ("lora", "adapter_model"), ("resumed", "model")):
         expected = load_file(folder / "one" / ("full" if name == "resumed" else name) / f"{weights}.safetensors")
@@ -40,15 +44,17 @@ def test_two_processes_train_as_one(kind, folder):
             json.loads((folder / run / name / f"rank{rank}.json").read_text())
             for run, rank in (("one", 0), (kind, 0), (kind, 1))
         )
-        assert first["sharded"] == (kind == "fsdp2") and not one["sharded"]
-        assert first["temperature"] == second["temperature"] == pytest.approx(one["temperature"], abs=1e-5)
+        assert first["sharded"] == (kind != "multi_gpu") and not one["sharded"]
+        assert (first["num_head_values"] == 0) == (kind == "zero3")  # in one piece nowhere: sharding is not just said
+        assert first["temperature"] == second["temperature"] == pytest.approx(one["temperature"], abs=1e-4)
+        assert first["num_bundles"] >= 2 and second["num_bundles"] == 0  # one writes
         assert len(first["log"]) == len(one["log"]) == 4
         for entry, other in zip(one["log"], first["log"]):
             for measure in ("loss", "grad_norm", "temperature", "target_probability"):
-                assert other[measure] == pytest.approx(entry[measure], abs=1e-4), (entry["step"], measure)
+                assert other[measure] == pytest.approx(entry[measure], rel=1e-4), (entry["step"], measure)
     found = [Recommender.from_pretrained(folder / run / "full").recommend([["b0", "b3"]]) for run in ("one", kind)]
     assert found[0].ids == found[1].ids
-    for rank in (0, 1):
+    for rank in (0, 1) if kind != "zero3" else ():  # ZeRO-3 gathers what it sees being read
         errors = json.loads((folder / kind / f"errors{rank}.json").read_text())
         assert "lm_head.weight" in errors and max(errors.values()) < 1e-5, errors
 

@@ -5,6 +5,7 @@ from .bundle import Bundle
 from .catalog import ItemCatalog, encode_items
 from .compressed_trie import CompressedTrie
 from .data import PromptTemplate, build_rows, encode_prompts, fit_prompts, tokenize_rows
+from .data_arguments import DataArguments, read_data, read_items
 from .decoding import DecodingOutput, TrieDecoder
 from .evaluation import RecommendationCallback, evaluate_recommendations
 from .generation import Recommendations, recommend
@@ -24,6 +25,7 @@ from .trie import ItemTrie
 __all__ = [
     "Bundle",
     "CompressedTrie",
+    "DataArguments",
     "DecodingOutput",
     "ItemCatalog",
     "ItemTrie",
@@ -53,7 +55,9 @@ __all__ = [
     "per_user_metrics",
     "ranking_metrics",
     "ranks_of_targets",
+    "read_data",
     "read_interactions",
+    "read_items",
     "read_windows",
     "recommend",
     "sliding_windows",

@@ -210,7 +210,7 @@ class MSLTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.catalog is not None:
+        if self.catalog is not None and self.args.should_save:  # with DeepSpeed and FSDP all ranks come here
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             self.bundle.save_pretrained(output_dir or self.args.output_dir, tokenizer)
 
