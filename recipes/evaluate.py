@@ -72,6 +72,8 @@ class EvaluationArguments:
             As in training: longer prompts lose their oldest history items.
         chat_template_kwargs (`dict`, *optional*):
             As in training, JSON.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the model.
     """
 
     output_dir: str = field(default="outputs/evaluate", metadata={"help": "Folder to write into."})
@@ -86,6 +88,7 @@ class EvaluationArguments:
     batch_size: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
     max_length: int | None = field(default=None, metadata={"help": "Longer prompts lose their oldest items."})
     chat_template_kwargs: str | None = field(default=None, metadata={"help": "As in training, JSON."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
 
 def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelConfig) -> None:
@@ -95,12 +98,13 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
         raise ValueError("`num_beams` and `length_penalty` mean nothing to exact search: add beam to `--decoding`.")
     process = PartialState(cpu=not torch.accelerator.is_available())
     data = load_recipe_data(data_args)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    loading = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **loading)
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
-        revision=model_args.model_revision,
+        **loading,
     ).to(process.device)
     chat_template_kwargs = json.loads(args.chat_template_kwargs) if args.chat_template_kwargs else None
     trie = data.catalog.build_trie(tokenizer, data_args.conversational, chat_template_kwargs)

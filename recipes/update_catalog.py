@@ -60,7 +60,7 @@ def main(args: UpdateArguments) -> None:
     folder = Path(args.model_name_or_path)
     if not folder.is_dir():
         folder = Path(snapshot_download(args.model_name_or_path))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # left out, it would ask
     bundle = Bundle.from_pretrained(folder, tokenizer)
     added = read_items(args.add, args.item_column, args.text_column) if args.add else None
     updated = bundle.update(tokenizer, added, args.withdraw, args.restore)

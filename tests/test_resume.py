@@ -10,7 +10,7 @@ from helpers import make_model, make_windows
 from safetensors.numpy import load_file
 
 from trl_msl import Bundle, ItemCatalog, build_rows
-from trl_msl.msl_trainer import last_complete_checkpoint
+from trl_msl.catalog_trainer import last_complete_checkpoint
 
 
 TRAIN = """

@@ -12,11 +12,14 @@ from .generation import Recommendations, recommend
 from .interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
 from .lm_head import SparseCausalLMOutput, add_sparse_lm_head
 from .logits_process import TrieLogitsProcessor
-from .losses import adaptive_temperature, masked_softmax_loss, temperature_statistics
+from .losses import adaptive_temperature, masked_softmax_loss, softmax_dpo_loss, temperature_statistics
 from .metrics import bootstrap_interval, coverage, per_user_metrics, ranking_metrics, ranks_of_targets
 from .msl_config import MSLConfig
 from .msl_trainer import MSLTrainer
+from .preferences import DataCollatorForSoftmaxPreference, tokenize_preferences
 from .recommender import RecommendedItems, Recommender
+from .softmax_dpo_config import SoftmaxDPOConfig
+from .softmax_dpo_trainer import SoftmaxDPOTrainer
 from .temperature import TemperatureCallback
 from .tree_support import is_sharded
 from .trie import ItemTrie
@@ -26,6 +29,7 @@ __all__ = [
     "Bundle",
     "CompressedTrie",
     "DataArguments",
+    "DataCollatorForSoftmaxPreference",
     "DecodingOutput",
     "ItemCatalog",
     "ItemTrie",
@@ -36,6 +40,8 @@ __all__ = [
     "Recommendations",
     "RecommendedItems",
     "Recommender",
+    "SoftmaxDPOConfig",
+    "SoftmaxDPOTrainer",
     "SparseCausalLMOutput",
     "TemperatureCallback",
     "TrieDecoder",
@@ -61,7 +67,9 @@ __all__ = [
     "read_windows",
     "recommend",
     "sliding_windows",
+    "softmax_dpo_loss",
     "split_by_time",
     "temperature_statistics",
+    "tokenize_preferences",
     "tokenize_rows",
 ]

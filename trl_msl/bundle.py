@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import platform
 import reprlib
 from collections.abc import Iterable
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .catalog import ITEMS_FILE, ItemCatalog, encode_items
@@ -146,12 +144,17 @@ class Bundle:
             )
             if content["num_items"] != len(bundle.catalog):
                 raise ValueError(f"it counts {content['num_items']} items, {ITEMS_FILE} holds {len(bundle.catalog)}")
-            # A chat template from elsewhere, and what is passed to it, may fail in many ways
-            fingerprint = bundle.fingerprint(tokenizer)
-        except (OSError, TypeError, ValueError, OverflowError, RecursionError, TemplateError) as error:
+        except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"`save_directory` = {str(save_directory)!r} holds no readable catalogue ({error}). Save it again, "
                 "with `Recommender.save_pretrained` or by training with `catalog=`."
+            ) from error
+        try:
+            fingerprint = bundle.fingerprint(tokenizer)
+        except Exception as error:  # a chat template is a program: it may fail in any way
+            raise ValueError(
+                f"`tokenizer` ({tokenizer.name_or_path!r}) can't write the items and the prompt of "
+                f"{str(save_directory)!r} ({type(error).__name__}: {error})."
             ) from error
         if fingerprint != content["tokenizer_fingerprint"]:
             raise ValueError(
@@ -285,7 +288,7 @@ def _check_decoding(decoding: dict[str, Any], num_items: int) -> None:
         "normalize": decoding.get("normalize", "trie") in ("trie", "vocab"),
         "num_beams": decoding.get("num_beams") is None or _is_whole(decoding["num_beams"], 1, num_items),
         "max_expansions": _is_whole(decoding.get("max_expansions", 1), 1, 1 << 31),
-        "length_penalty": _is_number(penalty) and abs(penalty) <= 10,
+        "length_penalty": isinstance(penalty, int | float) and abs(penalty) <= 10,
     }
     for name, is_fine in is_valid.items():
         if not is_fine:
@@ -293,10 +296,6 @@ def _check_decoding(decoding: dict[str, Any], num_items: int) -> None:
                 f"`decoding` has {reprlib.repr(decoding[name])} as {name!r}: pass what `recommend` takes, and no more "
                 f"beams than the {num_items} items."
             )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_whole(value: Any, low: int, high: int) -> bool:

@@ -169,7 +169,7 @@ def tokenize_rows(
     if missing:
         raise ValueError(f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}.")
     conversational = is_conversational({key: values[0] for key, values in batch.items()})
-    texts = [_completion_text(completion, conversational) for completion in batch["completion"]]
+    texts = [completion_text(completion, conversational) for completion in batch["completion"]]
     items = encode_items(tokenizer, texts, conversational, chat_template_kwargs)
     nodes = trie.find(items).cpu()
     if (nodes < 0).any():
@@ -275,7 +275,7 @@ def fit_prompts(
     return prompts
 
 
-def _completion_text(completion: Any, conversational: bool) -> str:
+def completion_text(completion: Any, conversational: bool) -> str:
     if not conversational:
         return completion
     if len(completion) != 1 or completion[0]["role"] != "assistant":

@@ -213,7 +213,9 @@ def read_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
         elif name.endswith(".parquet"):
             table = pq.read_table(name)
             table.validate(full=True)  # texts that are no UTF-8, say
-            table = table.to_pandas()
+            # Without what pandas notes of its types and its index: from elsewhere it may be anything
+            table = table.select([column for column in table.column_names if not column.startswith("__index_level_")])
+            table = table.to_pandas(ignore_metadata=True)
         elif name.endswith(".csv"):
             # Only strings, so that ids keep leading zeros, and "NA" is an id: nothing but an empty cell is missing.
             table = pd.read_csv(name, dtype=str, keep_default_na=False, na_values=[""])

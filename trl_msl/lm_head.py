@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -27,6 +28,8 @@ class SparseCausalLMOutput(ModelOutput):
     A *branching position* is one where several tokens are valid. `logits` spans the union of the tokens that are valid
     at some branching position of the batch, so `valid_mask` says which of them are valid at which position.
 
+    With `vocab_lm_head=True` instead, only `vocab_losses` is there, with a gradient.
+
     Args:
         logits (`torch.Tensor` of shape `(num_positions, num_tokens)`, fp32):
             Logits at the branching positions.
@@ -38,7 +41,7 @@ class SparseCausalLMOutput(ModelOutput):
             Trie node at which each position chooses.
         vocab_losses (`torch.Tensor` of shape `(num_supervised,)`, fp32, *optional*):
             Language modeling loss of every supervised position, forced ones too, when called with
-            `output_vocab_losses=True`. Detached.
+            `output_vocab_losses=True` (detached) or `vocab_lm_head=True`.
         aux_loss (`torch.Tensor`, *optional*):
             MoE load-balancing loss, when called with `output_router_logits=True`.
     """
@@ -54,11 +57,11 @@ class SparseCausalLMOutput(ModelOutput):
 def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
     """
     Add a sparse LM head to `model`: `model(..., labels=nodes, sparse_lm_head=True)` returns a
-    [`SparseCausalLMOutput`].
+    [`SparseCausalLMOutput`], and `model(..., labels=nodes, vocab_lm_head=True)` one over the whole vocabulary.
 
     The forward runs the backbone and projects the hidden states at branching positions onto the rows of the head that
     are valid somewhere in the batch: a few positions times a few hundred tokens instead of every token times the
-    vocabulary. Without `sparse_lm_head=True` the forward is the original one, so generation is unchanged. It happens
+    vocabulary. Without either argument the forward is the original one, so generation is unchanged. It happens
     inside the forward so that the hooks of DDP, FSDP and ZeRO-3 are armed, as in TRL's `add_fused_lm_head`.
 
     Args:
@@ -77,9 +80,16 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
     # Keep the original signature: `generate` validates its model kwargs against it
     @functools.wraps(type(model).forward)
     def forward(
-        self, *args, sparse_lm_head=False, labels=None, shift_labels=None, output_vocab_losses=False, **kwargs
+        self,
+        *args,
+        sparse_lm_head=False,
+        vocab_lm_head=False,
+        labels=None,
+        shift_labels=None,
+        output_vocab_losses=False,
+        **kwargs,
     ):
-        if not sparse_lm_head:
+        if not (sparse_lm_head or vocab_lm_head):
             given = {"labels": labels, "shift_labels": shift_labels}
             return original_forward(*args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
         kwargs["use_cache"] = False
@@ -96,11 +106,15 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
         branching = local_trie.num_valid_tokens(nodes) > 1
 
         with maybe_gather_lm_head_ctx(weight, bias):
+            if vocab_lm_head:
+                losses = _vocab_losses(local_trie.tokens(nodes), hidden[row, column], project)
+                return SparseCausalLMOutput(vocab_losses=losses)
             output = _sparse_output(local_trie, nodes[branching], hidden[row[branching], column[branching]], project)
             if output_vocab_losses:
                 # cast once, not for each chunk of positions
                 project = functools.partial(project, weight=weight.detach().float())
-                output.vocab_losses = _vocab_losses(local_trie.tokens(nodes), hidden[row, column].detach(), project)
+                with torch.no_grad():
+                    output.vocab_losses = _vocab_losses(local_trie.tokens(nodes), hidden[row, column], project)
         if kwargs.get("output_router_logits"):
             output.aux_loss = _load_balancing_loss(text_config, backbone_outputs, kwargs.get("attention_mask"))
         return output
@@ -158,14 +172,18 @@ def _project(
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-@torch.no_grad()
 def _vocab_losses(tokens: Tensor, hidden: Tensor, project, chunk_size: int = 256) -> Tensor:
-    """Language modeling loss of each supervised position, a few positions at a time. For diagnosis only."""
-    losses = [
-        torch.nn.functional.cross_entropy(project(states, rows=slice(None)), targets, reduction="none")
-        for states, targets in zip(hidden.split(chunk_size), tokens.split(chunk_size))
-    ]
-    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+    """
+    Language modeling loss of each supervised position, a few positions at a time, whose logits are made again in the
+    backward pass: never `[positions, vocabulary]` at once.
+    """
+
+    def chunk_losses(states: Tensor, targets: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(project(states, rows=slice(None)), targets, reduction="none")
+
+    chunks = zip(hidden.split(chunk_size), tokens.split(chunk_size))
+    losses = [checkpoint(chunk_losses, states, targets, use_reentrant=False) for states, targets in chunks]
+    return torch.cat(losses) if len(tokens) else hidden.float().sum(dim=-1)
 
 
 def _logit_scale(text_config: PretrainedConfig) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked softmax loss and adaptive temperature, as pure functions of tensors."""
+"""Masked softmax loss, adaptive temperature and softmax DPO, as pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -120,3 +120,45 @@ def adaptive_temperature(statistics: Tensor, eta: float = 0.25, num_items: float
     c = log_num_valid + math.log(eta)
     root = (difference.square() - 2 * variance * c).clamp(min=0).sqrt()
     return torch.where(c > 0, (difference + root) / (2 * c), math.inf)
+
+
+def softmax_dpo_loss(
+    chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, beta: float, rejected_mask: Tensor | None = None
+) -> Tensor:
+    r"""
+    Softmax DPO loss of each prompt, with several rejected completions: the S-DPO loss of [On Softmax Direct Preference
+    Optimization for Recommendation](https://huggingface.co/papers/2406.09215), Section 3:
+
+    $$ -\log \sigma\Big(-\log \sum_i \exp\big(\beta (\Delta_{\text{rejected}, i} - \Delta_{\text{chosen}})\big)\Big) $$
+
+    where $\Delta$ is a completion's log-probability under the policy less that under the reference model. With a
+    single rejected completion it is the loss of DPO (`loss_type="sigmoid"` in TRL).
+
+    Args:
+        chosen_log_ratios (`torch.Tensor` of shape `(num_prompts,)`):
+            $\Delta$ of the chosen completion.
+        rejected_log_ratios (`torch.Tensor` of shape `(num_prompts, num_rejected)`):
+            $\Delta$ of the rejected ones.
+        beta (`float`):
+            β, how strongly to keep to the reference model.
+        rejected_mask (`torch.Tensor` of shape `(num_prompts, num_rejected)`, bool, *optional*):
+            Which rejected completions there are. Defaults to all; each prompt must have one.
+
+    Returns:
+        `torch.Tensor` of shape `(num_prompts,)`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_msl import softmax_dpo_loss
+
+    >>> softmax_dpo_loss(torch.tensor([0.0]), torch.tensor([[0.0, 0.0, 0.0]]), beta=1.0)  # log 4: one of four alike
+    tensor([1.3863])
+
+    ```
+    """
+    margins = beta * (rejected_log_ratios - chosen_log_ratios.unsqueeze(-1))
+    if rejected_mask is not None:
+        margins = margins.masked_fill(~rejected_mask, -math.inf)
+    return torch.nn.functional.softplus(torch.logsumexp(margins, dim=-1))  # -log sigmoid(-x) = softplus(x)

@@ -1,37 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from huggingface_hub import ModelCard
-from transformers import PreTrainedModel, ProcessorMixin, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel, ProcessorMixin
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
-from .bundle import Bundle
 from .catalog import ItemCatalog
+from .catalog_trainer import CatalogTrainerMixin
 from .data import PromptTemplate, tokenize_rows
 from .lm_head import SparseCausalLMOutput, add_sparse_lm_head
 from .losses import masked_softmax_loss
-from .model_card import describe_recommender
 from .msl_config import MSLConfig
 from .temperature import TemperatureCallback
 from .trie import ItemTrie
 
 
-logger = logging.getLogger(__name__)
-
-
-class MSLTrainer(SFTTrainer):
+class MSLTrainer(CatalogTrainerMixin, SFTTrainer):
     """
     Trainer for Masked Softmax Loss (MSL), from the paper [MSL: Not All Tokens Are What You Need for Tuning LLM as a
     Recommender](https://huggingface.co/papers/2504.04178).
@@ -116,23 +107,13 @@ class MSLTrainer(SFTTrainer):
             args = MSLConfig(f"{model_name.split('/')[-1]}-MSL")
         if not isinstance(args, MSLConfig):
             raise ValueError(f"`args` is a {type(args).__name__}: it must be an `MSLConfig`.")
-        if not isinstance(trie, ItemTrie):
-            raise ValueError(f"`trie` is a {type(trie).__name__}: pass `catalog.build_trie(tokenizer)`.")
-        if trie.first_branching_node < 0:
-            raise ValueError(f"`trie` holds a single sequence ({trie}), so there is nothing to learn from it.")
         for name in ("compute_loss_func", "compute_metrics", "formatting_func", "preprocess_logits_for_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(
                     f"`{name}` is not supported: full logits are never built. Rank items with "
                     "`RecommendationCallback`, and subclass `MSLTrainer` to change the loss."
                 )
-        if catalog is not None and prompt_template is None:
-            raise ValueError("`catalog` is saved to be used with the model, which also needs the `prompt_template`.")
-        if catalog is not None and len(catalog) != trie.num_items:
-            raise ValueError(f"`catalog` ({catalog}) is not what `trie` ({trie}) was built from.")
-        self.trie = trie
-        self.prompt_template = prompt_template
-        self.catalog = catalog
+        self._set_catalog(trie, prompt_template, catalog)
         super().__init__(model, args, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("`train_dataset` holds images, which `MSLTrainer` does not support: leave them out.")
@@ -143,15 +124,6 @@ class MSLTrainer(SFTTrainer):
         self.add_callback(TemperatureCallback.from_config(args))
         # The loss is divided by the count of the whole accumulated batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """
-        As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last checkpoint in `output_dir`
-        that was written to its end, so that a run may be killed at any moment.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint, **kwargs)
 
     @property
     def temperature(self) -> float:
@@ -207,37 +179,6 @@ class MSLTrainer(SFTTrainer):
                 fn_kwargs={"trie": self.trie, "max_length": args.max_length, "dataset_name": dataset_name},
             )
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.catalog is not None and self.args.should_save:  # with DeepSpeed and FSDP all ranks come here
-            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            self.bundle.save_pretrained(output_dir or self.args.output_dir, tokenizer)
-
-    @property
-    def bundle(self) -> Bundle:
-        """What is saved beside the model."""
-        args = self.args
-        return Bundle(self.catalog, self.trie, self.prompt_template, args.max_length, args.chat_template_kwargs)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
-        if self.catalog is None or not self.is_world_process_zero():
-            return
-        evaluations = [entry for entry in self.state.log_history if any("@" in name for name in entry)]
-        best = [entry for entry in evaluations if entry["step"] == self.state.best_global_step]
-        metrics = (best or evaluations or [{}])[-1]
-        num_rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
-        path = Path(self.args.output_dir) / "README.md"
-        card = ModelCard.load(path)
-        introduction, _, rest = card.text.partition("## Quick start")  # TRL's, for a model that chats
-        procedure = rest[rest.index("## Training procedure") :]
-        # TRL's template has no word for a base model that is not on the Hub
-        base = f"`{get_config_model_id(self.model.config)}`"
-        introduction = introduction.replace("[None](https://huggingface.co/None)", base)
-        model_id = self.hub_model_id or str(self.args.output_dir)
-        card.text = introduction + describe_recommender(model_id, self.bundle, num_rows, metrics) + procedure
-        card.save(path)
 
     def predict(self, *args, **kwargs):
         raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
@@ -302,26 +243,6 @@ class MSLTrainer(SFTTrainer):
             metrics[name].append(sums[name] / max(sums["positions"], 1))
         for name in ("lml", "lml1", "lml2") if "lml" in sums else ():
             metrics[name].append(sums[name] / max(sums["supervised"], 1))
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """
-    Folder of the last checkpoint whose `trainer_state.json`, which is written last, is whole.
-
-    Raises:
-        `ValueError`: if there is none.
-    """
-    steps = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
-        except (OSError, TypeError, ValueError):
-            logger.warning("%s was not written to its end: it is left out.", path)
-        else:
-            steps[state.global_step] = path
-    if not steps:
-        raise ValueError(f"`resume_from_checkpoint`: {str(output_dir)!r} has no checkpoint written to its end.")
-    return str(steps[max(steps)])
 
 
 def _check_tokenized(

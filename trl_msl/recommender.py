@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,11 @@ from .generation import recommend
 
 
 logger = logging.getLogger(__name__)
+
+# What transformers and what it builds on raise at files that are damaged, foreign or missing
+_UNREADABLE = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError, UnpicklingError
+)  # fmt: skip
 
 
 @dataclass
@@ -93,7 +99,7 @@ class Recommender:
             `ValueError`: if there is no catalogue in it, or it is damaged or does not fit the tokenizer.
         """
         folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # unlike `Path.is_dir`, also of names that no file system takes
             try:
                 folder = Path(snapshot_download(str(pretrained_model_name_or_path), revision=revision))
             except (OSError, ValueError) as error:
@@ -158,7 +164,7 @@ class Recommender:
         if no_lists:  # the characters of a text may well be ids
             raise ValueError(
                 f"`histories`: {len(no_lists)} of {len(histories)} are no lists, the first that of user "
-                f"{no_lists[0]}, {histories[no_lists[0]]!r}. Pass a list of items for each user, also for a single one."
+                f"{no_lists[0]}, {histories[no_lists[0]]!r}. Pass a list of items for each user, even for one alone."
             )
         empty = [user for user, history in enumerate(histories) if len(history) == 0]
         if empty:
@@ -239,7 +245,7 @@ def _load(auto_class: type, folder: Path, **kwargs: Any) -> Any:
     """Load a model or tokenizer; what transformers makes of damaged or foreign files becomes one kind of error."""
     try:
         return auto_class.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError, UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"{auto_class.__name__} can't load {str(folder)!r} ({type(error).__name__}: {error}). Are its files "
             "whole, and, of an adapter, is the base model where its adapter_config.json says?"

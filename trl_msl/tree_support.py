@@ -19,7 +19,7 @@ USE_GENERATE = "decode with `model.generate` and `TrieLogitsProcessor` instead (
 def check_length(backbone: PreTrainedModel, prompt_length: int, item_length: int) -> None:
     """Raise a `ValueError` if some layer sees less than the longest prompt and item, or has no positions for them."""
     lengths = f"`prompts` of up to {prompt_length} tokens with an item of up to {item_length}"
-    window = _sliding_window(backbone.config.get_text_config())
+    window = sliding_window(backbone.config.get_text_config())
     if window is not None and prompt_length + item_length > window:
         raise ValueError(
             f"{lengths} don't fit the model's sliding window of {window}: shorten the prompts, or {USE_GENERATE}."
@@ -33,7 +33,7 @@ def check_length(backbone: PreTrainedModel, prompt_length: int, item_length: int
         raise ValueError(f"{lengths} exceed the model's {limit} positions: shorten the prompts.")
 
 
-def _sliding_window(config: PretrainedConfig) -> int | None:
+def sliding_window(config: PretrainedConfig) -> int | None:
     """Number of tokens that some layer of the model sees at most, if there is a limit."""
     layer_types = getattr(config, "layer_types", None)
     windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}

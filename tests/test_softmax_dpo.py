@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+import random
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers import make_model, make_windows, score_every_item
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from trl_msl import (
+    DataCollatorForSoftmaxPreference,
+    ItemTrie,
+    PromptTemplate,
+    Recommender,
+    SoftmaxDPOConfig,
+    SoftmaxDPOTrainer,
+    build_rows,
+    encode_prompts,
+    softmax_dpo_loss,
+    tokenize_preferences,
+)
+from trl_msl.preferences import gather_rejected, segment_mask
+
+
+COMMON = {
+    "report_to": "none", "bf16": False, "use_cpu": True, "max_steps": 10, "logging_steps": 1, "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4, "gradient_checkpointing": False, "dataloader_pin_memory": False, "beta": 0.5,
+    "save_strategy": "no",
+}  # fmt: skip
+
+
+def make_preferences(catalog, template, num_rejected=3, num_rows=40, ragged=False):
+    """Rows with random other items rejected."""
+    rows = build_rows(make_windows(catalog.ids, num_rows), catalog, template)
+    rng = random.Random(0)
+    rejected = []
+    for chosen in rows["completion"]:
+        others = sorted({text for text in catalog.completions if text != chosen})
+        rejected.append(rng.sample(others, rng.randint(1, num_rejected) if ragged else num_rejected))
+    rows = rows.rename_column("completion", "chosen").add_column("rejected", rejected)
+    return rows.select_columns(["prompt", "chosen", "rejected", "history"])
+
+
+@pytest.mark.parametrize("num_rejected", [1, 3, 15])
+def test_loss_and_gradient_as_written_out(num_rejected):
+    torch.manual_seed(num_rejected)
+    chosen = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    rejected = torch.randn(4, num_rejected, dtype=torch.float64, requires_grad=True)
+    found = softmax_dpo_loss(chosen, rejected, beta=0.7)
+    total = sum(torch.exp(0.7 * (rejected[:, i] - chosen)) for i in range(num_rejected))
+    expected = -torch.log(torch.sigmoid(-torch.log(total)))
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(loss.sum(), (chosen, rejected)) for loss in (found, expected))):
+        torch.testing.assert_close(one, other)
+    mask = torch.ones(4, num_rejected + 1, dtype=torch.bool)
+    mask[:, -1] = False
+    padded = torch.cat([rejected, torch.full((4, 1), 50.0)], dim=1)
+    torch.testing.assert_close(softmax_dpo_loss(chosen, padded, 0.7, mask), found)
+    assert softmax_dpo_loss(torch.zeros(1), torch.full((1, 2), 1e4), 1.0).isfinite()
+
+
+def test_batches():
+    trie = ItemTrie.from_sequences([[5, 6, 7], [5, 8], [9]])
+    examples = [
+        {"prompt_ids": [1, 2], "chosen_ids": [5, 6, 7], "rejected_ids": [[5, 8], [9]]},
+        {"prompt_ids": [3], "chosen_ids": [9], "rejected_ids": [[5, 8]]},
+    ]
+    batch = DataCollatorForSoftmaxPreference(trie, pad_token_id=0)(examples)
+    assert batch["input_ids"].tolist() == [[1, 2, 5, 6, 7, 2, 5, 8, 2, 9], [3, 9, 3, 5, 8, 0, 0, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 1, 2, 3, 1, 2], [0, 1, 0, 1, 2, 0, 0, 0, 0, 0]]
+    assert batch["segments"].tolist() == [[0, 1, 1, 1, 1, 2, 2, 2, 3, 3], [1, 1, 2, 2, 2, -1, -1, -1, -1, -1]]
+    no = -100
+    assert batch["labels"].tolist() == [[no, no, 1, 3, 5, no, 1, 4, no, 2], [no, 2, no, 1, 4, no, no, no, no, no]]
+    assert batch["rejected_mask"].tolist() == [[True, True], [True, False]]
+    batch = DataCollatorForSoftmaxPreference(trie, 0, share_prompt=False, skip_forced=True)(examples)
+    assert batch["input_ids"].tolist() == [[1, 2, 5, 6], [1, 2, 5, 8], [1, 2, 9, 0], [3, 9, 0, 0], [3, 5, 8, 0]]
+    assert batch["examples"].tolist() == [0, 0, 0, 1, 1]
+    mask = segment_mask(torch.tensor([[0, 1, 1, 2, -1]]))[0].int().tolist()
+    assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 0, 1]]
+
+
+def make_trainer(tmp_path, model, rows, tokenizer, trie, **kwargs):
+    names = ("normalize", "precompute_ref_log_probs", "max_length", "max_steps", "per_device_train_batch_size",
+             "learning_rate")  # fmt: skip
+    config = SoftmaxDPOConfig(tmp_path, **{**COMMON, **{k: kwargs.pop(k) for k in names if k in kwargs}})
+    return SoftmaxDPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, trie=trie, **kwargs)
+
+
+def first_batch(trainer):
+    examples = [trainer.train_dataset[index] for index in range(5)]
+    return trainer.data_collator(examples)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("normalize", ["trie", "vocab"])
+def test_log_probs_are_those_of_each_completion_alone(
+    normalize, attention, tmp_path, catalog, template, tokenizer, trie
+):
+    rows = make_preferences(catalog, template, ragged=True)
+    model = make_model(tokenizer)
+    model.set_attn_implementation(attention)
+    trainer = make_trainer(
+        tmp_path, model, rows, tokenizer, trie, normalize=normalize, ref_model=make_model(tokenizer)
+    )
+    assert trainer.data_collator.share_prompt
+    with torch.no_grad():
+        shared = trainer._log_probs(model, first_batch(trainer))
+        trainer.data_collator.share_prompt = False
+        alone = trainer._log_probs(model, first_batch(trainer))
+    torch.testing.assert_close(shared, alone, atol=1e-4, rtol=1e-4)
+
+    prompts = encode_prompts(tokenizer, rows["prompt"][:5])
+    expected = score_every_item(model, trie, prompts) if normalize == "trie" else np.zeros((5, len(catalog)))
+    if normalize == "vocab":
+        for user, prompt in enumerate(prompts):
+            for item, node in enumerate(trie.item_nodes):
+                path = trie.paths(node[None])[0]
+                tokens = trie.tokens(path).tolist()
+                logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+                expected[user, item] = logits[range(len(tokens)), tokens].sum().item()
+    for user in range(5):
+        completions = [rows["chosen"][user], *rows["rejected"][user]]
+        items = [catalog.completions.index(text) for text in completions]
+        np.testing.assert_allclose(shared[user, : len(items)], expected[user, items], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("normalize", ["trie", "vocab"])
+def test_gradients_of_shared_prompts(normalize, tmp_path, catalog, template, tokenizer, trie):
+    rows = make_preferences(catalog, template, ragged=True)
+    gradients = []
+    for share_prompt in (True, False):
+        model = make_model(tokenizer)
+        trainer = make_trainer(
+            tmp_path, model, rows, tokenizer, trie, normalize=normalize, ref_model=make_model(tokenizer, seed=1)
+        )
+        trainer.data_collator.share_prompt = share_prompt
+        trainer.compute_loss(model.train(), first_batch(trainer)).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+class Losses(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append(logs)
+
+
+@pytest.mark.parametrize("kind", ["full", "precomputed", "new adapter", "old adapter"])
+def test_one_rejected_item_is_dpo(kind, tmp_path, catalog, tokenizer, trie):
+    """Ten steps follow TRL's trainer: losses, rewards, and weights in the end."""
+    template = PromptTemplate("Read: {history}\n")  # whose tokens do not merge with an item's
+    rows = make_preferences(catalog, template, num_rejected=1)
+    pairs = rows.map(lambda row: {"rejected": row["rejected"][0]})
+    make_model(tokenizer).save_pretrained(tmp_path / "base")
+    weights, logs = [], []
+    for trainer_class in (DPOTrainer, SoftmaxDPOTrainer):
+        model, kwargs = str(tmp_path / "base"), {}
+        if kind == "new adapter":
+            kwargs["peft_config"] = LoraConfig(task_type="CAUSAL_LM")
+        elif kind == "old adapter":
+            torch.manual_seed(0)
+            config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+            model = get_peft_model(make_model(tokenizer), config)
+        options = {**COMMON, "precompute_ref_log_probs": kind == "precomputed", "disable_dropout": True}
+        callback = Losses()
+        if trainer_class is DPOTrainer:
+            torch.manual_seed(0)
+            trainer = DPOTrainer(
+                model, args=DPOConfig(tmp_path / "dpo", **options), train_dataset=pairs, processing_class=tokenizer,
+                callbacks=[callback], **kwargs,
+            )  # fmt: skip
+        else:
+            torch.manual_seed(0)
+            trainer = SoftmaxDPOTrainer(
+                model, args=SoftmaxDPOConfig(tmp_path / "ours", normalize="vocab", **options), train_dataset=rows,
+                processing_class=tokenizer, trie=trie, callbacks=[callback], **kwargs,
+            )  # fmt: skip
+        trainer.train()
+        logs.append([entry for entry in callback.logs if "loss" in entry])
+        weights.append({name: value.detach() for name, value in trainer.model.named_parameters() if "ref" not in name})
+    assert len(logs[0]) == len(logs[1]) == 10
+    for step, (theirs, ours) in enumerate(zip(*logs)):
+        if step > 0:  # before the first update rewards are 0, but for rounding
+            assert ours["rewards/accuracies"] == theirs["rewards/accuracies"]
+        for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"):
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-5), name
+        for name in ("logps/chosen", "logps/rejected", "grad_norm"):
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-4), name
+    assert float(logs[0][-1]["loss"]) != pytest.approx(float(logs[0][0]["loss"]), abs=1e-2)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_it_learns_and_its_adapter_carries_the_catalogue(tmp_path, catalog, template, tokenizer, trie):
+    rows = make_preferences(catalog, template, num_rows=8)
+    make_model(tokenizer).save_pretrained(tmp_path / "base")
+    callback = Losses()
+    trainer = make_trainer(
+        tmp_path / "out", str(tmp_path / "base"), rows, tokenizer, trie, max_steps=30, per_device_train_batch_size=8,
+        learning_rate=5e-3,
+        callbacks=[callback], peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=64), catalog=catalog,
+        prompt_template=template, precompute_ref_log_probs=True,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    losses = [entry["loss"] for entry in callback.logs if "loss" in entry]
+    assert losses[0] == pytest.approx(np.log(4), abs=1e-3)  # policy and reference are alike: one of four
+    assert losses[-1] < 0.5 * losses[0]
+    assert callback.logs[-2]["rewards/accuracies"] > 0.9
+    found = Recommender.from_pretrained(tmp_path / "out").recommend([["b0", "b3"]], k=3)
+    assert all(found.exact)
+    trainer.create_model_card()
+    assert "2406.09215" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_columns_of_the_papers_data_and_pairs(catalog, template, tokenizer, trie):
+    rows = make_preferences(catalog, template, num_rejected=10)
+    columns = rows.map(lambda row: {f"rejected{i + 1}": text for i, text in enumerate(row["rejected"])})
+    gathered = gather_rejected(columns.remove_columns("rejected"))
+    assert gathered["rejected"][:] == rows["rejected"][:]  # rejected10 comes after rejected9
+    kwargs = {
+        "batched": True,
+        "fn_kwargs": {"tokenizer": tokenizer, "trie": trie},
+        "remove_columns": rows.column_names,
+    }
+    assert gathered.map(tokenize_preferences, **kwargs)[:] == rows.map(tokenize_preferences, **kwargs)[:]
+    pair = rows.map(lambda row: {"rejected": row["rejected"][0]}).map(tokenize_preferences, **kwargs)
+    assert [ids[0] for ids in pair["rejected_ids"]] == [
+        ids[0] for ids in rows.map(tokenize_preferences, **kwargs)["rejected_ids"]
+    ]
+
+
+def test_conversational_rows(catalog, tokenizer, chat_trie):
+    def message(text):
+        return [{"role": "assistant", "content": text}]
+
+    batch = {"prompt": [[{"role": "user", "content": "Hi"}]], "chosen": [message(catalog.completions[0])]}
+    several = tokenize_preferences(
+        {**batch, "rejected": [[message(text) for text in catalog.completions[1:4]]]}, tokenizer, chat_trie
+    )
+    assert chat_trie.find(several["rejected_ids"][0]).tolist() == chat_trie.item_nodes[1:4].tolist()
+    single = tokenize_preferences({**batch, "rejected": [message(catalog.completions[1])]}, tokenizer, chat_trie)
+    assert single["rejected_ids"] == [several["rejected_ids"][0][:1]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": [["Ulysses"]]}, "1 of the 2 completions read are no item of the catalogue, such as .'Ulysses'"),
+        ({"rejected": [[]]}, "1 of the 1 rows read have no rejected"),
+        ({"rejected": [['"Dune"']]}, "1 of the 1 rows read reject what they have chosen"),
+    ],
+)
+def test_bad_rows(change, message, tokenizer, trie):
+    batch = {"prompt": ["Next: "], "chosen": ['"Dune"'], "rejected": [['"Emma"']], **change}
+    with pytest.raises(ValueError, match=message):
+        tokenize_preferences(batch, tokenizer, trie)
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['rejected'\]"):
+        tokenize_preferences({"prompt": ["Next: "], "chosen": ['"Dune"']}, tokenizer, trie)
+    with pytest.raises(ValueError, match="`max_length`: 1 of the 1 rows"):
+        tokenize_preferences({**batch, "rejected": [['"Emma"']]}, tokenizer, trie, max_length=5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss_type": ["hinge"]}, {"label_smoothing": 0.1}, {"normalize": "all"}, {"beta": 0.0}, {"padding_free": True}],
+)
+def test_bad_options(options, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SoftmaxDPOConfig(tmp_path, report_to="none", bf16=False, use_cpu=True, **options)
+
+
+def test_a_model_that_can_not_run_a_tree(tmp_path, catalog, template, tokenizer, trie, caplog):
+    """ALiBi, recurrent, FlashAttention...: completions get a prompt of their own each, and a warning says so."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    rows = make_preferences(catalog, template)
+    torch.manual_seed(0)
+    model, reference = (
+        BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)) for _ in range(2)
+    )
+    trainer = make_trainer(tmp_path, model, rows, tokenizer, trie, max_steps=1, ref_model=reference)
+    assert not trainer.data_collator.share_prompt
+    assert "Each completion is run with a prompt of its own" in caplog.text
+
+
+def test_learned_positions(tmp_path, catalog, template, tokenizer, trie):
+    rows = make_preferences(catalog, template)
+    model, reference = (make_model(tokenizer, GPT2Config, n_embd=32, n_layer=1, n_head=4, seed=s) for s in (0, 1))
+    trainer = make_trainer(tmp_path, model, rows, tokenizer, trie, ref_model=reference, max_steps=1)
+    with torch.no_grad():
+        shared = trainer._log_probs(model, first_batch(trainer))
+        trainer.data_collator.share_prompt = False
+        torch.testing.assert_close(shared, trainer._log_probs(model, first_batch(trainer)), atol=1e-4, rtol=1e-4)
+
+
+def test_another_dataset_is_no_preference_data(tmp_path, tokenizer, trie):
+    rows = Dataset.from_list([{"prompt": "Next: ", "completion": '"Dune"'}])
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['chosen', 'rejected'\]"):
+        make_trainer(tmp_path, make_model(tokenizer), rows, tokenizer, trie)
