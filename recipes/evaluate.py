@@ -25,9 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
-from recipe_data import load_recipe_data
+from recipe_data import load_recipe_data, with_quickstart_data
 from recipe_outputs import describe_recommendations, format_table, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
@@ -35,7 +34,6 @@ from trl import ModelConfig, TrlParser
 from trl_msl import DataArguments, Recommendations, bootstrap_interval, evaluate_recommendations, per_user_metrics
 
 
-QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 DECODINGS = {
     "exact": {"mode": "exact"},
     "beam": {"mode": "beam", "normalize": "trie"},
@@ -159,15 +157,6 @@ def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> di
     return difference
 
 
-def quickstart_data() -> list[str]:
-    """The data options of the quickstart, so that its models can be evaluated without repeating them."""
-    names = {f.name for f in dataclasses.fields(DataArguments)}
-    config = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
-    return [part for name, value in config.items() if name in names for part in (f"--{name}", str(value))]
-
-
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not {"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments}:
-        arguments = [*quickstart_data(), *arguments]
-    main(*TrlParser((EvaluationArguments, DataArguments, ModelConfig)).parse_args_and_config(arguments))
+    parser = TrlParser((EvaluationArguments, DataArguments, ModelConfig))
+    main(*parser.parse_args_and_config(with_quickstart_data(sys.argv[1:])))

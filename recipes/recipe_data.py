@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data that recipes read: a folder, an interaction log, or, without arguments, a generated one."""
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
+import yaml
 from datasets import DatasetDict
 from synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
 
 from trl_msl import DataArguments, ItemCatalog, PromptTemplate, build_rows, read_data
 
 
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+
+
 @dataclass
 class RecipeData:
-    """Catalogue, prompt template, rows by split, and the best possible test metrics where they are known."""
+    """Catalogue, prompt template, windows and rows by split, and the best possible test metrics if they are known."""
 
     catalog: ItemCatalog
     template: PromptTemplate
+    windows: DatasetDict
     rows: DatasetDict
     best_possible: dict[str, float] | None
 
@@ -36,4 +43,14 @@ def load_recipe_data(args: DataArguments) -> RecipeData:
         best = best_possible(transitions, windows["test"])
     template = args.prompt_template
     rows = DatasetDict({split: build_rows(windows[split], catalog, template) for split in windows})
-    return RecipeData(catalog, template, rows, best)
+    return RecipeData(catalog, template, windows, rows, best)
+
+
+def with_quickstart_data(arguments: list[str]) -> list[str]:
+    """A command's arguments, after the quickstart's data options if they name no data of their own."""
+    if {"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments}:
+        return arguments
+    names = {f.name for f in dataclasses.fields(DataArguments)}
+    config = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    options = [part for name, value in config.items() if name in names for part in (f"--{name}", str(value))]
+    return [*options, *arguments]

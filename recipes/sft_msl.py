@@ -43,7 +43,7 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import DatasetDict
 from from_scratch import write_base_model
-from recipe_data import RecipeData, load_recipe_data
+from recipe_data import QUICKSTART, RecipeData, load_recipe_data
 from recipe_outputs import describe_recommendations, format_table, plot_training, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
@@ -58,9 +58,6 @@ from trl_msl import (
     is_sharded,
     tokenize_rows,
 )
-
-
-QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
 @dataclass

@@ -17,7 +17,7 @@ TINY = [
 
 def launch(script, *arguments, fails: bool = False, num_processes: int = 1, config: str | None = None) -> str:
     """
-    Run a script of `recipes/`, or one by its path, and return what it printed.
+    Run a script of `recipes/`, or one by its path, or a module, and return what it printed.
 
     `config` is the name of a file in `recipes/accelerate_configs/`; several processes take that of DDP by default.
     """
@@ -28,7 +28,9 @@ def launch(script, *arguments, fails: bool = False, num_processes: int = 1, conf
         command += ["--config_file", str(ROOT / "recipes" / "accelerate_configs" / f"{config}.yaml")]
     if config == "fsdp2":
         command.append(str(ROOT / "tests" / "fsdp_on_cpu.py"))
-    command += [str(ROOT / "recipes" / script), *map(str, arguments)]
+    # a module is named as in Python, with dots
+    command += ["-m", script] if not str(script).endswith(".py") else [str(ROOT / "recipes" / script)]
+    command += map(str, arguments)
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",

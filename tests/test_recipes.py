@@ -204,3 +204,55 @@ def test_update_the_catalogue_of_a_trained_model(tmp_path, tokenizer, catalog, t
     found = Recommender.from_pretrained(tmp_path / "updated").recommend([["b3", "n0"]], k=14)
     assert found.ids == expected.ids and found.scores[0] == pytest.approx(expected.scores[0], abs=1e-5)
     assert "exists already: name another" in launch("update_catalog.py", *arguments, fails=True)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, folder):
+    """A model trained with MSL, as an adapter on a base model."""
+    path = tmp_path_factory.mktemp("msl")
+    launch("sft_msl.py", "--data_dir", folder, "--output_dir", path, *TINY, "--use_peft")
+    return path / "msl"
+
+
+DPO = ["--max_steps", 3, "--report_to", "none", "--bf16", "false", "--use_cpu", "--gradient_checkpointing", "false"]
+DPO += ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_rate", 1e-3]
+
+
+@pytest.mark.parametrize(("negatives", "num_processes"), [("model", 2), ("popular", 1)])
+def test_softmax_dpo(negatives, num_processes, tmp_path, folder, adapter):
+    output = launch(
+        "softmax_dpo.py", "--data_dir", folder, "--model_name_or_path", adapter, "--output_dir", tmp_path, *DPO,
+        "--negatives", negatives, "--eval_strategy", "steps", "--eval_steps", 2, num_processes=num_processes,
+    )  # fmt: skip
+    assert "Each completion is run with a prompt of its own" not in output
+    assert read(tmp_path / "metrics.json")["num_rows"] == 6
+    history = read(tmp_path / "log_history.json")
+    assert history[0]["loss"] == pytest.approx(1.3863, abs=1e-3)  # log 4: policy and reference are still the same
+    assert any("eval_ndcg@10" in entry for entry in history)
+    before, after = (Recommender.from_pretrained(path).recommend([["0", "3"]]) for path in (adapter, tmp_path))
+    assert before.scores != after.scores
+
+
+def test_trls_own_dpo_script_on_a_model_trained_with_msl(tmp_path, folder, adapter):
+    """As the docs say: preference pairs, the adapter merged, TRL's script, and the catalogue is found."""
+    data = ["--data_dir", folder, "--model_name_or_path", adapter]
+    output = launch(
+        "make_preferences.py", *data, "--negatives", "near", "--num_negatives", 2, "--pairs", "--output_dir",
+        tmp_path / "preferences",
+    )  # fmt: skip
+    assert "train: 36 rows, 72 rejected items" in output
+    pairs = pd.read_parquet(tmp_path / "preferences" / "train.parquet")
+    assert list(pairs.columns) == ["prompt", "chosen", "rejected"] and len(pairs) == 72
+    launch("merge_adapter.py", "--model_name_or_path", adapter, "--output_dir", tmp_path / "merged")
+    merged = Recommender.from_pretrained(tmp_path / "merged").recommend([["0", "3"]])
+    assert merged.ids == Recommender.from_pretrained(adapter).recommend([["0", "3"]]).ids
+    for name, options in (("adapter", ["--use_peft"]), ("full", [])):
+        launch(
+            "trl.scripts.dpo", "--model_name_or_path", tmp_path / "merged", "--dataset_name", tmp_path / "preferences",
+            "--output_dir", tmp_path / name, *DPO, *options,
+        )  # fmt: skip
+        source = {} if name == "adapter" else {"bundle_from": tmp_path / "merged"}
+        found = Recommender.from_pretrained(tmp_path / name, **source).recommend([["0", "3"]])
+        assert len(found.ids[0]) == 10 and found.scores != merged.scores
+    with pytest.raises(ValueError, match="name a folder that has one by `bundle_from`"):
+        Recommender.from_pretrained(tmp_path / "full")

@@ -16,7 +16,8 @@ from .losses import adaptive_temperature, masked_softmax_loss, softmax_dpo_loss,
 from .metrics import bootstrap_interval, coverage, per_user_metrics, ranking_metrics, ranks_of_targets
 from .msl_config import MSLConfig
 from .msl_trainer import MSLTrainer
-from .preferences import DataCollatorForSoftmaxPreference, tokenize_preferences
+from .negatives import count_interactions, draw_negatives, model_negatives
+from .preferences import DataCollatorForSoftmaxPreference, build_preferences, split_pairs, tokenize_preferences
 from .recommender import RecommendedItems, Recommender
 from .softmax_dpo_config import SoftmaxDPOConfig
 from .softmax_dpo_trainer import SoftmaxDPOTrainer
@@ -49,8 +50,11 @@ __all__ = [
     "adaptive_temperature",
     "add_sparse_lm_head",
     "bootstrap_interval",
+    "build_preferences",
     "build_rows",
+    "count_interactions",
     "coverage",
+    "draw_negatives",
     "encode_items",
     "encode_prompts",
     "evaluate_recommendations",
@@ -58,6 +62,7 @@ __all__ = [
     "is_sharded",
     "k_core",
     "masked_softmax_loss",
+    "model_negatives",
     "per_user_metrics",
     "ranking_metrics",
     "ranks_of_targets",
@@ -69,6 +74,7 @@ __all__ = [
     "sliding_windows",
     "softmax_dpo_loss",
     "split_by_time",
+    "split_pairs",
     "temperature_statistics",
     "tokenize_preferences",
     "tokenize_rows",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,50 @@ from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 from trl.data_utils import get_dataset_column_names
 
-from .catalog import encode_items
+from .catalog import ItemCatalog, encode_items
 from .data import PromptTemplate, completion_text, fit_prompts
 from .trie import ItemTrie
+
+
+def build_preferences(rows: Dataset, catalog: ItemCatalog, negatives: Sequence[Sequence[int]]) -> Dataset:
+    """
+    Preference rows with several rejected items each, in TRL's form but for `rejected`, which is a list.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Rows of [`build_rows`]: their completion becomes `chosen`.
+        catalog ([`ItemCatalog`]):
+            The items.
+        negatives (`Sequence[Sequence[int]]`):
+            Item indices to be rejected for each row, as [`draw_negatives`] gives them.
+
+    Returns:
+        [`~datasets.Dataset`] with `prompt`, `chosen`, `rejected`, and the other columns of `rows`.
+    """
+    if len(negatives) != len(rows):
+        raise ValueError(f"`negatives` has {len(negatives)} entries for {len(rows)} rows.")
+    conversational = is_conversational(rows[0])
+
+    def write(item: int) -> Any:
+        text = catalog.completions[item]
+        return [{"role": "assistant", "content": text}] if conversational else text
+
+    rejected = [[write(item) for item in items] for items in negatives]
+    return rows.rename_column("completion", "chosen").add_column("rejected", rejected)
+
+
+def split_pairs(preferences: Dataset) -> Dataset:
+    """A row for each rejected item, with `prompt`, `chosen` and `rejected` as TRL's own `DPOTrainer` takes them."""
+
+    def pairs(batch: dict[str, list]) -> dict[str, list]:
+        counts = [len(rejected) for rejected in batch["rejected"]]
+        repeated = {
+            name: [value for value, count in zip(batch[name], counts) for _ in range(count)]
+            for name in ("prompt", "chosen")
+        }
+        return {**repeated, "rejected": [one for rejected in batch["rejected"] for one in rejected]}
+
+    return preferences.map(pairs, batched=True, remove_columns=preferences.column_names, desc="Splitting into pairs")
 
 
 def gather_rejected(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +81,11 @@ class Recommender:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, revision: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        revision: str | None = None,
+        bundle_from: str | Path | None = None,
+        **kwargs: Any,
     ) -> Recommender:
         """
         Load a model and its catalogue from a folder or from a repository on the Hub.
@@ -91,6 +96,9 @@ class Recommender:
                 pushed to. An adapter's base model is loaded from where the adapter says.
             revision (`str`, *optional*):
                 Branch, tag or commit of the repository.
+            bundle_from (`str` or `Path`, *optional*):
+                Folder or repository whose catalogue to take, for a model that was trained further by a script that
+                knows nothing of it. Defaults to the model's own, or for an adapter without one to its base model's.
             **kwargs:
                 Passed to `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ...
                 Code from the repository is not run unless you pass `trust_remote_code=True`.
@@ -98,25 +106,20 @@ class Recommender:
         Raises:
             `ValueError`: if there is no catalogue in it, or it is damaged or does not fit the tokenizer.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not os.path.isdir(folder):  # unlike `Path.is_dir`, also of names that no file system takes
-            try:
-                folder = Path(snapshot_download(str(pretrained_model_name_or_path), revision=revision))
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"`pretrained_model_name_or_path` = {str(pretrained_model_name_or_path)!r} is no folder, and "
-                    f"can't be had from the Hub ({error})."
-                ) from error
-        if not (folder / BUNDLE_FILE).is_file():
+        folder = _find(pretrained_model_name_or_path, "pretrained_model_name_or_path", revision)
+        bundle_folder = folder if bundle_from is None else _find(bundle_from, "bundle_from")
+        if bundle_from is None and not (folder / BUNDLE_FILE).is_file() and (base := _base_of_adapter(folder)):
+            bundle_folder = _find(base, "base_model_name_or_path")
+        if not (bundle_folder / BUNDLE_FILE).is_file():
             raise ValueError(
                 f"`pretrained_model_name_or_path` = {str(pretrained_model_name_or_path)!r} has no {BUNDLE_FILE}, so "
-                "it is a model without a catalogue: train with `MSLTrainer(..., catalog=catalog)`, or make a "
-                "`Recommender` of the model, the tokenizer and a `Bundle`."
+                "it is a model without a catalogue: train with `MSLTrainer(..., catalog=catalog)`, name a folder that "
+                "has one by `bundle_from`, or make a `Recommender` of the model, the tokenizer and a `Bundle`."
             )
         # Left out, transformers would ask at the terminal
         trust_remote_code = kwargs.setdefault("trust_remote_code", False)
         tokenizer = _load(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
-        bundle = Bundle.from_pretrained(folder, tokenizer)
+        bundle = Bundle.from_pretrained(bundle_folder, tokenizer)
         return cls(_load(AutoModelForCausalLM, folder, **kwargs), tokenizer, bundle)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -239,6 +242,27 @@ class Recommender:
 
 def _is_no_list(history: Any) -> bool:
     return isinstance(history, str | bytes | Mapping) or not hasattr(history, "__len__")
+
+
+def _find(name: str | Path, argument: str, revision: str | None = None) -> Path:
+    """A folder, or where the snapshot of a repository lies."""
+    if os.path.isdir(name):  # unlike `Path.is_dir`, also of names that no file system takes
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), revision=revision))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{argument}` = {str(name)!r} is no folder, and can't be had from the Hub ({error})."
+        ) from error
+
+
+def _base_of_adapter(folder: Path) -> str | None:
+    """Folder or repository of the base model, if there is an adapter in the folder."""
+    try:
+        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def _load(auto_class: type, folder: Path, **kwargs: Any) -> Any:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+from datasets import Dataset
+from helpers import make_model, make_windows, score_every_item
+
+from trl_msl import (
+    ItemCatalog,
+    PromptTemplate,
+    build_preferences,
+    build_rows,
+    count_interactions,
+    draw_negatives,
+    encode_prompts,
+    model_negatives,
+    split_pairs,
+)
+
+
+@pytest.fixture(scope="module")
+def rows(catalog, template):
+    return build_rows(make_windows(catalog.ids, 30), catalog, template)
+
+
+def banned_texts(row, catalog):
+    return {catalog.texts[index] for index in catalog.indices([row["item_id"], *row["history_ids"]])}
+
+
+def check_allowed(drawn, rows, catalog, count):
+    for row, items in zip(rows, drawn):
+        texts = [catalog.texts[item] for item in items]
+        assert len(items) == count and len(set(texts)) == count
+        assert not set(texts) & banned_texts(row, catalog)
+
+
+@pytest.mark.parametrize("source", ["uniform", "popular", "near"])
+def test_neither_target_nor_history_nor_what_is_written_like_them(source, rows, catalog, trie):
+    popularity = np.arange(1, 13) if source == "popular" else None
+    drawn = draw_negatives(rows, catalog, trie, source, 4, popularity, seed=1)
+    check_allowed(drawn, rows, catalog, 4)
+    assert drawn == draw_negatives(rows, catalog, trie, source, 4, popularity, seed=1)
+    assert drawn != draw_negatives(rows, catalog, trie, source, 4, popularity, seed=2)
+
+
+def test_draws_follow_the_weights(tokenizer):
+    catalog = ItemCatalog([str(i) for i in range(40)], [f"item {i}" for i in range(40)])
+    trie = catalog.build_trie(tokenizer)
+    rows = Dataset.from_dict({"item_id": ["0"] * 4000, "history_ids": [["1"]] * 4000})
+    weights = np.array([5.0, 5.0, *range(38)])
+    for source, expected in (("uniform", np.array([0, 0, *[1] * 38])), ("popular", np.array([0, 0, *range(38)]))):
+        drawn = draw_negatives(rows, catalog, trie, source, 1, weights if source == "popular" else None)
+        shares = np.bincount(np.concatenate(drawn), minlength=40) / 4000
+        np.testing.assert_allclose(shares, expected / expected.sum(), atol=0.01)
+    # All that may be drawn, when that many are asked for
+    every = draw_negatives(rows.select([0]), catalog, trie, "popular", 37, weights)
+    assert sorted(every[0]) == list(range(3, 40))  # item 2 has no weight
+
+
+def test_near_ones_share_the_longest_prefix(rows, catalog, trie, tokenizer):
+    """Compared with counting the tokens that each pair of items shares."""
+    paths = trie.paths(trie.item_nodes.long()).numpy()
+    drawn = draw_negatives(rows, catalog, trie, "near", 3)
+    check_allowed(drawn, rows, catalog, 3)
+    for row, items in zip(rows, drawn):
+        target = catalog.indices([row["item_id"]])[0]
+        shared = ((paths == paths[target]) & (paths >= 0)).sum(axis=1)
+        banned = banned_texts(row, catalog)
+        of_text = {text: shared[index] for index, text in enumerate(catalog.texts) if text not in banned}
+        assert [shared[item] for item in items] == sorted(of_text.values(), reverse=True)[:3]
+
+
+def test_the_models_own_mistakes(rows, catalog, trie, tokenizer, template):
+    model = make_model(tokenizer)
+    drawn = model_negatives(model, tokenizer, trie, catalog, rows, num_negatives=4)
+    check_allowed(drawn, rows, catalog, 4)
+    scores = score_every_item(model, trie, encode_prompts(tokenizer, rows["prompt"][:5]))
+    for row, items, score in zip(rows, drawn, scores):
+        banned = banned_texts(row, catalog)
+        of_text = {text: score[index] for index, text in enumerate(catalog.texts) if text not in banned}
+        best = sorted(of_text, key=of_text.get, reverse=True)[:4]
+        assert [catalog.texts[item] for item in items] == best
+
+
+def test_too_few_are_counted(catalog, trie, template, caplog):
+    window = Dataset.from_list([{"item_ids": catalog.ids[:9]}, {"item_ids": catalog.ids[:2]}])
+    rows = build_rows(window, catalog, template)
+    drawn = draw_negatives(rows, catalog, trie, "uniform", 6)
+    assert [len(items) for items in drawn] == [3, 6]
+    assert "1 of 2 rows got fewer than 6 negatives" in caplog.text
+    rows = build_rows(Dataset.from_list([{"item_ids": catalog.ids}]), catalog, template)
+    with pytest.raises(ValueError, match="for 1 of 1 there is no item to be rejected"):
+        draw_negatives(rows, catalog, trie)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "hard"}, "`source` is 'hard'"),
+        ({"num_negatives": 0}, "`num_negatives` is 0"),
+        ({"source": "popular"}, "`popularity` belongs to"),
+        ({"source": "popular", "popularity": [1.0]}, "`popularity` must hold 12 numbers"),
+    ],
+)
+def test_bad_arguments(arguments, message, rows, catalog, trie):
+    with pytest.raises(ValueError, match=message):
+        draw_negatives(rows, catalog, trie, **arguments)
+
+
+def test_preference_rows_and_pairs(rows, catalog, trie):
+    drawn = draw_negatives(rows, catalog, trie, num_negatives=3)
+    preferences = build_preferences(rows, catalog, drawn)
+    assert preferences["chosen"][:] == rows["completion"][:]
+    assert preferences[0]["rejected"] == [catalog.completions[item] for item in drawn[0]]
+    pairs = split_pairs(preferences)
+    assert pairs.column_names == ["prompt", "chosen", "rejected"] and len(pairs) == 90
+    assert pairs["rejected"][:3] == preferences[0]["rejected"]
+    assert pairs[5]["chosen"] == preferences[1]["chosen"]
+    chat = build_rows(make_windows(catalog.ids, 3), catalog, PromptTemplate("{history}", conversational=True))
+    message = build_preferences(chat, catalog, [[1], [2, 3], [4]])[1]["rejected"][0]
+    assert message == [{"role": "assistant", "content": catalog.completions[2]}]
+    with pytest.raises(ValueError, match="`negatives` has 1 entries for 30 rows"):
+        build_preferences(rows, catalog, [[1]])
+
+
+def test_counts(catalog):
+    windows = Dataset.from_list([{"item_ids": ["b0", "b1"]}, {"item_ids": ["b1", "b3"]}])
+    assert count_interactions(windows, catalog).tolist() == [1, 2, 0, 1, *[0] * 8]
