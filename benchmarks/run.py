@@ -19,6 +19,7 @@ from bundle import benchmark_bundle
 from decoding import benchmark_decoding
 from loss import benchmark_loss
 from processor import benchmark_processor
+from softmax_dpo import benchmark_softmax_dpo
 from step import benchmark_step
 from timing import OUTPUT_DIR, describe_machine
 from trie_build import benchmark_trie_build
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "processor": benchmark_processor,
     "decoding": benchmark_decoding,
     "bundle": benchmark_bundle,
+    "softmax_dpo": benchmark_softmax_dpo,
 }
 # What is promised: result → (at least or at most, limit, the absolute values behind it)
 TARGETS = {
