@@ -12,7 +12,7 @@ quickstart: $(VENV)/installed  ## train and compare losses on generated data, in
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		recipes/sft_msl.py --output_dir outputs/quickstart
 
-test: $(VENV)/installed  ## the whole suite, offline
+test: $(VENV)/installed $(VENV)/deepspeed  ## the whole suite, offline
 	HF_HUB_OFFLINE=1 CI=1 $(BIN)/pytest
 
 test-lowest:  ## the whole suite with the oldest versions that pyproject.toml admits
@@ -33,6 +33,10 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+$(VENV)/deepspeed: $(VENV)/installed  # ZeRO-3 is tested on two CPU processes
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[deepspeed]"
 	touch $@
 
 clean:
