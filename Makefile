@@ -13,7 +13,7 @@ quickstart: $(VENV)/installed  ## train and compare losses on generated data, in
 		recipes/sft_msl.py --output_dir outputs/quickstart
 
 test: $(VENV)/installed $(VENV)/deepspeed  ## the whole suite, offline
-	HF_HUB_OFFLINE=1 CI=1 $(BIN)/pytest
+	HF_HUB_OFFLINE=1 CI=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-lowest:  ## the whole suite with the oldest versions that pyproject.toml admits
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

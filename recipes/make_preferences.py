@@ -16,6 +16,7 @@ accelerate launch recipes/evaluate.py --model_name_or_path outputs/dpo
 Without `--pairs` `rejected` is a list, as `recipes/softmax_dpo.py` makes and uses it by itself.
 """
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,12 +45,16 @@ class PreferenceArguments(NegativeArguments):
             Seed of what is drawn.
         batch_size (`int`, *optional*, defaults to `16`):
             Users per process that are decoded at a time for `--negatives model`.
+        max_length, chat_template_kwargs (*optional*):
+            As in training, for `--negatives model`; the latter as JSON.
     """
 
     output_dir: str = field(default="outputs/preferences", metadata={"help": "Folder to write into."})
     pairs: bool = field(default=False, metadata={"help": "Write a row for each rejected item, for TRL's DPOTrainer."})
     seed: int = field(default=0, metadata={"help": "Seed of what is drawn."})
     batch_size: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
+    max_length: int | None = field(default=None, metadata={"help": "Longer prompts lose their oldest items."})
+    chat_template_kwargs: str | None = field(default=None, metadata={"help": "As in training, JSON."})
 
 
 def main(args: PreferenceArguments, data_args: DataArguments, model_args: ModelConfig) -> None:
@@ -59,14 +64,18 @@ def main(args: PreferenceArguments, data_args: DataArguments, model_args: ModelC
     data = load_recipe_data(data_args)
     loading = {"revision": model_args.model_revision, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **loading)
-    trie = data.catalog.build_trie(tokenizer, data_args.conversational)
+    chat_template_kwargs = json.loads(args.chat_template_kwargs or "null")
+    trie = data.catalog.build_trie(tokenizer, data_args.conversational, chat_template_kwargs)
     model = None
     if args.negatives == "model":
         model = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path, dtype=model_args.dtype,
             attn_implementation=model_args.attn_implementation, **loading,
         ).to(process.device)  # fmt: skip
-    preferences = make_preferences(args, data, model, tokenizer, trie, args.seed, batch_size=args.batch_size)
+    preferences = make_preferences(
+        args, data, model, tokenizer, trie, args.seed, batch_size=args.batch_size, max_length=args.max_length,
+        prompt_template=data.template, chat_template_kwargs=chat_template_kwargs,
+    )  # fmt: skip
     if process.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         for split, rows in preferences.items():

@@ -8,13 +8,16 @@ python recipes/merge_adapter.py --model_name_or_path outputs/quickstart/msl --ou
 ```
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser
 
-from trl_msl import Recommender
+from trl_msl import Bundle, Recommender
 
 
 @dataclass
@@ -31,16 +34,20 @@ class MergeArguments:
 
 
 def main(args: MergeArguments, model_args: ModelConfig) -> None:
-    if Path(args.output_dir).exists():
+    output_dir, name = Path(args.output_dir), model_args.model_name_or_path
+    if output_dir.exists():
         raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
-    recommender = Recommender.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=False)
+    folder = name if Path(name).is_dir() else snapshot_download(name, revision=model_args.model_revision)
+    bundle = Bundle.from_pretrained(folder, tokenizer)
     adapted = AutoPeftModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, dtype=model_args.dtype
+        name, revision=model_args.model_revision, dtype="auto", trust_remote_code=False
     )
-    temporary = f"{args.output_dir}.tmp"
-    Recommender(adapted.merge_and_unload(), recommender.tokenizer, recommender.bundle).save_pretrained(temporary)
-    Path(temporary).replace(args.output_dir)
-    print(args.output_dir)
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    Recommender(adapted.merge_and_unload(), tokenizer, bundle).save_pretrained(temporary)
+    temporary.replace(output_dir)
+    print(output_dir)
 
 
 if __name__ == "__main__":

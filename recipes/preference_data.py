@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 from recipe_data import RecipeData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +24,9 @@ class NegativeArguments:
             How many for each row.
         max_preferences (`int`, *optional*):
             Use so many training rows at most, drawn at random.
+        preferences (`str`, *optional*):
+            Folder or dataset on the Hub with preference rows, such as `recipes/make_preferences.py` writes or S-DPO's
+            own, instead of drawing any. The trainer then needs no decoding before it.
     """
 
     negatives: str = field(
@@ -32,6 +35,9 @@ class NegativeArguments:
     )
     num_negatives: int = field(default=3, metadata={"help": "How many rejected items for each row."})
     max_preferences: int | None = field(default=None, metadata={"help": "Use so many training rows at most."})
+    preferences: str | None = field(
+        default=None, metadata={"help": "Preference rows to read, instead of drawing any."}
+    )
 
 
 def make_preferences(
@@ -43,7 +49,9 @@ def make_preferences(
     seed: int,
     **kwargs: Any,
 ) -> DatasetDict:
-    """Preference rows of train and validation. `model` and `kwargs`, as for `recommend`, are for its own mistakes."""
+    """Preference rows of train and validation. `model` and `kwargs`, as for `model_negatives`, are for that source."""
+    if args.preferences is not None:
+        return load_dataset(args.preferences)
     train = data.rows["train"]
     if args.max_preferences is not None and args.max_preferences < len(train):
         train = train.shuffle(seed).select(range(args.max_preferences))

@@ -15,6 +15,7 @@ accelerate launch recipes/softmax_dpo.py --model_name_or_path outputs/book/lml \
     --negatives uniform --num_negatives 15 --normalize vocab --learning_rate 1e-5 --output_dir outputs/book/s-dpo
 ```
 
+Rows that were made before, by `recipes/make_preferences.py` or in the form of S-DPO's data: `--preferences FOLDER`.
 An adapter is trained on, with a copy of it as the reference; `--use_peft` puts a new one on a whole model. What it
 leaves in `output_dir`: the model, `metrics.json`, `log_history.json`, `recommendations.txt` and `training.png`.
 """
@@ -31,7 +32,7 @@ from recipe_data import load_recipe_data, with_quickstart_data
 from recipe_outputs import describe_recommendations, format_table, plot_training, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import find_adapter_config_file
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_msl import (
     DataArguments,
@@ -39,6 +40,7 @@ from trl_msl import (
     SoftmaxDPOConfig,
     SoftmaxDPOTrainer,
     evaluate_recommendations,
+    is_sharded,
 )
 
 
@@ -59,8 +61,9 @@ def main(args: NegativeArguments, data_args: DataArguments, config: SoftmaxDPOCo
     }
 
     started = time.time()
-    decoding = {"chat_template_kwargs": config.chat_template_kwargs}
-    preferences = make_preferences(args, data, model.to(process.device), tokenizer, trie, config.seed, **decoding)
+    if args.negatives == "model" and args.preferences is None:
+        model = model.to(process.device)
+    preferences = make_preferences(args, data, model, tokenizer, trie, config.seed, **ranking)
     drawn = time.time()
     trainer = SoftmaxDPOTrainer(
         model,
@@ -82,17 +85,25 @@ def main(args: NegativeArguments, data_args: DataArguments, config: SoftmaxDPOCo
     trained = time.time()
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    metrics, found = evaluate_recommendations(
-        model, tokenizer, trie, data.catalog, data.rows["test"], return_recommendations=True, **ranking
-    )
-    metrics |= {"negatives_seconds": round(drawn - started, 1), "train_seconds": round(trained - drawn, 1)}
+    metrics = {"negatives_seconds": round(drawn - started, 1), "train_seconds": round(trained - drawn, 1)}
+    if is_sharded(model):
+        process.print(
+            "The model is sharded, and decoding needs all of it in each process. Evaluate what was saved:\n"
+            f"accelerate launch recipes/evaluate.py --model_name_or_path {output_dir}"
+        )
+    else:
+        found_metrics, found = evaluate_recommendations(
+            model, tokenizer, trie, data.catalog, data.rows["test"], return_recommendations=True, **ranking
+        )
+        metrics |= found_metrics
     if process.is_main_process:
         write_json(output_dir / "metrics.json", metrics)
         write_json(output_dir / "log_history.json", trainer.state.log_history)
         plot_training({"softmax DPO": trainer.state.log_history}, output_dir / "training.png")
-        text = describe_recommendations(data.rows["test"], data.catalog, found)
-        (output_dir / "recommendations.txt").write_text(text, encoding="utf-8")
-        print(text)
+        if not is_sharded(model):
+            text = describe_recommendations(data.rows["test"], data.catalog, found)
+            (output_dir / "recommendations.txt").write_text(text, encoding="utf-8")
+            print(text)
         print(f"Test, {len(data.rows['test'])} users\n{format_table({'softmax DPO': metrics})}\n\n{output_dir}")
     if config.push_to_hub:
         trainer.push_to_hub()
@@ -110,6 +121,7 @@ def load_policy(model_args: ModelConfig, config: SoftmaxDPOConfig) -> PreTrained
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=config.trust_remote_code,
+        quantization_config=get_quantization_config(model_args),
         **({"is_trainable": True} if is_adapter else {}),
     )
 

@@ -42,6 +42,8 @@ class UpdateArguments:
             Ids of items that are no longer to be recommended, or are to be again.
         item_column, text_column (`str`, *optional*):
             Columns of `add`.
+        empty_texts, html_entities (`str`, *optional*):
+            As for [`ItemCatalog`], and as they were for the items of the training.
     """
 
     model_name_or_path: str = field(metadata={"help": "Folder or repository of a model with its catalogue."})
@@ -51,6 +53,8 @@ class UpdateArguments:
     restore: list[str] = field(default_factory=list, metadata={"help": "Ids of withdrawn items to restore."})
     item_column: str = field(default="item_id", metadata={"help": "Id column of `add`."})
     text_column: str = field(default="title", metadata={"help": "Text column of `add`."})
+    empty_texts: str = field(default="error", metadata={"help": "Items without text: 'error', 'keep' or 'id'."})
+    html_entities: str = field(default="keep", metadata={"help": "HTML entities in texts: 'keep' or 'decode'."})
 
 
 def main(args: UpdateArguments) -> None:
@@ -62,7 +66,8 @@ def main(args: UpdateArguments) -> None:
         folder = Path(snapshot_download(args.model_name_or_path))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # left out, it would ask
     bundle = Bundle.from_pretrained(folder, tokenizer)
-    added = read_items(args.add, args.item_column, args.text_column) if args.add else None
+    policies = {"empty_texts": args.empty_texts, "html_entities": args.html_entities}
+    added = read_items(args.add, args.item_column, args.text_column, **policies) if args.add else None
     updated = bundle.update(tokenizer, added, args.withdraw, args.restore)
 
     # Whole, then renamed

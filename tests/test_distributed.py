@@ -79,4 +79,12 @@ def test_the_recipe_with_a_sharded_model(tmp_path):
     assert "Evaluate what was saved" in output and "not evaluated" in output
     arguments = ["--model_name_or_path", tmp_path / "msl", "--max_test_users", 8, "--output_dir", tmp_path / "found"]
     launch("evaluate.py", *arguments)
+    # Preferences that do not come from the model, which is sharded
+    rows = ["--preferences", tmp_path / "preferences"]
+    source = ["--model_name_or_path", tmp_path / "base_model", "--max_test_users", 8]
+    launch("make_preferences.py", *source, "--negatives", "near", "--output_dir", rows[1])
+    arguments = [*source, *rows, "--output_dir", tmp_path / "dpo", "--max_steps", 2, "--report_to", "none"]
+    arguments += ["--bf16", "false", "--use_cpu", "--gradient_checkpointing", "false"]
+    output = launch("softmax_dpo.py", *arguments, num_processes=2, config="fsdp2")
+    assert "Evaluate what was saved" in output and (tmp_path / "dpo" / "log_history.json").is_file()
     assert json.loads((tmp_path / "found" / "metrics.json").read_text())["exact"]["num_rows"] == 8

@@ -105,6 +105,29 @@ def test_interactions_that_spoil_a_result(catalog, tokenizer, template):
     assert find(findings, "Splits").status == "error"  # nothing is left of test
 
 
+def test_data_that_is_hardly_there(catalog, tokenizer, template):
+    strangers = DatasetDict({"train": Dataset.from_list([{"item_ids": ["x", "y"]}])})
+    findings = diagnose(catalog, tokenizer, template, strangers)
+    assert [finding.status for finding in findings] == ["error"]
+    bare = make_splits(catalog).select_columns("item_ids")
+    bare["train"] = Dataset.from_list([{"item_ids": ["b1", "b2"]}, {"item_ids": ["b3"]}])
+    findings = diagnose(catalog, tokenizer, template, bare)
+    assert find(findings, "Windows of a single item").seen == "1 of 22"
+    assert find(findings, "Test windows that are in train, too").status == "ok"
+
+
+def test_a_model_stored_in_bf16(catalog, tokenizer, template):
+    """Its own logits are bf16, and could not differ from bf16."""
+    model = make_model(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight[:1] + 1e-2 * model.lm_head.weight)
+    seen = [
+        find(diagnose(catalog, tokenizer, template, make_splits(catalog), one), "Logits in bf16")
+        for one in (model, model.bfloat16())
+    ]
+    assert [finding.status for finding in seen] == ["note", "note"]
+
+
 def test_texts_and_lengths(tokenizer):
     texts = ["", "Tom &amp; Jerry", "a\tb", "long " * 200, *TITLES]
     catalog = ItemCatalog(range(len(texts)), texts, empty_texts="keep")

@@ -125,3 +125,16 @@ def test_preference_rows_and_pairs(rows, catalog, trie):
 def test_counts(catalog):
     windows = Dataset.from_list([{"item_ids": ["b0", "b1"]}, {"item_ids": ["b1", "b3"]}])
     assert count_interactions(windows, catalog).tolist() == [1, 2, 0, 1, *[0] * 8]
+
+
+def test_mistakes_of_a_catalogue_with_many_repeats(tokenizer, template):
+    texts = [*["The Silent River"] * 4, *["Dune"] * 4, *["A History of Tea"] * 4, "Emma", "The Silver Key"]
+    catalog = ItemCatalog(range(len(texts)), texts)
+    trie = catalog.build_trie(tokenizer)
+    rows = build_rows(Dataset.from_list([{"item_ids": ["12", "13"]}] * 3), catalog, template)
+    drawn = model_negatives(make_model(tokenizer), tokenizer, trie, catalog, rows, num_negatives=3)
+    assert all({texts[item] for item in items} == set(texts[:12]) for items in drawn)
+    shortened = model_negatives(
+        make_model(tokenizer), tokenizer, trie, catalog, rows, max_length=60, prompt_template=template
+    )
+    assert shortened == drawn

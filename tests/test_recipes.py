@@ -243,7 +243,7 @@ def test_trls_own_dpo_script_on_a_model_trained_with_msl(tmp_path, folder, adapt
     assert "train: 36 rows, 72 rejected items" in output
     pairs = pd.read_parquet(tmp_path / "preferences" / "train.parquet")
     assert list(pairs.columns) == ["prompt", "chosen", "rejected"] and len(pairs) == 72
-    launch("merge_adapter.py", "--model_name_or_path", adapter, "--output_dir", tmp_path / "merged")
+    launch("merge_adapter.py", "--model_name_or_path", adapter, "--output_dir", f"{tmp_path}/merged/")
     merged = Recommender.from_pretrained(tmp_path / "merged").recommend([["0", "3"]])
     assert merged.ids == Recommender.from_pretrained(adapter).recommend([["0", "3"]]).ids
     for name, options in (("adapter", ["--use_peft"]), ("full", [])):

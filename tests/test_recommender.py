@@ -153,7 +153,7 @@ def test_awkward_texts_survive(tmp_path, tokenizer):
     assert Bundle.from_pretrained(tmp_path, tokenizer).catalog.completions == catalog.completions
 
 
-def test_items_withdrawn_and_restored(folder, catalog):
+def test_items_withdrawn_and_restored(folder, catalog, caplog):
     """The others keep their order and their scores; histories may still hold what was withdrawn."""
     recommender = Recommender.from_pretrained(folder)
     before = recommender.recommend(HISTORIES, k=12)
@@ -170,6 +170,12 @@ def test_items_withdrawn_and_restored(folder, catalog):
         updated.update(restore=["b1"])
     with pytest.raises(ValueError, match="1 id.* not in the catalogue"):
         updated.update(withdraw=["b99"])
+    with pytest.raises(ValueError, match="`withdraw` is 'b1', whose characters could be ids"):
+        updated.update(withdraw="b1")
+    with pytest.raises(ValueError, match="`withdraw` and `restore` both hold 1 id.*'b3'"):
+        updated.update(withdraw=["b3"], restore=["b3"])
+    updated.update(withdraw=["b5"])
+    assert "1 items are written like one that is withdrawn, such as 'b6', and stay" in caplog.text
     with pytest.raises(ValueError, match="`withdrawn` holds all 12 items"):
         updated.update(withdraw=catalog.ids)
 
@@ -208,8 +214,9 @@ def test_decoding_settings_travel(folder, tmp_path):
     assert not any(found.exact)
     assert found == recommender.recommend(HISTORIES, k=3, mode="beam", num_beams=12, normalize="vocab")
     assert loaded.recommend(HISTORIES, k=3, mode="exact") == recommender.recommend(HISTORIES, k=3)
-    with pytest.raises(ValueError, match="`decoding` has .'temperature'."):
-        replace(bundle, decoding={"temperature": 2})
+    for wrong in ({"temperature": 2}, {"mode": "generate"}, {"mode": "exact", "num_beams": 3}):
+        with pytest.raises(ValueError, match="`decoding` has "):
+            replace(bundle, decoding=wrong)
 
 
 def test_a_catalogue_needs_its_template_and_its_trie(tokenizer, catalog, trie, template, tmp_path):

@@ -304,3 +304,79 @@ def test_another_dataset_is_no_preference_data(tmp_path, tokenizer, trie):
     rows = Dataset.from_list([{"prompt": "Next: ", "completion": '"Dune"'}])
     with pytest.raises(ValueError, match=r"lacks the column\(s\) \['chosen', 'rejected'\]"):
         make_trainer(tmp_path, make_model(tokenizer), rows, tokenizer, trie)
+
+
+def test_precomputed_references_of_one_form_are_not_taken_for_another(tmp_path, catalog, template, tokenizer, trie):
+    """TRL caches them beside the files of the data, by rows and model."""
+    make_preferences(catalog, template).to_parquet(tmp_path / "rows.parquet")
+    make_model(tokenizer).save_pretrained(tmp_path / "base")
+    for normalize in ("trie", "vocab"):
+        rows = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+        trainer = make_trainer(
+            tmp_path / "out", str(tmp_path / "base"), rows, tokenizer, trie, normalize=normalize,
+            precompute_ref_log_probs=True,
+        )  # fmt: skip
+        batch = first_batch(trainer)
+        with torch.no_grad():
+            now = trainer._log_probs(trainer.model.eval(), batch)
+        torch.testing.assert_close(batch["ref_chosen_logps"], now[:, 0], atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(batch["ref_rejected_logps"], now[:, 1:], atol=1e-3, rtol=1e-4)
+    # Rows with more rejected items come along, and the training goes on with its own
+    trainer.evaluate(make_preferences(catalog, template, num_rejected=6, num_rows=8), metric_key_prefix="other")
+    trainer.train()
+
+
+def test_policy_and_reference_of_other_attention(tmp_path, catalog, template, tokenizer, trie):
+    rows = make_preferences(catalog, template)
+    model, reference = make_model(tokenizer), make_model(tokenizer)
+    reference.set_attn_implementation("eager")
+    trainer = make_trainer(tmp_path, model, rows, tokenizer, trie, ref_model=reference)
+    batch = first_batch(trainer)
+    with torch.no_grad():
+        ours = trainer._log_probs(model, batch)
+    torch.testing.assert_close(trainer.compute_ref_log_probs(reference, batch)[0], ours[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_the_user_tokenised(tmp_path, catalog, template, tokenizer, trie):
+    rows = make_preferences(catalog, template)
+    kwargs = {
+        "fn_kwargs": {"tokenizer": tokenizer, "trie": trie},
+        "remove_columns": rows.column_names,
+        "batched": True,
+    }
+    tokenized = rows.map(tokenize_preferences, **kwargs)
+    trainer = make_trainer(
+        tmp_path, make_model(tokenizer), tokenized, tokenizer, trie, ref_model=make_model(tokenizer)
+    )
+    assert trainer.train_dataset[0] == tokenized[0]
+    with pytest.raises(ValueError, match="`predict` is not supported"):
+        trainer.predict(tokenized)
+    cut = tokenized.map(lambda row: {"chosen_ids": row["chosen_ids"][:-1]})
+    flat = tokenized.map(lambda row: {"rejected_ids": row["rejected_ids"][0]})
+    for wrong, message, options in (
+        (cut, r"has 40 completion\(s\) that are no item of `trie`", {}),
+        (flat, "but not `chosen_ids`, tokens, and `rejected_ids`", {}),
+        (tokenized, r"`max_length` = 20: 40 row\(s\) of the train dataset are longer", {"max_length": 20}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, make_model(tokenizer), wrong, tokenizer, trie, **options)
+
+
+def test_columns_with_gaps_and_too_many(catalog, template):
+    rows = Dataset.from_list([{"rejected1": "a", "rejected2": None}, {"rejected1": "a", "rejected2": "b"}])
+    assert gather_rejected(rows)["rejected"][:] == [["a"], ["a", "b"]]
+    with pytest.raises(ValueError, match="has a column 'rejected' and .'rejected2'."):
+        gather_rejected(Dataset.from_list([{"rejected": "a", "rejected2": "b"}]))
+
+
+def test_virtual_tokens_and_padding(tmp_path, catalog, template, tokenizer, trie):
+    from peft import PromptTuningConfig
+
+    rows = make_preferences(catalog, template)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = make_trainer(tmp_path, make_model(tokenizer), rows, tokenizer, trie, max_steps=1, peft_config=config)
+    assert not trainer.data_collator.share_prompt
+    trainer.train()
+    collator = DataCollatorForSoftmaxPreference(trie, 0, pad_to_multiple_of=64)
+    batch = collator([trainer.train_dataset[0]])
+    assert batch["input_ids"].shape[1] % 64 == 0 and batch["segments"][0, -1] == -1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import platform
 import reprlib
 from collections.abc import Iterable
@@ -19,12 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .catalog import ITEMS_FILE, ItemCatalog, encode_items
 from .data import PromptTemplate, encode_prompts
-from .generation import MODES
 from .trie import ItemTrie
 from .trie_arrays import TRIE_FILE
 
 
+logger = logging.getLogger(__name__)
+
 BUNDLE_FILE = "recommender.json"
+BUNDLE_FILES = [BUNDLE_FILE, ITEMS_FILE, TRIE_FILE]
 _FORMAT = 2
 _DECODING = ("mode", "max_expansions", "num_beams", "normalize", "length_penalty")
 _PACKAGES = ("trl_msl", "trl", "transformers", "peft", "datasets", "torch", "marisa-trie")
@@ -47,8 +50,8 @@ class Bundle:
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template.
         decoding (`dict[str, Any]`, *optional*):
-            Arguments of [`recommend`] that [`Recommender`] uses unless told otherwise: `mode`, `max_expansions`,
-            `num_beams`, `normalize`, `length_penalty`.
+            Arguments of [`recommend`] that [`Recommender`] uses unless told otherwise: `mode` (`"exact"` or
+            `"beam"`), `max_expansions`, `num_beams`, `normalize`, `length_penalty`.
         num_trained (`int`, *optional*):
             The model was trained with the first so many items, and has never seen those after them. Defaults to all.
         withdrawn (`frozenset[str]`, *optional*):
@@ -76,7 +79,7 @@ class Bundle:
         if self.num_trained is not None and not 0 < self.num_trained <= len(self.catalog):
             raise ValueError(f"`num_trained` is {self.num_trained}, but there are {len(self.catalog)} items.")
         # As the catalogue has them: the number 5 would not be found among its ids, and item "5" be recommended
-        object.__setattr__(self, "withdrawn", frozenset(map(str, self.withdrawn)))
+        object.__setattr__(self, "withdrawn", _ids("withdrawn", self.withdrawn))
         self.catalog.indices(self.withdrawn)
         if len(self.withdrawn) == len(self.catalog):
             raise ValueError(f"`withdrawn` holds all {len(self.catalog)} items, so there is nothing to recommend.")
@@ -192,7 +195,8 @@ class Bundle:
 
         An item that is withdrawn keeps its place in the catalogue and the trie: histories may hold it, and the scores
         and the order of the others stay. An item that is added shares the probability of the tokens before it, so
-        scores of the others fall; see [`Bundle.shared_prefixes`] for what the model can know of it.
+        scores of the others fall; see [`Bundle.shared_prefixes`] for what the model can know of it. An item that is
+        written like one withdrawn stays, with a warning.
 
         Args:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -205,18 +209,26 @@ class Bundle:
                 Ids of withdrawn items that may be recommended again.
 
         Raises:
-            `ValueError`: if an id to add is there already, or one to withdraw or restore is not.
+            `ValueError`: if an id to add is there already, one to withdraw or restore is not, or one is in both.
         """
         catalog, trie = self.catalog, self.trie
-        withdraw, restore = (frozenset(map(str, ids)) for ids in (withdraw, restore))
+        withdraw, restore = _ids("withdraw", withdraw), _ids("restore", restore)
+        if both := withdraw & restore:
+            raise ValueError(f"`withdraw` and `restore` both hold {len(both)} id(s), such as {min(both)!r}.")
         if strangers := restore - self.withdrawn:
             raise ValueError(f"`restore` holds {len(strangers)} id(s) not withdrawn, such as {sorted(strangers)[:3]}.")
         if add is not None:
             catalog = catalog.extend(add)
             trie = catalog.build_trie(tokenizer, self.prompt_template.conversational, self.chat_template_kwargs)
         num_trained = self.num_trained or len(self.catalog)
-        catalog.indices(withdraw)
         withdrawn = (self.withdrawn - restore) | withdraw
+        leaves = trie.item_nodes.tolist()
+        gone = {leaves[index] for index in catalog.indices(withdraw)}
+        twins = [item for item, leaf in zip(catalog.ids, leaves) if leaf in gone and item not in withdrawn]
+        if twins:
+            logger.warning(
+                "%d items are written like one that is withdrawn, such as %r, and stay.", len(twins), twins[0]
+            )
         return dataclasses.replace(self, catalog=catalog, trie=trie, num_trained=num_trained, withdrawn=withdrawn)
 
     def shared_prefixes(self) -> dict[str, int]:
@@ -243,6 +255,12 @@ class Bundle:
             paths = trie.paths(nodes)
             shared += ((paths >= 0) & is_trained[paths]).sum(dim=1).sub(num_common).clamp(min=0).tolist()
         return dict(zip(self.catalog.ids[num_trained:], shared))
+
+
+def _ids(argument: str, ids: Iterable[Any]) -> frozenset[str]:
+    if isinstance(ids, str):
+        raise ValueError(f"`{argument}` is {ids!r}, whose characters could be ids: pass a list of ids.")
+    return frozenset(map(str, ids))
 
 
 def _checksum(path: Path) -> str:
@@ -284,17 +302,20 @@ def _check_decoding(decoding: dict[str, Any], num_items: int) -> None:
         raise ValueError(f"`decoding` has {sorted(unknown)}: it may have {', '.join(_DECODING)}.")
     penalty = decoding.get("length_penalty", 0.0)
     is_valid = {
-        "mode": decoding.get("mode", "exact") in MODES,
+        "mode": decoding.get("mode", "exact") in ("exact", "beam"),  # `generate` leaves nobody's history out
         "normalize": decoding.get("normalize", "trie") in ("trie", "vocab"),
         "num_beams": decoding.get("num_beams") is None or _is_whole(decoding["num_beams"], 1, num_items),
         "max_expansions": _is_whole(decoding.get("max_expansions", 1), 1, 1 << 31),
         "length_penalty": isinstance(penalty, int | float) and abs(penalty) <= 10,
     }
+    is_beam = decoding.get("mode") == "beam"
+    for name in ("max_expansions",) if is_beam else ("num_beams", "normalize", "length_penalty"):
+        is_valid[name] = is_valid[name] and name not in decoding
     for name, is_fine in is_valid.items():
         if not is_fine:
             raise ValueError(
-                f"`decoding` has {reprlib.repr(decoding[name])} as {name!r}: pass what `recommend` takes, and no more "
-                f"beams than the {num_items} items."
+                f"`decoding` has {reprlib.repr(decoding[name])} as {name!r}: pass what `recommend` takes with mode "
+                f"'exact' or 'beam', and no more beams than the {num_items} items."
             )
 
 

@@ -64,6 +64,9 @@ class CatalogTrainerMixin:
         args = self.args
         return Bundle(self.catalog, self.trie, self.prompt_template, args.max_length, args.chat_template_kwargs)
 
+    def predict(self, *args, **kwargs):
+        raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.catalog is None or not self.is_world_process_zero():

@@ -11,13 +11,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .catalog import ItemCatalog, describe_end, encode_items
 from .data import PromptTemplate, build_rows, encode_prompts, fit_prompts
 from .decoding import TrieDecoder
-from .lm_head import check_head
+from .lm_head import check_head, head_projection
 from .logits_process import TrieLogitsProcessor
 from .trie import ItemTrie
 
@@ -291,25 +292,26 @@ def _check_splits(case: Case) -> Iterator[Finding]:
         "Splits", "error" if missing else "ok", sizes + (f"; no {' and no '.join(missing)}" if missing else ""),
         "Choose checkpoints and settings on validation, and report test once." if missing else "",
     )  # fmt: skip
-    if missing or "timestamp" not in windows["test"].column_names:
+    if missing:
         return
-    last = max(windows["train"]["timestamp"])
-    early = [str(time) for time in windows["test"]["timestamp"] if time < last]
-    yield _note_if(
-        "Test windows before the end of train", early, len(windows["test"]),
-        "The model has seen the future of these users' items: split by time.",
-    )  # fmt: skip
+    if all("timestamp" in windows[name].column_names for name in ("train", "test")):
+        last = max(windows["train"]["timestamp"])
+        early = [str(time) for time in windows["test"]["timestamp"] if time < last]
+        yield _note_if(
+            "Test windows before the end of train", early, len(windows["test"]),
+            "The model has seen the future of these users' items: split by time.",
+        )  # fmt: skip
     train = {tuple(ids) for ids in windows["train"]["item_ids"]}
     leaked = [", ".join(ids) for ids in windows["test"]["item_ids"] if tuple(ids) in train]
-    yield _note_if(
-        "Test windows that are in train, too", leaked, len(windows["test"]), "Remove them from one of the two."
-    )
-    users = Counter(windows["validation"]["user_id"])
-    repeated = [user for user in users if users[user] > 1]
-    yield _note_if(
-        "Users with several validation windows", repeated, len(users),
-        "Their windows overlap, so metrics look better and intervals narrower than they are; compare, don't report.",
-    )  # fmt: skip
+    yield _note_if("Test windows that are in train, too", leaked, len(windows["test"]), "Remove them from train.")
+    if "user_id" in windows["validation"].column_names:
+        users = Counter(windows["validation"]["user_id"])
+        repeated = [str(user) for user in users if users[user] > 1]
+        yield _note_if(
+            "Users with several validation windows", repeated, len(users),
+            "Their windows overlap, so metrics look better and intervals narrower than they are; compare, don't "
+            "report.",
+        )  # fmt: skip
 
 
 def _check_targets(case: Case) -> Iterator[Finding]:
@@ -389,9 +391,13 @@ def _check_precision(case: Case) -> Iterator[Finding]:
     start = case.trie.paths(torch.tensor([first])) if first else torch.empty(1, 0, dtype=torch.int64)
     valid = case.trie.valid_tokens(torch.tensor([first]))[1]
     num_ties, largest = 0, torch.tensor(0.0)
+    # In fp32 also where the model's own are bf16, which can't differ from bf16
+    base = case.model.get_base_model() if is_peft_model(case.model) else case.model
+    project = head_projection(base)
     for prompt in prompts:
         input_ids = torch.tensor([[*prompt, *case.trie.tokens(start)[0].tolist()]], device=case.model.device)
-        logits = case.model(input_ids=input_ids).logits[0, -1].float().cpu()[valid]
+        hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1:]
+        logits = project(hidden, rows=valid)[0].cpu()
         best = logits.topk(min(_TOP_K, len(logits))).values
         num_ties += len(best.unique()) - len(best.bfloat16().unique())
         largest = torch.maximum(largest, logits.abs().max())  # nan stays nan

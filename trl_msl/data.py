@@ -275,9 +275,9 @@ def fit_prompts(
     return prompts
 
 
-def completion_text(completion: Any, conversational: bool) -> str:
+def completion_text(completion: Any, conversational: bool, argument: str = "completion") -> str:
     if not conversational:
         return completion
     if len(completion) != 1 or completion[0]["role"] != "assistant":
-        raise ValueError(f"`completion` must be a single message of the assistant, the item's text, not {completion}.")
+        raise ValueError(f"`{argument}` must be a single message of the assistant, the item's text, not {completion}.")
     return completion[0]["content"]

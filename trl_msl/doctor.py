@@ -62,14 +62,16 @@ def diagnose(
             Number of rows and of items on which checks that tokenise are made.
 
     Returns:
-        `list[Finding]`: one for each check.
+        `list[Finding]`: what the checks found, in the order in which data is prepared.
     """
-    known, findings = _without_unknown(catalog, windows)
+    usable, findings = _usable(catalog, windows)
+    if not usable:
+        return findings
     try:
         trie = catalog.build_trie(tokenizer, template.conversational, chat_template_kwargs)
     except ValueError as error:
         return [*findings, Finding("Tokens of the items", "error", str(error), "No trie can be built before.")]
-    case = Case(catalog, tokenizer, trie, template, known, model, max_length, chat_template_kwargs, max_rows)
+    case = Case(catalog, tokenizer, trie, template, usable, model, max_length, chat_template_kwargs, max_rows)
     for check in CHECKS:
         findings += check(case)
     for check in MODEL_CHECKS if model is not None else ():
@@ -79,21 +81,26 @@ def diagnose(
     return findings
 
 
-def _without_unknown(catalog: ItemCatalog, windows: DatasetDict) -> tuple[DatasetDict, list[Finding]]:
-    """The windows whose items are all in the catalogue, and what is to be said of the others."""
+def _usable(catalog: ItemCatalog, windows: DatasetDict) -> tuple[DatasetDict, list[Finding]]:
+    """The windows that can become rows, and what is to be said of the others."""
     known_ids = catalog.index_of_id.keys()
     unknown = {item for split in windows.values() for ids in split["item_ids"] for item in set(ids) - known_ids}
-    if not unknown:
-        return windows, [Finding("Items of the log in the catalogue", "ok", f"all, in {_count(windows)} windows")]
-    known = windows.filter(lambda row: known_ids >= set(row["item_ids"]))
-    lost = _count(windows) - _count(known)
-    finding = Finding(
-        "Items of the log in the catalogue",
-        "error",
-        f"{len(unknown)} ids are not, such as {min(unknown)!r}, in {lost} of {_count(windows)} windows",
-        "Add these items to the catalogue, or leave their interactions out.",
-    )
-    return DatasetDict({name: split for name, split in known.items() if len(split)}), [finding]
+    known = windows.filter(lambda row: known_ids >= set(row["item_ids"])) if unknown else windows
+    total, lost = _count(windows), _count(windows) - _count(known)
+    seen = f"{len(unknown)} ids are not, such as {min(unknown)!r}, in {lost} of {total} windows" if unknown else ""
+    findings = [
+        Finding(
+            "Items of the log in the catalogue",
+            "error" if unknown else "ok",
+            seen or f"all, in {total} windows",
+            "Add these items to the catalogue, or leave their interactions out." if unknown else "",
+        )
+    ]
+    usable = known.filter(lambda row: len(row["item_ids"]) > 1)
+    if short := _count(known) - _count(usable):
+        remedy = "A target needs a history: leave them out."
+        findings.append(Finding("Windows of a single item", "error", f"{short} of {total}", remedy))
+    return DatasetDict({name: split for name, split in usable.items() if len(split)}), findings
 
 
 def _count(windows: DatasetDict) -> int:
@@ -129,6 +136,7 @@ class DoctorArguments:
 
 
 def main(args: DoctorArguments, data_args: DataArguments) -> int:
+    chat_template_kwargs = json.loads(args.chat_template_kwargs or "null")
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     model = None
     if args.load_model:
@@ -145,7 +153,7 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
             return 1
     findings += diagnose(
         catalog, tokenizer, data_args.prompt_template, windows, model, args.max_length,
-        json.loads(args.chat_template_kwargs) if args.chat_template_kwargs else None, args.max_rows,
+        chat_template_kwargs, args.max_rows,
     )  # fmt: skip
     print(format_findings(findings))
     return int(any(finding.status == "error" for finding in findings))

@@ -180,9 +180,6 @@ class MSLTrainer(CatalogTrainerMixin, SFTTrainer):
             )
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-    def predict(self, *args, **kwargs):
-        raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
-
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         # Forced positions have no loss, and no part in its mean
         counted = []

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .catalog import ItemCatalog
+from .data import PromptTemplate, fit_prompts
 from .generation import recommend
 from .trie import ItemTrie
 
@@ -85,6 +86,8 @@ def model_negatives(
     catalog: ItemCatalog,
     rows: Dataset,
     num_negatives: int = 3,
+    max_length: int | None = None,
+    prompt_template: PromptTemplate | None = None,
     **kwargs: Any,
 ) -> list[list[int]]:
     """
@@ -92,13 +95,15 @@ def model_negatives(
 
     Args:
         model, tokenizer, trie, kwargs:
-            As for [`recommend`].
+            As for [`recommend`]; not `exclude` and `allowed`.
         catalog ([`ItemCatalog`]):
             The items.
         rows ([`~datasets.Dataset`]):
             Rows with `prompt`, `item_id` and `history_ids`, as [`build_rows`] makes them.
         num_negatives (`int`, *optional*, defaults to `3`):
             How many for each row.
+        max_length, prompt_template (*optional*):
+            As in training: longer prompts lose their oldest history items.
 
     Returns:
         `list[list[int]]`: item indices of each row, the highest first.
@@ -106,13 +111,15 @@ def model_negatives(
     leaves = _Leaves(trie)
     targets = catalog.indices(rows["item_id"][:])
     exclude = [leaves.alike([t, *catalog.indices(ids)]) for t, ids in zip(targets, rows["history_ids"][:])]
-    # More than asked for, as items that are written alike follow each other
-    top_k = min(len(catalog), num_negatives + leaves.num_repeated)
-    found = recommend(model, tokenizer, trie, rows["prompt"][:], top_k=top_k, exclude=exclude, **kwargs)
-    drawn = []
-    for items in found.items.tolist():
-        first = {leaves.of_item[item]: item for item in reversed(items) if item >= 0}
-        drawn.append([item for item in items if item >= 0 and first[leaves.of_item[item]] == item][:num_negatives])
+    one_of_each = [items[0] for items in leaves.items.values()]
+    top_k = min(len(one_of_each), num_negatives)
+    if max_length is None:
+        prompts = rows["prompt"][:]
+    else:
+        room = [max_length - int(trie.item_lengths.double().mean())] * len(rows)
+        prompts = fit_prompts(tokenizer, rows[:], room, prompt_template, kwargs.get("chat_template_kwargs"))
+    found = recommend(model, tokenizer, trie, prompts, top_k=top_k, exclude=exclude, allowed=one_of_each, **kwargs)
+    drawn = [[item for item in items if item >= 0] for items in found.items.tolist()]
     _report(drawn, num_negatives)
     return drawn
 
@@ -146,7 +153,6 @@ class _Leaves:
         self.items: dict[int, list[int]] = {}
         for item, leaf in enumerate(self.of_item):
             self.items.setdefault(leaf, []).append(item)
-        self.num_repeated = max(map(len, self.items.values())) - 1
 
     def alike(self, items: list[int]) -> list[int]:
         return [same for item in items for same in self.items[self.of_item[item]]]

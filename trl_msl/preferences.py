@@ -37,6 +37,8 @@ def build_preferences(rows: Dataset, catalog: ItemCatalog, negatives: Sequence[S
     """
     if len(negatives) != len(rows):
         raise ValueError(f"`negatives` has {len(negatives)} entries for {len(rows)} rows.")
+    if len(rows) == 0:
+        raise ValueError("`rows` is empty: there is nothing to choose.")
     conversational = is_conversational(rows[0])
 
     def write(item: int) -> Any:
@@ -63,14 +65,19 @@ def split_pairs(preferences: Dataset) -> Dataset:
 
 def gather_rejected(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """
-    Put the columns `rejected1` ... `rejectedN` of S-DPO's data into one column `rejected`, a list. Other datasets are
-    returned as they are.
+    Put the columns `rejected1` ... `rejectedN` of S-DPO's data into one column `rejected`, a list without what is
+    missing. Other datasets are returned as they are.
     """
-    names = [name for name in get_dataset_column_names(dataset) if name.removeprefix("rejected").isdigit()]
-    names.sort(key=lambda name: int(name.removeprefix("rejected")))
+    columns = get_dataset_column_names(dataset)
+    numbers = {name: name.removeprefix("rejected") for name in columns if name.startswith("rejected")}
+    names = sorted((name for name in numbers if numbers[name].isdigit()), key=lambda name: int(numbers[name]))
     if not names:
         return dataset
-    return dataset.map(lambda row: {"rejected": [row[name] for name in names]}, remove_columns=names)
+    if "rejected" in columns:
+        raise ValueError(f"`dataset` has a column 'rejected' and {names}: keep either the one or the others.")
+    return dataset.map(
+        lambda row: {"rejected": [row[name] for name in names if row[name] is not None]}, remove_columns=names
+    )
 
 
 def tokenize_preferences(
@@ -107,7 +114,7 @@ def tokenize_preferences(
     if empty:
         raise ValueError(f"`rejected`: {empty} of the {len(several)} rows read have no rejected completion.")
     completions = [
-        completion_text(completion, conversational)
+        completion_text(completion, conversational, "chosen` or `rejected")
         for chosen, rejected in zip(batch["chosen"], several)
         for completion in (chosen, *rejected)
     ]
@@ -138,6 +145,32 @@ def tokenize_preferences(
     return {"prompt_ids": prompts, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
 
 
+def check_preferences(
+    batch: dict[str, list], trie: ItemTrie, max_length: int | None, dataset_name: str
+) -> dict[str, list]:
+    """Rows that the user tokenised: completions must be items of this trie, and no row too long."""
+    if not {"chosen_ids", "rejected_ids"} <= batch.keys() or not isinstance(batch["rejected_ids"][0][0], list):
+        raise ValueError(
+            f"The {dataset_name} dataset has `prompt_ids`, but not `chosen_ids`, tokens, and `rejected_ids`, lists of "
+            "tokens: map `tokenize_preferences` over preference rows, which makes all of them."
+        )
+    several = [[one, *others] for one, others in zip(batch["chosen_ids"], batch["rejected_ids"])]
+    num_wrong = int((trie.find([ids for completions in several for ids in completions]) < 0).sum())
+    if num_wrong:
+        raise ValueError(
+            f"The {dataset_name} dataset has {num_wrong} completion(s) that are no item of `trie`: map "
+            "`tokenize_preferences` with this very trie and tokenizer."
+        )
+    lengths = [len(ids) + max(map(len, completions)) for ids, completions in zip(batch["prompt_ids"], several)]
+    too_long = sum(max_length is not None and length > max_length for length in lengths)
+    if too_long:
+        raise ValueError(
+            f"`max_length` = {max_length}: {too_long} row(s) of the {dataset_name} dataset are longer. Raise it, or "
+            "pass it to `tokenize_preferences`."
+        )
+    return batch
+
+
 def _as_list(rejected: Any, conversational: bool) -> list:
     """A single rejected completion, as TRL's own rows have it, as a list of one."""
     is_single = isinstance(rejected, str) or (conversational and len(rejected) > 0 and isinstance(rejected[0], dict))
@@ -165,6 +198,8 @@ class DataCollatorForSoftmaxPreference:
             Whether to leave out the tokens at an item's end that are forced: among the valid tokens they cost nothing.
         num_rejected (`int`, *optional*, defaults to `0`):
             Fewest columns of rejected completions, so that all batches are alike.
+        pad_to_multiple_of (`int`, *optional*):
+            Number of which the length of rows is a multiple.
 
     Returns of a call, for `num_examples` examples, all of shape `(num_rows, length)` and int64 unless said otherwise:
 
@@ -182,6 +217,7 @@ class DataCollatorForSoftmaxPreference:
     share_prompt: bool = True
     skip_forced: bool = False
     num_rejected: int = 0
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         paths = iter(self._paths([ids for e in examples for ids in (e["chosen_ids"], *e["rejected_ids"])]))
@@ -202,13 +238,17 @@ class DataCollatorForSoftmaxPreference:
             name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=fill)
             for name, fill in zip(columns, fills)
         }
+        missing = -batch["input_ids"].shape[1] % (self.pad_to_multiple_of or 1)
+        batch = {n: torch.nn.functional.pad(batch[n], (0, missing), value=fill) for n, fill in zip(columns, fills)}
         counts = torch.tensor([len(example["rejected_ids"]) for example in examples])
         width = max(self.num_rejected, int(counts.max()))
         batch["examples"] = torch.tensor(owners)
         batch["rejected_mask"] = torch.arange(width) < counts[:, None]
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if name in examples[0]:
-                batch[name] = torch.tensor([example[name] for example in examples])
+        if "ref_chosen_logps" in examples[0]:
+            batch["ref_chosen_logps"] = torch.tensor([example["ref_chosen_logps"] for example in examples])
+            # Precomputed for batches that can have been wider, or narrower; what there is not does not count
+            padded = [(example["ref_rejected_logps"] + [0.0] * width)[:width] for example in examples]
+            batch["ref_rejected_logps"] = torch.tensor(padded)
         return batch
 
     def _paths(self, items: list[list[int]]) -> list[list[int]]:

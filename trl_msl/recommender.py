@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .bundle import BUNDLE_FILE, Bundle
+from .bundle import BUNDLE_FILE, BUNDLE_FILES, Bundle
 from .catalog import ItemCatalog
 from .data import fit_prompts
 from .generation import recommend
@@ -107,9 +107,11 @@ class Recommender:
             `ValueError`: if there is no catalogue in it, or it is damaged or does not fit the tokenizer.
         """
         folder = _find(pretrained_model_name_or_path, "pretrained_model_name_or_path", revision)
-        bundle_folder = folder if bundle_from is None else _find(bundle_from, "bundle_from")
+        bundle_folder = (
+            folder if bundle_from is None else _find(bundle_from, "bundle_from", allow_patterns=BUNDLE_FILES)
+        )
         if bundle_from is None and not (folder / BUNDLE_FILE).is_file() and (base := _base_of_adapter(folder)):
-            bundle_folder = _find(base, "base_model_name_or_path")
+            bundle_folder = _find(base, "base_model_name_or_path", allow_patterns=BUNDLE_FILES)
         if not (bundle_folder / BUNDLE_FILE).is_file():
             raise ValueError(
                 f"`pretrained_model_name_or_path` = {str(pretrained_model_name_or_path)!r} has no {BUNDLE_FILE}, so "
@@ -244,12 +246,12 @@ def _is_no_list(history: Any) -> bool:
     return isinstance(history, str | bytes | Mapping) or not hasattr(history, "__len__")
 
 
-def _find(name: str | Path, argument: str, revision: str | None = None) -> Path:
+def _find(name: str | Path, argument: str, revision: str | None = None, **kwargs: Any) -> Path:
     """A folder, or where the snapshot of a repository lies."""
     if os.path.isdir(name):  # unlike `Path.is_dir`, also of names that no file system takes
         return Path(name)
     try:
-        return Path(snapshot_download(str(name), revision=revision))
+        return Path(snapshot_download(str(name), revision=revision, **kwargs))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`{argument}` = {str(name)!r} is no folder, and can't be had from the Hub ({error})."

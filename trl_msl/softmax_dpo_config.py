@@ -65,6 +65,7 @@ class SoftmaxDPOConfig(DPOConfig):
             "f_divergence_type": "reverse_kl",
             "use_weighting": False,
             "padding_free": False,
+            "pad_token": None,
             "truncation_mode": "keep_start",
         }
         for name, value in fixed.items():

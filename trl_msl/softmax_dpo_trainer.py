@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DPOTrainer
@@ -20,7 +22,13 @@ from .catalog_trainer import CatalogTrainerMixin
 from .data import PromptTemplate
 from .lm_head import add_sparse_lm_head
 from .losses import masked_softmax_loss, softmax_dpo_loss
-from .preferences import DataCollatorForSoftmaxPreference, gather_rejected, segment_mask, tokenize_preferences
+from .preferences import (
+    DataCollatorForSoftmaxPreference,
+    check_preferences,
+    gather_rejected,
+    segment_mask,
+    tokenize_preferences,
+)
 from .softmax_dpo_config import SoftmaxDPOConfig
 from .tree_support import check_tree_attention, sliding_window
 from .trie import ItemTrie
@@ -119,7 +127,7 @@ class SoftmaxDPOTrainer(CatalogTrainerMixin, DPOTrainer):
         if not isinstance(args, SoftmaxDPOConfig):
             raise ValueError(f"`args` is a {type(args).__name__}: it must be a `SoftmaxDPOConfig`.")
         for name in ("compute_metrics", "data_collator"):
-            if kwargs.get(name) is not None:
+            if kwargs.pop(name, None) is not None:
                 raise ValueError(f"`{name}` is not supported by `SoftmaxDPOTrainer`: leave it out.")
         self._set_catalog(trie, prompt_template, catalog)
         self._collator = DataCollatorForSoftmaxPreference(trie, 0, False, args.normalize == "trie")
@@ -139,9 +147,10 @@ class SoftmaxDPOTrainer(CatalogTrainerMixin, DPOTrainer):
         if self.ref_model is not None:
             add_sparse_lm_head(self.accelerator.unwrap_model(self.ref_model), self.trie)
         self._collator.pad_token_id = self._tokenizer.pad_token_id
-        window = sliding_window(model.config.get_text_config())
-        fits = window is None or (self.args.max_length is not None and self.args.max_length <= window)
-        self._collator.share_prompt = fits and can_run_a_tree(model)
+        self._collator.pad_to_multiple_of = self.args.pad_to_multiple_of
+        is_prompted = is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning
+        models = [model] if self.ref_model is None else [model, self.accelerator.unwrap_model(self.ref_model)]
+        self._collator.share_prompt = not is_prompted and all(can_share(m, self.args.max_length) for m in models)
 
     def _prepare_dataset(self, dataset: Dataset | IterableDataset, processing_class, args, dataset_name):
         if "prompt_ids" not in get_dataset_column_names(dataset):
@@ -164,12 +173,23 @@ class SoftmaxDPOTrainer(CatalogTrainerMixin, DPOTrainer):
                     },
                     **map_kwargs,
                 )
+        elif isinstance(dataset, Dataset):
+            for batch in dataset.iter(batch_size=10_000):
+                check_preferences(batch, self.trie, args.max_length, dataset_name)
+        else:
+            check = {"trie": self.trie, "max_length": args.max_length, "dataset_name": dataset_name}
+            dataset = dataset.map(check_preferences, batched=True, fn_kwargs=check)
         if isinstance(dataset, Dataset):  # precomputed log-probabilities of all batches are put together
             self._collator.num_rejected = max(self._collator.num_rejected, *map(len, dataset["rejected_ids"]))
         return dataset
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         self._set_up()
+        if isinstance(dataset, Dataset):
+            # What is cached depends on more than rows and model, by which TRL names it
+            dataset = copy.copy(dataset)
+            form = (dataset._fingerprint, self.args.normalize, self._collator.num_rejected, self.trie)
+            dataset._fingerprint = Hasher.hash(form)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _log_probs(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -178,9 +198,10 @@ class SoftmaxDPOTrainer(CatalogTrainerMixin, DPOTrainer):
         attention_mask = (segments >= 0).long()
         if self._collator.share_prompt:
             attention_mask = segment_mask(segments)[:, None]
-            if self.model.config.get_text_config()._attn_implementation == "eager":  # it adds its mask to the scores
-                hidden, least = ~attention_mask, torch.finfo(self.model.dtype).min
-                attention_mask = torch.zeros_like(hidden, dtype=self.model.dtype).masked_fill_(hidden, least)
+            unwrapped = self.accelerator.unwrap_model(model)
+            if unwrapped.config.get_text_config()._attn_implementation == "eager":  # it adds its mask to the scores
+                hidden, least = ~attention_mask, torch.finfo(unwrapped.dtype).min
+                attention_mask = torch.zeros_like(hidden, dtype=unwrapped.dtype).masked_fill_(hidden, least)
         output = model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
@@ -265,8 +286,16 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum(dim=1) / mask.sum(dim=1)
 
 
-def can_run_a_tree(model: PreTrainedModel) -> bool:
+def can_share(model: PreTrainedModel, max_length: int | None) -> bool:
     """Whether completions of a prompt can share it; tried, and reported if not."""
+    window = sliding_window(model.config.get_text_config())
+    if window is not None and (max_length is None or max_length > window):
+        logger.warning(
+            "Each completion is run with a prompt of its own: some layers see %d tokens, and `max_length` is %s.",
+            window,
+            max_length,
+        )
+        return False
     was_training = model.training
     model.eval()
     try:
