@@ -21,6 +21,7 @@ import torch
 import update_catalog
 from helpers import make_model, make_windows
 from hub_server import serve
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from trl import ModelConfig
 
@@ -159,7 +160,7 @@ def suffix(content):
         (table(item_id=[1], title=[2]), "`texts` holds 1 value"),
         (table(item_id=[1], title=pa.array([None], pa.string())), "1 of 1 items have an empty text"),
         (table(item_id=[1], title=NO_UTF8), "cannot be read.*UTF8"),
-        (pa.table([[1], ["x"], ["y"]], ["item_id", "title", "title"]), "more than once|Multiple matches"),
+        (pa.table([[1], ["x"], ["y"]], ["item_id", "title", "title"]), "more than once|Multiple matches|duplicate"),
     ],
 )
 def test_items_of_a_table(tmp_path, content, message):
@@ -204,7 +205,11 @@ def test_interaction_logs(tmp_path, content, message):
 
 def test_interactions_long_ago(tmp_path):
     path = write(tmp_path / "log.csv", "user_id,item_id,timestamp\na,b,0001-01-01\n")
-    assert read_interactions(path)["timestamp"].tolist() == [-62135596800]
+    if Version(pd.__version__) < Version("3"):  # whose dates end in 1677
+        with pytest.raises(ValueError, match="must hold a number or an ISO 8601 date.*'0001-01-01'"):
+            read_interactions(path)
+    else:
+        assert read_interactions(path)["timestamp"].tolist() == [-62135596800]
 
 
 def test_what_pandas_notes_in_a_parquet_file_is_not_relied_on(tmp_path):
@@ -433,7 +438,7 @@ METADATA = {b"trl_msl_template": b"{text}"}
         (table(id=["1", "2"], text=["x", None]), METADATA, "`texts` holds 1 value.*item '2'"),
         (table(id=["1"], text=NO_UTF8), METADATA, "UTF8"),
         (table(id=pa.array([], pa.string()), text=pa.array([], pa.string())), METADATA, "0 and 0 entries"),
-        (pa.table([["1"], ["x"], ["y"]], ["id", "text", "text"]), METADATA, "text"),
+        (pa.table([["1"], ["x"], ["y"]], ["id", "text", "text"]), METADATA, "text|duplicate"),
     ],
 )
 def test_items_parquet(tmp_path, content, metadata, message):

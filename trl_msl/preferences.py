@@ -253,10 +253,11 @@ class DataCollatorForSoftmaxPreference:
 
     def _paths(self, items: list[list[int]]) -> list[list[int]]:
         """Trie nodes of each item's tokens, up to the last one that was a choice if forced ones are to be skipped."""
-        paths = self.trie.paths(self.trie.find(items).cpu())
+        trie = self.trie.to("cpu")
+        paths = trie.paths(trie.find(items))
         lengths = (paths >= 0).sum(dim=1)
         if self.skip_forced:
-            is_choice = (self.trie.num_valid_tokens(paths.clamp(min=0)) > 1) & (paths >= 0)
+            is_choice = (trie.num_valid_tokens(paths.clamp(min=0)) > 1) & (paths >= 0)
             lengths = ((torch.arange(paths.shape[1]) + 1) * is_choice).amax(dim=1)
         return [path[:length] for path, length in zip(paths.tolist(), lengths.tolist())]
 
