@@ -5,7 +5,7 @@ Every loader of files, fed with files that are damaged, spliced and made up: the
 The parsers below are partly native code, where a defect ends the interpreter: pytest's exit code tells. A long run,
 with counts and peak memory:
 
-    FUZZ_EXAMPLES=12000 FUZZ_REPORT=/tmp/fuzz.json python -m pytest -q tests/test_fuzz.py; echo $?
+    FUZZ_EXAMPLES=12000 FUZZ_REPORT=fuzz.json python -m pytest -q tests/test_fuzz.py; echo $?
 """
 
 import csv
