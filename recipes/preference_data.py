@@ -60,9 +60,8 @@ def make_preferences(
         if args.negatives == "model":
             drawn = model_negatives(model, tokenizer, trie, data.catalog, rows, args.num_negatives, **kwargs)
         else:
-            weights = popularity if args.negatives == "popular" else None
-            drawn = draw_negatives(rows, data.catalog, trie, args.negatives, args.num_negatives, weights, seed)
+            counts = count_interactions(data.windows["train"], data.catalog) if args.negatives == "popular" else None
+            drawn = draw_negatives(rows, data.catalog, trie, args.negatives, args.num_negatives, counts, seed)
         return build_preferences(rows, data.catalog, drawn)
 
-    popularity = count_interactions(data.windows["train"], data.catalog)
     return DatasetDict(train=build(train), validation=build(data.rows["validation"]))

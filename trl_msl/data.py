@@ -275,6 +275,20 @@ def fit_prompts(
     return prompts
 
 
+def ranking_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    trie: ItemTrie,
+    rows: dict[str, list],
+    max_length: int | None = None,
+    template: PromptTemplate | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts to rank items for: as [`fit_prompts`], with room for an item of average length."""
+    limit = float("inf") if max_length is None else max_length
+    room = [limit - int(trie.item_lengths.double().mean())] * len(rows["prompt"])
+    return fit_prompts(tokenizer, rows, room, template, chat_template_kwargs)
+
+
 def completion_text(completion: Any, conversational: bool, argument: str = "completion") -> str:
     if not conversational:
         return completion

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .catalog import ItemCatalog, encode_items
-from .data import PromptTemplate, encode_prompts, fit_prompts
+from .data import PromptTemplate, ranking_prompts
 from .decoding import TrieDecoder
 from .generation import Recommendations, recommend
 from .metrics import bootstrap_interval, coverage, per_user_metrics, ranks_of_targets
@@ -81,11 +81,7 @@ def evaluate_recommendations(
         )
     targets = np.array(catalog.indices(rows["item_id"]))
     top_k = max(ks)
-    if max_length is None:
-        prompts = encode_prompts(tokenizer, rows["prompt"][:], chat_template_kwargs)
-    else:
-        room = [max_length - int(trie.item_lengths.double().mean())] * len(rows)
-        prompts = fit_prompts(tokenizer, rows[:], room, prompt_template, chat_template_kwargs)
+    prompts = ranking_prompts(tokenizer, trie, rows[:], max_length, prompt_template, chat_template_kwargs)
     found = recommend(model, tokenizer, trie, prompts, top_k=top_k, **kwargs)
     recommended = found.items
     if match == "text":

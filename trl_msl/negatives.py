@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .catalog import ItemCatalog
-from .data import PromptTemplate, fit_prompts
+from .data import PromptTemplate, ranking_prompts
 from .generation import recommend
 from .trie import ItemTrie
 
@@ -113,11 +113,8 @@ def model_negatives(
     exclude = [leaves.alike([t, *catalog.indices(ids)]) for t, ids in zip(targets, rows["history_ids"][:])]
     one_of_each = [items[0] for items in leaves.items.values()]
     top_k = min(len(one_of_each), num_negatives)
-    if max_length is None:
-        prompts = rows["prompt"][:]
-    else:
-        room = [max_length - int(trie.item_lengths.double().mean())] * len(rows)
-        prompts = fit_prompts(tokenizer, rows[:], room, prompt_template, kwargs.get("chat_template_kwargs"))
+    settings = (max_length, prompt_template, kwargs.get("chat_template_kwargs"))
+    prompts = ranking_prompts(tokenizer, trie, rows[:], *settings)
     found = recommend(model, tokenizer, trie, prompts, top_k=top_k, exclude=exclude, allowed=one_of_each, **kwargs)
     drawn = [[item for item in items if item >= 0] for items in found.items.tolist()]
     _report(drawn, num_negatives)

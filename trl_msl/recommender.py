@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .bundle import BUNDLE_FILE, BUNDLE_FILES, Bundle
 from .catalog import ItemCatalog
-from .data import fit_prompts
+from .data import ranking_prompts
 from .generation import recommend
 
 
@@ -180,10 +180,8 @@ class Recommender:
         indices = self._indices(histories)
         written = [[catalog.completions[index] for index in history] for history in indices]
         rows = {"prompt": [template.render(history) for history in written], "history": written}
-        # As in `evaluate_recommendations`: room for an item of average length
-        limit = float("inf") if self.bundle.max_length is None else self.bundle.max_length
-        room = [limit - int(self.bundle.trie.item_lengths.double().mean())] * len(rows["prompt"])
-        prompts = fit_prompts(self.tokenizer, rows, room, template, self.bundle.chat_template_kwargs)
+        settings = (self.bundle.max_length, template, self.bundle.chat_template_kwargs)
+        prompts = ranking_prompts(self.tokenizer, self.bundle.trie, rows, *settings)
         found = recommend(
             self.model,
             self.tokenizer,
