@@ -8,6 +8,7 @@ save them with `save_pretrained` into one folder, and `AutoTokenizer` and `AutoM
 
 import random
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +21,32 @@ from trl import SFTConfig, SFTTrainer
 from trl_msl import ItemCatalog, PromptTemplate
 
 
-BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+@dataclass
+class ScratchArguments:
+    """
+    What a small tokenizer and model are made of, where there is no `model_name_or_path`.
+
+    Parameters:
+        scratch_tokens (`str`, *optional*, defaults to `"text"`):
+            What a token is: part of a `text`, by byte pairs; or a whole `item` (with `--item_template "{id}"`).
+        scratch_vocab_size (`int`, *optional*, defaults to `2000`):
+            Most tokens of text.
+        scratch_hidden_size, scratch_num_layers (`int`, *optional*, defaults to `128` and `2`):
+            Sizes of the Llama.
+        scratch_pretrain_steps (`int`, *optional*, defaults to `200`):
+            Steps in which it first learns to write items, in random order. (`pretrain.py` has options of its own.)
+    """
+
+    scratch_tokens: str = field(
+        default="text", metadata={"help": "What a token is: part of a text, or an item.", "choices": ["text", "item"]}
+    )
+    scratch_vocab_size: int = field(default=2000, metadata={"help": "Vocabulary of the small tokenizer."})
+    scratch_hidden_size: int = field(default=128, metadata={"help": "Hidden size of the small model."})
+    scratch_num_layers: int = field(default=2, metadata={"help": "Layers of the small model."})
+    scratch_pretrain_steps: int = field(default=200, metadata={"help": "Steps in which it learns to write items."})
+
+
+BOS, EOS, PAD, UNKNOWN = "<|bos|>", "<|eos|>", "<|pad|>", "<|unknown|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
 # Llama 3's split into words. A punctuation mark joins the word after it (`"The`), so that a trie of quoted titles has
@@ -90,6 +116,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedT
     )
 
 
+def item_tokenizer(items: Iterable[str]) -> PreTrainedTokenizerFast:
+    """
+    A tokenizer with one token for each of the `items`, which stand in a text as `", "` separates them.
+
+    Items that are written alike share a token. It adds BOS and knows nothing else: any other text is an unknown token.
+    """
+    words = {word: token for token, word in enumerate(dict.fromkeys([BOS, EOS, PAD, UNKNOWN, *items]))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(", ", behavior="removed")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, words[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN
+    )
+
+
 def build_model(
     tokenizer: PreTrainedTokenizerFast,
     hidden_size: int = 128,
@@ -145,15 +188,20 @@ def build_model(
     return model
 
 
+def make_base_model(
+    catalog: ItemCatalog, texts: Iterable[str], args: ScratchArguments, seed: int = 0
+) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+    """A tokenizer, of `texts` or of the catalogue's items, and a model with random weights for it."""
+    if args.scratch_tokens == "item":
+        tokenizer = item_tokenizer(catalog.completions)
+    else:
+        tokenizer = train_tokenizer(texts, args.scratch_vocab_size)
+    num_heads = max(2, args.scratch_hidden_size // 32)
+    return tokenizer, build_model(tokenizer, args.scratch_hidden_size, args.scratch_num_layers, num_heads, seed=seed)
+
+
 def write_base_model(
-    path: Path,
-    catalog: ItemCatalog,
-    template: PromptTemplate,
-    vocab_size: int = 2000,
-    hidden_size: int = 128,
-    num_layers: int = 2,
-    pretrain_steps: int = 200,
-    seed: int = 0,
+    path: Path, catalog: ItemCatalog, template: PromptTemplate, args: ScratchArguments, seed: int = 0
 ) -> None:
     """
     Make a base model that can write the catalogue's items but knows nothing of its users, and save it as a pair.
@@ -167,10 +215,8 @@ def write_base_model(
             Folder to write the model and the tokenizer into.
         catalog ([`ItemCatalog`]), template ([`PromptTemplate`]):
             What prompts are made of.
-        vocab_size, hidden_size, num_layers, seed (`int`):
-            As for [`train_tokenizer`] and [`build_model`].
-        pretrain_steps (`int`, *optional*, defaults to `200`):
-            Optimizer steps of 32 texts each.
+        args ([`ScratchArguments`]), seed (`int`):
+            The sizes, and the number of optimizer steps, of 32 texts each.
     """
     rng = random.Random(seed)
     text_template = PromptTemplate(template.text, template.separator)
@@ -179,18 +225,18 @@ def write_base_model(
         *history, target = rng.choices(catalog.completions, k=rng.randint(2, 5))
         return text_template.render(history) + target
 
-    tokenizer = train_tokenizer([*catalog.completions, *(text() for _ in range(100))], vocab_size)
-    model = build_model(tokenizer, hidden_size, num_layers, num_heads=max(2, hidden_size // 32), seed=seed)
-    if pretrain_steps:
+    tokenizer, model = make_base_model(catalog, [*catalog.completions, *(text() for _ in range(100))], args, seed)
+    steps = args.scratch_pretrain_steps
+    if steps:
         config = SFTConfig(
-            str(path / "pretraining"), max_steps=pretrain_steps, per_device_train_batch_size=32, learning_rate=2e-3,
+            str(path), max_steps=steps, per_device_train_batch_size=32, learning_rate=2e-3,
             lr_scheduler_type="cosine", gradient_checkpointing=False, bf16=False, report_to="none", save_strategy="no",
-            logging_steps=max(1, pretrain_steps // 4), seed=seed,
+            logging_steps=max(1, steps // 4), seed=seed,
         )  # fmt: skip
-        rows = Dataset.from_dict({"text": [text() for _ in range(32 * pretrain_steps)]})
+        rows = Dataset.from_dict({"text": [text() for _ in range(32 * steps)]})
         trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
         trainer.train()
-        trainer.save_model(str(path))  # also where FSDP or ZeRO-3 has sharded the model
+        trainer.save_model()  # also where FSDP or ZeRO-3 has sharded the model
     elif PartialState().is_main_process:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+import pandas as pd
 
 
 matplotlib.use("Agg")
@@ -22,6 +24,35 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def write_results(
+    folder: Path, metrics: dict[str, Any], catalog: ItemCatalog, targets: list[str], items: np.ndarray, ranks: np.ndarray
+) -> None:
+    """
+    What `report.py` compares systems by: `metrics.json`, and `rankings.parquet` with a row per test case.
+
+    Args:
+        folder (`Path`):
+            The system's folder.
+        metrics (`dict[str, Any]`):
+            Of `ranking_metrics`, and what the system cost: `train_seconds`, `test_seconds`, `num_parameters`; `seed`;
+            `validation_ndcg@10`, by which it was chosen.
+        catalog ([`ItemCatalog`]):
+            The items.
+        targets (`list[str]`):
+            Id of the item that came next in each test case, in the order of the test split.
+        items (`np.ndarray` of shape `(num_rows, top_k)`, integer):
+            Recommended items, as indices in the catalogue, best first; `-1` where there is none.
+        ranks (`np.ndarray` of shape `(num_rows,)`, integer):
+            As `ranks_of_targets` gives them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = [[catalog.ids[item] for item in row if item >= 0] for row in items.tolist()]
+    rankings = pd.DataFrame({"item_id": targets, "recommended": ids, "rank": ranks.astype(int)})
+    rankings.to_parquet(folder / "rankings.tmp")
+    (folder / "rankings.tmp").replace(folder / "rankings.parquet")
+    write_json(folder / "metrics.json", metrics)
 
 
 def format_table(results: dict[str, dict[str, float]], columns: tuple[str, ...] = ("ndcg@10", "hr@10")) -> str:

@@ -42,7 +42,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import DatasetDict
-from from_scratch import write_base_model
+from from_scratch import ScratchArguments, write_base_model
 from recipe_data import QUICKSTART, RecipeData, load_recipe_data
 from recipe_outputs import describe_recommendations, format_table, plot_training, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
@@ -74,8 +74,6 @@ class RecipeArguments:
             for models that the engine can't run).
         eval_batch_users (`int`, *optional*, defaults to `16`):
             Users per process that are decoded at a time.
-        scratch_vocab_size, scratch_hidden_size, scratch_num_layers, scratch_pretrain_steps (`int`, *optional*):
-            Without `model_name_or_path`: sizes of the tokenizer and the model that are made from the catalogue.
     """
 
     loss: list[str] = field(
@@ -86,13 +84,15 @@ class RecipeArguments:
         default="exact", metadata={"help": "How evaluations decode.", "choices": ["exact", "beam", "generate"]}
     )
     eval_batch_users: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
-    scratch_vocab_size: int = field(default=2000, metadata={"help": "Vocabulary of the small tokenizer."})
-    scratch_hidden_size: int = field(default=128, metadata={"help": "Hidden size of the small model."})
-    scratch_num_layers: int = field(default=2, metadata={"help": "Layers of the small model."})
-    scratch_pretrain_steps: int = field(default=200, metadata={"help": "Steps in which it learns to write items."})
 
 
-def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, model_args: ModelConfig) -> None:
+def main(
+    args: RecipeArguments,
+    data_args: DataArguments,
+    scratch_args: ScratchArguments,
+    config: MSLConfig,
+    model_args: ModelConfig,
+) -> None:
     if config.resume_from_checkpoint and len(args.loss) > 1:
         raise ValueError(f"`resume_from_checkpoint` is one run's, but `loss` is {args.loss}: pass the loss to resume.")
     sharding = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
@@ -103,8 +103,7 @@ def main(args: RecipeArguments, data_args: DataArguments, config: MSLConfig, mod
     data = load_recipe_data(data_args)
     if model_args.model_name_or_path is None:
         base = output_dir / "base_model"
-        sizes = (args.scratch_vocab_size, args.scratch_hidden_size, args.scratch_num_layers)
-        write_base_model(base, data.catalog, data.template, *sizes, args.scratch_pretrain_steps, config.seed)
+        write_base_model(base, data.catalog, data.template, scratch_args, config.seed)
         model_args.model_name_or_path = str(base)
     config.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -236,4 +235,4 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if not {"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments}:
         arguments = ["--config", str(QUICKSTART), *arguments]
-    main(*TrlParser((RecipeArguments, DataArguments, MSLConfig, ModelConfig)).parse_args_and_config(arguments))
+    main(*TrlParser((RecipeArguments, DataArguments, ScratchArguments, MSLConfig, ModelConfig)).parse_args_and_config(arguments))

@@ -15,7 +15,7 @@ from .catalog import ItemCatalog, encode_items
 from .data import PromptTemplate, ranking_prompts
 from .decoding import TrieDecoder
 from .generation import Recommendations, recommend
-from .metrics import bootstrap_interval, coverage, per_user_metrics, ranks_of_targets
+from .metrics import coverage, ranking_metrics, ranks_of_targets
 from .tree_support import is_sharded
 from .trie import ItemTrie
 
@@ -80,20 +80,15 @@ def evaluate_recommendations(
             "trie from this catalogue, with this tokenizer, for rows of this form."
         )
     targets = np.array(catalog.indices(rows["item_id"]))
-    top_k = max(ks)
     prompts = ranking_prompts(tokenizer, trie, rows[:], max_length, prompt_template, chat_template_kwargs)
-    found = recommend(model, tokenizer, trie, prompts, top_k=top_k, **kwargs)
+    found = recommend(model, tokenizer, trie, prompts, top_k=max(ks), **kwargs)
     recommended = found.items
     if match == "text":
         _, first, leaf = np.unique(trie.item_nodes.cpu().numpy(), return_index=True, return_inverse=True)
         representative = first[leaf]  # the first item with the same text
         targets, recommended = representative[targets], _first_of_each(representative, recommended)
     found.target_ranks = ranks_of_targets(recommended, targets)
-    values = per_user_metrics(found.target_ranks, ks)
-    metrics = {name: float(value.mean()) for name, value in values.items()}
-    for name in (f"ndcg@{top_k}", f"hr@{top_k}", f"mrr@{top_k}"):
-        metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values[name], confidence)
-    metrics |= {
+    metrics = ranking_metrics(found.target_ranks, ks, confidence) | {
         "coverage": coverage(found.items, len(catalog)),
         "exact_rate": float(found.exact.mean()),
         "invalid_rate": found.invalid_rate,

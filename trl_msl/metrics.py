@@ -97,7 +97,9 @@ def per_user_metrics(ranks: ArrayLike, ks: tuple[int, ...] = (5, 10)) -> dict[st
     return metrics
 
 
-def ranking_metrics(ranks: ArrayLike, ks: tuple[int, ...] = (5, 10)) -> dict[str, float]:
+def ranking_metrics(
+    ranks: ArrayLike, ks: tuple[int, ...] = (5, 10), confidence: float | None = None
+) -> dict[str, float]:
     """
     Averages [`per_user_metrics`] over the users.
 
@@ -106,9 +108,12 @@ def ranking_metrics(ranks: ArrayLike, ks: tuple[int, ...] = (5, 10)) -> dict[str
             Ranks as [`ranks_of_targets`] returns them; `-1` is a miss and counts as 0.
         ks (`tuple[int, ...]`, *optional*, defaults to `(5, 10)`):
             Cut-offs.
+        confidence (`float`, *optional*):
+            Level of the intervals of [`bootstrap_interval`] to add for the largest cut-off.
 
     Returns:
-        `dict[str, float]`: `"hr@5"`, `"ndcg@5"`, `"mrr@5"`, ... for each cut-off.
+        `dict[str, float]`: `"hr@5"`, `"ndcg@5"`, `"mrr@5"`, ... for each cut-off; with `confidence` also the ends of
+        intervals, such as `"ndcg@10_low"` and `"ndcg@10_high"`.
 
     Example:
 
@@ -122,7 +127,12 @@ def ranking_metrics(ranks: ArrayLike, ks: tuple[int, ...] = (5, 10)) -> dict[str
     """
     if np.size(ranks) == 0:
         raise ValueError("ranks is empty, so there is no mean; evaluate at least one user.")
-    return {name: float(values.mean()) for name, values in per_user_metrics(ranks, ks).items()}
+    values = per_user_metrics(ranks, ks)
+    metrics = {name: float(value.mean()) for name, value in values.items()}
+    if confidence is not None:
+        for name in (f"ndcg@{max(ks)}", f"hr@{max(ks)}", f"mrr@{max(ks)}"):
+            metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values[name], confidence)
+    return metrics
 
 
 def bootstrap_interval(

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Make a small base model that can write a catalogue's items and has read its training histories.
+
+A masked softmax is meant for a model that can write already. Where there is no LLM at hand this makes a stand-in: a
+tokenizer and a Llama from scratch, trained with the plain next-token loss on each item's text and on each user's items of
+the training split, in time order. Every loss can then start from the same backbone:
+
+```bash
+accelerate launch recipes/pretrain.py --config recipes/configs/pretrain.yaml \
+    --data_dir data/Book --empty_texts keep --output_dir outputs/book/base
+accelerate launch recipes/sft_msl.py --model_name_or_path outputs/book/base --data_dir data/Book --empty_texts keep
+```
+
+With `--num_train_epochs 0` the weights stay random: the same start for runs from scratch.
+"""
+
+from accelerate import PartialState
+from datasets import Dataset
+from from_scratch import ScratchArguments, make_base_model
+from recipe_data import RecipeData, load_recipe_data
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from trl_msl import DataArguments
+
+
+def main(data_args: DataArguments, scratch_args: ScratchArguments, config: SFTConfig) -> None:
+    data = load_recipe_data(data_args)
+    texts = pretraining_texts(data)
+    tokenizer, model = make_base_model(data.catalog, texts, scratch_args, config.seed)
+    rows = Dataset.from_dict({"text": texts})
+    trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+    if config.num_train_epochs > 0:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint == "last" or config.resume_from_checkpoint)
+    trainer.save_model()
+    process = PartialState()
+    process.print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(texts)} texts")
+    # A rank that exits while others still talk, or with the group's threads alive, is aborted
+    process.wait_for_everyone()
+    process.destroy_process_group()
+
+
+def pretraining_texts(data: RecipeData) -> list[str]:
+    """Each item, and the items of each user's training windows in time order, as they are written in prompts."""
+    histories: dict[str, dict[str, None]] = {}
+    for window in data.windows["train"]:
+        histories.setdefault(window["user_id"], {}).update(dict.fromkeys(window["item_ids"]))
+    catalog = data.catalog
+    written = [[catalog.completions[index] for index in catalog.indices(list(items))] for items in histories.values()]
+    return [*catalog.completions, *(data.template.separator.join(items) for items in written)]
+
+
+if __name__ == "__main__":
+    main(*TrlParser((DataArguments, ScratchArguments, SFTConfig)).parse_args_and_config())
