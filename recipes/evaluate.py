@@ -19,7 +19,6 @@ Writes `metrics.json` and `recommendations.txt` into `--output_dir`.
 import dataclasses
 import json
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,19 +26,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from recipe_data import load_recipe_data, with_quickstart_data
+from recipe_evaluation import DECODINGS, evaluate_decodings
 from recipe_outputs import describe_recommendations, format_table, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
-from trl_msl import DataArguments, Recommendations, bootstrap_interval, evaluate_recommendations, per_user_metrics
-
-
-DECODINGS = {
-    "exact": {"mode": "exact"},
-    "beam": {"mode": "beam", "normalize": "trie"},
-    "beam-vocab": {"mode": "beam", "normalize": "vocab"},
-    "generate": {"mode": "generate", "normalize": "trie"},
-}
+from trl_msl import DataArguments, Recommendations, bootstrap_interval, per_user_metrics
 
 
 @dataclass
@@ -116,17 +108,10 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
         "prompt_template": data.template,
         "chat_template_kwargs": chat_template_kwargs,
     }
-    results, found = {}, {}
-    for decoding in args.decoding:
-        beams = {"num_beams": args.num_beams, "length_penalty": args.length_penalty} if decoding != "exact" else {}
-        started = time.time()
-        results[decoding], found[decoding] = evaluate_recommendations(
-            model, tokenizer, trie, data.catalog, rows, return_recommendations=True,
-            **settings, **beams, **DECODINGS[decoding],
-        )  # fmt: skip
-        results[decoding]["seconds"] = round(time.time() - started, 1)
-        for name, counts in (("expansions", found[decoding].expansions), ("rounds", found[decoding].rounds)):
-            results[decoding] |= {f"{name}_mean": float(counts.mean()), f"{name}_max": int(counts.max())}
+    beams = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
+    results, found = evaluate_decodings(
+        args.decoding, model, tokenizer, trie, data.catalog, rows, beam_settings=beams, **settings
+    )
     first, *others = found
     differences = {f"{other} - {first}": compare(found[other], found[first], ks) for other in others}
     if process.is_main_process:

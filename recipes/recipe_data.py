@@ -33,7 +33,8 @@ def load_recipe_data(args: DataArguments) -> RecipeData:
         catalog, windows = read_data(args)
     else:
         titles = generate_catalog()
-        catalog = ItemCatalog.from_dict(titles, template=args.item_template)
+        texts = list(titles) if args.item_text == "id" else list(titles.values())
+        catalog = ItemCatalog(list(titles), texts, template=args.item_template)
         transitions = generate_transitions(titles)
         windows = generate_windows(transitions)
     for split, most in (("validation", args.max_validation_users), ("test", args.max_test_users)):

@@ -27,7 +27,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_results(
-    folder: Path, metrics: dict[str, Any], catalog: ItemCatalog, targets: list[str], items: np.ndarray, ranks: np.ndarray
+    folder: Path,
+    metrics: dict[str, Any],
+    catalog: ItemCatalog,
+    targets: list[str],
+    items: np.ndarray,
+    ranks: np.ndarray,
 ) -> None:
     """
     What `report.py` compares systems by: `metrics.json`, and `rankings.parquet` with a row per test case.
@@ -76,11 +81,12 @@ def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> N
     for axis, (key, label) in zip(axes, panels.items()):
         for name, history in histories.items():
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            if points:
-                axis.plot(*zip(*points), label=name, marker="o" if key.startswith("eval") else None)
+            # drawn without points, too, so that a system has one colour in all panels
+            steps, values = zip(*points) if points else ((), ())
+            axis.plot(steps, values, label=name if points else None, marker="o" if key.startswith("eval") else None)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if axis.get_legend_handles_labels()[0]:
             axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -29,8 +29,9 @@ accelerate launch recipes/sft_msl.py \
 A run that was killed goes on from its last whole checkpoint with `--resume_from_checkpoint last`.
 
 All options can stand in a YAML file: `--config recipes/configs/quickstart.yaml`. What it leaves in `output_dir`: the
-trained model of each loss with `metrics.json`, `log_history.json` and `recommendations.txt`, and `summary.json` and
-`training.png`.
+trained model of each loss with `metrics.json`, `rankings.parquet`, `log_history.json` and `recommendations.txt`, and
+`summary.json` and `training.png`. With `--run_name` a run of one loss gets a folder of that name, so that many can be
+compared by `report.py`.
 """
 
 import dataclasses
@@ -40,11 +41,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ablation import LossProbe, ScaledLossTrainer
 from accelerate import PartialState
 from datasets import DatasetDict
 from from_scratch import ScratchArguments, write_base_model
 from recipe_data import QUICKSTART, RecipeData, load_recipe_data
-from recipe_outputs import describe_recommendations, format_table, plot_training, write_json
+from recipe_evaluation import DECODINGS, evaluate_decodings
+from recipe_outputs import describe_recommendations, format_table, plot_training, write_json, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -52,12 +55,17 @@ from trl_msl import (
     DataArguments,
     ItemTrie,
     MSLConfig,
-    MSLTrainer,
     RecommendationCallback,
-    evaluate_recommendations,
     is_sharded,
     tokenize_rows,
 )
+
+
+# What tells one run from another, for `report.py`
+REPORTED = (
+    "normalize", "temperature", "learning_rate", "num_train_epochs", "max_steps", "supervise_history", "num_negatives",
+    "negative_scale",
+)  # fmt: skip
 
 
 @dataclass
@@ -69,21 +77,27 @@ class RecipeArguments:
         loss (`list[str]`, *optional*, defaults to `["msl"]`):
             What to train and compare, from the same start and with the same updates: `msl`, `lml` (TRL's
             `SFTTrainer`), and `untrained`.
-        decoding (`str`, *optional*, defaults to `"exact"`):
-            How evaluations find the best items, see `recommend`: `exact`, `beam` (10 beams), or `generate` (the same
-            for models that the engine can't run).
+        decoding (`list[str]`, *optional*, defaults to `["exact"]`):
+            How the test finds the best items: `exact`, `beam` (10 beams), `beam-vocab` (by the probability over the
+            vocabulary), or `generate` (as `beam`, for models that the engine can't run). The first one validates.
         eval_batch_users (`int`, *optional*, defaults to `16`):
             Users per process that are decoded at a time.
+        loss_scale (`float`, *optional*, defaults to `1.0`):
+            Constant factor on the loss of `msl`, for ablations.
+        probe_steps (`int`, *optional*):
+            Measure the parts of the loss of `msl` and their gradients every so many steps: `probe.json`.
     """
 
     loss: list[str] = field(
         default_factory=lambda: ["msl"],
         metadata={"help": "What to train and compare: msl, lml, untrained.", "choices": ["msl", "lml", "untrained"]},
     )
-    decoding: str = field(
-        default="exact", metadata={"help": "How evaluations decode.", "choices": ["exact", "beam", "generate"]}
+    decoding: list[str] = field(
+        default_factory=lambda: ["exact"], metadata={"help": "How the test decodes.", "choices": list(DECODINGS)}
     )
     eval_batch_users: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
+    loss_scale: float = field(default=1.0, metadata={"help": "Constant factor on the loss of `msl`."})
+    probe_steps: int | None = field(default=None, metadata={"help": "Measure parts of the loss every so many steps."})
 
 
 def main(
@@ -98,8 +112,10 @@ def main(
     sharding = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
     if sharding and "untrained" in args.loss:
         raise ValueError("`loss` holds `untrained`, which a sharded run can't evaluate: use `recipes/evaluate.py`.")
+    if config.run_name and len(args.loss) > 1:
+        raise ValueError(f"`run_name` names the folder of one run, but `loss` is {args.loss}: pass one of them.")
     started = time.time()
-    process, output_dir = PartialState(), Path(config.output_dir)
+    process, output_dir = PartialState(), Path(config.output_dir, config.run_name or "")
     data = load_recipe_data(data_args)
     if model_args.model_name_or_path is None:
         base = output_dir / "base_model"
@@ -117,7 +133,6 @@ def main(
     )
     trie = data.catalog.build_trie(tokenizer, data_args.conversational, config.chat_template_kwargs)
     ranking = {
-        "mode": args.decoding,
         "batch_size": args.eval_batch_users,
         "max_length": config.max_length,
         "prompt_template": data.template,
@@ -126,41 +141,11 @@ def main(
 
     results, histories = {}, {}
     for name in args.loss:
-        process.print(f"\n=== {name} ===")
-        begun = time.time()
-        if name == "untrained":
-            model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **config.model_init_kwargs)
-            model = model.to(process.device)
-        else:
-            trainer = make_trainer(name, data, tokenizer, trie, config, model_args, ranking)
-            is_last = config.resume_from_checkpoint == "last"
-            trainer.train(resume_from_checkpoint=True if is_last else config.resume_from_checkpoint)
-            trainer.save_model(trainer.args.output_dir)
-            model, histories[name] = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
-        trained = time.time()
-        if process.is_main_process and name in histories:
-            write_json(output_dir / name / "log_history.json", histories[name])
-        if is_sharded(model):
-            results[name] = {}
-            process.print(
-                "The model is sharded, and decoding needs all of it in each process. Evaluate what was saved:\n"
-                f"accelerate launch recipes/evaluate.py --model_name_or_path {trainer.args.output_dir}"
-            )
-        else:
-            results[name], found = evaluate_recommendations(
-                model, tokenizer, trie, data.catalog, data.rows["test"], return_recommendations=True, **ranking
-            )
-            results[name]["test_seconds"] = round(time.time() - trained, 1)
-            if process.is_main_process:
-                text = describe_recommendations(data.rows["test"], data.catalog, found)
-                (output_dir / name).mkdir(parents=True, exist_ok=True)
-                (output_dir / name / "recommendations.txt").write_text(text, encoding="utf-8")
-                print(text)
-        results[name]["train_seconds"] = round(trained - begun, 1)
-        if process.is_main_process:
-            write_json(output_dir / name / "metrics.json", results[name])
-        if config.push_to_hub and name == "msl":
-            trainer.push_to_hub()
+        process.print(f"\n=== {config.run_name or name} ===")
+        folder = output_dir if config.run_name else output_dir / name
+        results[name], history = run(name, folder, args, data, tokenizer, trie, config, model_args, ranking)
+        if history:
+            histories[config.run_name or name] = history
     if data.best_possible:
         results["best_possible"] = data.best_possible
     if process.is_main_process:
@@ -174,8 +159,69 @@ def main(
     process.destroy_process_group()
 
 
+def run(
+    name: str,
+    folder: Path,
+    args: RecipeArguments,
+    data: RecipeData,
+    tokenizer: PreTrainedTokenizerBase,
+    trie: ItemTrie,
+    config: MSLConfig,
+    model_args: ModelConfig,
+    ranking: dict,
+) -> tuple[dict, list[dict]]:
+    """Train by a loss, test, and leave both in a folder: the test's metrics and the log of the training."""
+    process, begun, history = PartialState(), time.time(), []
+    if name == "untrained":
+        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **config.model_init_kwargs)
+        model = model.to(process.device)
+    else:
+        trainer = make_trainer(name, folder, args, data, tokenizer, trie, config, model_args, ranking)
+        is_last = config.resume_from_checkpoint == "last"
+        trainer.train(resume_from_checkpoint=True if is_last else config.resume_from_checkpoint)
+        trainer.save_model()
+        model, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
+        if process.is_main_process:
+            write_json(folder / "log_history.json", history)
+    costs = {
+        "train_seconds": round(time.time() - begun, 1),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad and history),
+        "seed": config.seed,
+        "arguments": {option: getattr(config, option) for option in REPORTED} | {"loss": name},
+    }
+    if validated := [entry["eval_ndcg@10"] for entry in history if "eval_ndcg@10" in entry]:
+        costs["validation_ndcg@10"] = max(validated) if config.load_best_model_at_end else validated[-1]
+    if is_sharded(model):
+        metrics = costs
+        process.print(
+            "The model is sharded, and decoding needs all of it in each process. Evaluate what was saved:\n"
+            f"accelerate launch recipes/evaluate.py --model_name_or_path {folder}"
+        )
+        if process.is_main_process:
+            write_json(folder / "metrics.json", metrics)
+    else:
+        rows = data.rows["test"]
+        results, found = evaluate_decodings(args.decoding, model, tokenizer, trie, data.catalog, rows, **ranking)
+        metrics = results[args.decoding[0]] | costs
+        if process.is_main_process:
+            for decoding, result in found.items():
+                # the first way of decoding is the system's own, others are beside it
+                place = folder if decoding == args.decoding[0] else folder / decoding
+                values = results[decoding] | costs | {"decoding": decoding}
+                write_results(place, values, data.catalog, rows["item_id"][:], result.items, result.target_ranks)
+            text = describe_recommendations(rows, data.catalog, found[args.decoding[0]])
+            (folder / "recommendations.txt").write_text(text, encoding="utf-8")
+            print(text)
+    if config.push_to_hub and name == "msl":
+        trainer.push_to_hub()
+    return metrics, history
+
+
 def make_trainer(
     name: str,
+    folder: Path,
+    args: RecipeArguments,
     data: RecipeData,
     tokenizer: PreTrainedTokenizerBase,
     trie: ItemTrie,
@@ -184,7 +230,7 @@ def make_trainer(
     ranking: dict,
 ) -> Trainer:
     """The trainer of a loss: same rows, same tokens, same model; validation NDCG@10 at each evaluation."""
-    config = dataclasses.replace(config, output_dir=f"{config.output_dir}/{name}")
+    config = dataclasses.replace(config, output_dir=str(folder))
     rows = tokenize(data, tokenizer, trie, config, labels="nodes" if name == "msl" else "tokens")
     kwargs = {
         "model": model_args.model_name_or_path,
@@ -194,14 +240,18 @@ def make_trainer(
         "quantization_config": get_quantization_config(model_args),
         "peft_config": get_peft_config(model_args),
     }
-    trainer = (
-        MSLTrainer(args=config, trie=trie, catalog=data.catalog, prompt_template=data.template, **kwargs)
-        if name == "msl"
-        else SFTTrainer(args=as_sft(config), **kwargs)
-    )
+    if name == "msl":
+        trainer = ScaledLossTrainer(
+            args=config, trie=trie, catalog=data.catalog, prompt_template=data.template, **kwargs
+        )
+        trainer.loss_scale = args.loss_scale
+        if args.probe_steps:
+            trainer.add_callback(LossProbe(trainer, folder / "probe.json", args.probe_steps))
+    else:
+        trainer = SFTTrainer(args=as_sft(config), **kwargs)
     if config.eval_strategy != "no":
-        callback = RecommendationCallback(trainer, trie, data.catalog, data.rows["validation"], ks=(10,), **ranking)
-        trainer.add_callback(callback)
+        ranking = {**ranking, **DECODINGS[args.decoding[0]], "ks": (10,)}
+        trainer.add_callback(RecommendationCallback(trainer, trie, data.catalog, data.rows["validation"], **ranking))
     return trainer
 
 
@@ -221,6 +271,7 @@ def tokenize(
                 "prompt_template": data.template,
                 "chat_template_kwargs": config.chat_template_kwargs,
                 "labels": labels,
+                "supervise_history": config.supervise_history,
             },
             desc="Tokenizing",
         )
@@ -235,4 +286,8 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if not {"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments}:
         arguments = ["--config", str(QUICKSTART), *arguments]
-    main(*TrlParser((RecipeArguments, DataArguments, ScratchArguments, MSLConfig, ModelConfig)).parse_args_and_config(arguments))
+    main(
+        *TrlParser((RecipeArguments, DataArguments, ScratchArguments, MSLConfig, ModelConfig)).parse_args_and_config(
+            arguments
+        )
+    )

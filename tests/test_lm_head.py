@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from trl_msl import ItemTrie, add_sparse_lm_head, build_rows, tokenize_rows
+from trl_msl import ItemTrie, add_sparse_lm_head, build_rows, masked_softmax_loss, tokenize_rows
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +151,51 @@ def test_trie_of_another_tokenizer_and_quantised_heads_are_errors(tokenizer):
     model.lm_head.weight = weight
     with pytest.raises(ValueError, match="LM head of torch.int8"):
         add_sparse_lm_head(model, ItemTrie.from_sequences([[1], [2]]))
+
+
+# ---------------------------------------------------------------------- fewer negatives, and temperature
+
+
+def test_negatives_are_drawn_where_there_are_many(batch, tokenizer, trie):
+    model = make_model(tokenizer)
+    add_sparse_lm_head(model, trie)
+    whole = model(**batch, sparse_lm_head=True)
+    num_valid = whole.valid_mask.sum(dim=1)
+    drawn = torch.zeros(int(num_valid.max()) - 1)
+    torch.manual_seed(0)
+    for _ in range(300):
+        few = model(**batch, sparse_lm_head=True, num_negatives=2)
+        assert torch.equal(few.is_sampled, num_valid > 3)
+        assert torch.equal(few.parents, whole.parents)
+        assert torch.equal(few.valid_mask.sum(dim=1)[~few.is_sampled], num_valid[~few.is_sampled])
+        assert few.valid_mask.sum(dim=1)[few.is_sampled].tolist() <= [3] * int(few.is_sampled.sum())
+        losses = masked_softmax_loss(few.logits, few.valid_mask, few.targets)
+        at_most = masked_softmax_loss(whole.logits, whole.valid_mask, whole.targets)
+        assert (losses <= at_most + 1e-5).all()  # so they are valid tokens, and the target is one of them
+        torch.testing.assert_close(losses[~few.is_sampled], at_most[~few.is_sampled])
+        target_logits = few.logits.gather(1, few.targets.unsqueeze(1))
+        torch.testing.assert_close(target_logits, whole.logits.gather(1, whole.targets.unsqueeze(1)))
+        # which of the wrong tokens of the first position, the root's: each as often as the others
+        wrong = few.valid_mask[0].clone()
+        wrong[few.targets[0]] = False
+        others = whole.valid_mask[0].clone()
+        others[whole.targets[0]] = False
+        drawn += torch.isin(whole.logits[0][others], few.logits[0][wrong]).float()
+    # two draws with replacement from n: each is among them with probability 1 - (1 - 1/n)^2
+    expected = 300 * (1 - (1 - 1 / len(drawn)) ** 2)
+    assert (drawn - expected).abs().max() < 5 * expected**0.5
+
+
+def test_temperature_over_the_vocabulary(batch, tokenizer, trie):
+    model = make_model(tokenizer)
+    add_sparse_lm_head(model, trie)
+    output = model(**batch, vocab_lm_head=True, vocab_temperature=2.5)
+    assert output.logits is None
+    nodes = batch["labels"][:, 1:]
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][nodes != -100]
+    expected = torch.nn.functional.cross_entropy(logits / 2.5, trie.tokens(nodes[nodes != -100]), reduction="none")
+    torch.testing.assert_close(output.vocab_losses, 2.5 * expected)
+    gradients = [
+        torch.autograd.grad(losses.sum(), list(model.parameters())) for losses in (output.vocab_losses, 2.5 * expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

@@ -177,3 +177,27 @@ def test_few_valid_tokens_need_no_sharpening():
 def test_bad_eta():
     with pytest.raises(ValueError, match="`eta` is 1.5"):
         adaptive_temperature(torch.ones(6), eta=1.5)
+
+
+# ---------------------------------------------------------------------- scaled cross-entropy
+
+
+def test_negative_scale_is_a_factor_on_the_wrong_tokens_terms():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(9, (6,), generator=generator)
+    valid = (torch.rand(6, 9, generator=generator) < 0.6).scatter(1, targets.unsqueeze(1), True)
+    scale, temperature = torch.tensor([1.0, 1.0, 3.0, 3.0, 50.0, 0.5], dtype=torch.float64), 1.7
+    losses = masked_softmax_loss(logits, valid, targets, temperature, scale)
+
+    expected = []
+    for row in range(6):
+        terms = [(logits[row, z] / temperature).exp() for z in range(9)]
+        wrong = sum(term for z, term in enumerate(terms) if valid[row, z] and z != targets[row])
+        expected.append(-temperature * (terms[targets[row]] / (terms[targets[row]] + scale[row] * wrong)).log())
+    torch.testing.assert_close(losses, torch.stack(expected))
+    gradients = [torch.autograd.grad(value.sum(), logits, retain_graph=True)[0] for value in (losses, sum(expected))]
+    torch.testing.assert_close(*gradients)
+    plain = masked_softmax_loss(logits, valid, targets, temperature)
+    torch.testing.assert_close(losses[:2], plain[:2])
+    assert (losses[2:5] > plain[2:5]).all() and losses[5] < plain[5]

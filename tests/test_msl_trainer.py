@@ -369,3 +369,61 @@ def test_bad_arguments_are_found_before_training(tmp_path, rows, tokenizer, trie
     nodes = rows.map(tokenize_rows, fn_kwargs={"tokenizer": tokenizer, "trie": trie}, **kwargs)
     with pytest.raises(ValueError, match=r"`max_length` = 30: \d+ row\(s\) of the train dataset are longer"):
         trainer(train_dataset=nodes, args=MSLConfig(str(tmp_path), max_length=30, **COMMON))
+
+
+# ---------------------------------------------------------------------- the usual loss, and drawn negatives
+
+
+def test_over_the_vocabulary_it_is_the_usual_loss(train, tmp_path, rows, tokenizer, trie, template):
+    config = {**COMMON, "max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    ours = train(normalize="vocab", temperature=1.0, **config)
+    encoded = rows.map(
+        tokenize_rows, batched=True, remove_columns=rows.column_names,
+        fn_kwargs={"tokenizer": tokenizer, "trie": trie, "labels": "tokens"},
+    )  # fmt: skip
+    theirs = SFTTrainer(
+        make_model(tokenizer), SFTConfig(str(tmp_path), **config), train_dataset=encoded, processing_class=tokenizer
+    )
+    theirs.train()
+    assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-4)
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-3, atol=1e-4)
+    assert 0 < logged(ours, "valid_token_accuracy")[-1] <= 1
+
+
+def test_drawn_negatives_train_and_evaluate_over_all(train, rows, tokenizer):
+    config = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "temperature": 1.0,
+        "train_sampling_strategy": "sequential",
+    }
+    few, scaled, whole = (
+        train(num_negatives=number, negative_scale=scale, **config)
+        for number, scale in ((1, 1.0), (1, 4.0), (None, 1.0))
+    )
+    # the first losses are of the same model
+    assert logged(few, "loss")[0] < logged(whole, "loss")[0]
+    assert logged(few, "loss")[0] < logged(scaled, "loss")[0]
+    for trainer in (few, scaled, whole):
+        trainer.model.load_state_dict(make_model(tokenizer).state_dict())
+    assert (
+        len({round(trainer.evaluate(trainer.train_dataset)["eval_loss"], 5) for trainer in (few, scaled, whole)}) == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalize": "vocab"}, "`temperature` = 'adaptive' .* `normalize` = 'vocab' .* pass a number"),
+        ({"num_negatives": 5}, "`temperature` = 'adaptive' .* `num_negatives` = 5 .* pass a number"),
+        ({"normalize": "items"}, "`normalize` is 'items'"),
+        ({"num_negatives": 0, "temperature": 1.0}, "`num_negatives` is 0: it must be at least 1"),
+        ({"negative_scale": 2.0, "temperature": 1.0}, "`negative_scale` = 2.0 is for drawn negatives"),
+        ({"negative_scale": -1, "num_negatives": 2, "temperature": 1.0}, "`negative_scale` is -1"),
+        ({"normalize": "vocab", "temperature": 1.0, "num_negatives": 2}, "takes no `num_negatives`"),
+        ({"normalize": "vocab", "temperature": 2.0, "log_lml_parts": True}, "only with `temperature` = 1"),
+    ],
+)
+def test_losses_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        MSLConfig("out", use_cpu=True, bf16=False, **options)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
@@ -33,6 +34,10 @@ class PromptTemplate:
             Between two items of the history.
         conversational (`bool`, *optional*, defaults to `False`):
             Whether the prompt is a user's message, to be put into the tokenizer's chat template.
+        separate_items (`bool`, *optional*, defaults to `False`):
+            Whether each item of the history is tokenised by itself, so that it has the very tokens that it has as a
+            recommendation, whatever stands around it. `MSLConfig(supervise_history=True)` needs it. Rows then need a
+            `history`, and whoever encodes their prompts this template: [`fit_prompts`].
 
     Example:
 
@@ -48,12 +53,14 @@ class PromptTemplate:
     text: str
     separator: str = ", "
     conversational: bool = False
+    separate_items: bool = False
 
     def __post_init__(self):
         if not all(isinstance(text, str) and is_unicode(text) for text in (self.text, self.separator)):
             raise ValueError(f"`text` and `separator` are {self.text!r} and {self.separator!r}: they must be texts.")
-        if not isinstance(self.conversational, bool):
-            raise ValueError(f"`conversational` is {self.conversational!r}: it must be `True` or `False`.")
+        for name in ("conversational", "separate_items"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: it must be `True` or `False`.")
         if self.text.count("{history}") != 1:
             raise ValueError(f"`text` is {self.text!r}: it must contain {{history}} exactly once.")
 
@@ -126,6 +133,7 @@ def tokenize_rows(
     prompt_template: PromptTemplate | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     labels: str = "nodes",
+    supervise_history: bool = False,
 ) -> dict[str, list[list[int]]]:
     """
     Attach the valid tokens of the catalogue to prompt/completion rows: the function to `map` over a dataset.
@@ -150,9 +158,13 @@ def tokenize_rows(
             Passed to the chat template.
         labels (`str`, *optional*, defaults to `"nodes"`):
             `"nodes"` for [`MSLTrainer`], or `"tokens"` for TRL's `SFTTrainer` on the very same tokens.
+        supervise_history (`bool`, *optional*, defaults to `False`):
+            Whether each item of the history but the first is a target, too, given the ones before it. Needs a
+            `prompt_template` with `separate_items`.
 
     Returns:
-        `dict` of `input_ids` and `labels` (`-100` on the prompt), lists of int.
+        `dict` of `input_ids` and `labels` (`-100` on the prompt, or on what is no item in it), lists of int. Labels
+        are of the token that *should* stand there: after an item of the history that is the end token.
 
     Raises:
         `ValueError`: if a completion is no item of the catalogue, or a row is too long and can't be shortened.
@@ -179,17 +191,108 @@ def tokenize_rows(
             f"{unknown[:3]}. Write items as `ItemCatalog.completions` has them, and build the trie with this "
             f"tokenizer and conversational={conversational}."
         )
-    if max_length is None:
-        prompts = encode_prompts(tokenizer, batch["prompt"], chat_template_kwargs)
+    limit = float("inf") if max_length is None else max_length
+    room = [limit - len(item) for item in items]
+    prompts = fit_prompts(tokenizer, batch, room, prompt_template, chat_template_kwargs)
+    if supervise_history:
+        lengths = [len(prompt) for prompt in prompts]
+        targets = history_labels(tokenizer, trie, batch, lengths, prompt_template, chat_template_kwargs)
     else:
-        room = [max_length - len(item) for item in items]
-        prompts = fit_prompts(tokenizer, batch, room, prompt_template, chat_template_kwargs)
-    paths = trie.to("cpu").paths(nodes).tolist()
-    targets = [path[: len(item)] for path, item in zip(paths, items)] if labels == "nodes" else items
-    return {
-        "input_ids": [prompt + item for prompt, item in zip(prompts, items)],
-        "labels": [[-100] * len(prompt) + target for prompt, target in zip(prompts, targets)],
-    }
+        targets = [[-100] * len(prompt) for prompt in prompts]
+    for target, path, item in zip(targets, trie.to("cpu").paths(nodes).tolist(), items):
+        target += path[: len(item)]
+    if labels == "tokens":
+        targets = [_tokens(trie, target) for target in targets]
+    return {"input_ids": [prompt + item for prompt, item in zip(prompts, items)], "labels": targets}
+
+
+def _tokens(trie: ItemTrie, labels: list[int]) -> list[int]:
+    nodes = torch.tensor(labels)
+    return torch.where(nodes == -100, nodes, trie.to("cpu").tokens(nodes.clamp(min=0))).tolist()
+
+
+def history_labels(
+    tokenizer: PreTrainedTokenizerBase,
+    trie: ItemTrie,
+    rows: dict[str, list],
+    lengths: Sequence[int],
+    template: PromptTemplate | None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[list[int]]:
+    """
+    Labels of prompts by [`fit_prompts`], of `lengths` tokens: the trie's nodes where an item of the history stands
+    that has one before it, the end node behind it, and -100 elsewhere.
+    """
+    if template is None or not template.separate_items:
+        raise ValueError(
+            "`supervise_history` needs histories with the trie's tokens: pass a `prompt_template` with "
+            "`separate_items=True`, in training and wherever prompts are encoded."
+        )
+    layout = _SeparateItems(tokenizer, template, rows["history"], chat_template_kwargs)
+    sequences = encode_items(tokenizer, list(layout.items), template.conversational, chat_template_kwargs)
+    ends = trie.find(sequences).cpu()
+    if (ends < 0).any():
+        unknown = [text for text, end in zip(layout.items, ends.tolist()) if end < 0]
+        raise ValueError(
+            f"`history` holds {len(unknown)} text(s) that are no item of the trie, such as {unknown[:3]}: write items "
+            "as `ItemCatalog.completions` has them."
+        )
+    nodes = {}
+    for (text, ids), sequence, path in zip(layout.items.items(), sequences, trie.to("cpu").paths(ends).tolist()):
+        start = len(sequence) - 1 - len(ids)  # behind what a chat template writes before an item
+        if sequence[start:-1] != ids:
+            raise ValueError(
+                f"`supervise_history`: {text!r} has the tokens {ids} in a history, and {sequence} as a recommendation "
+                "in this chat template. Leave it out, or use text prompts."
+            )
+        nodes[text] = path[start : len(sequence)]
+    return [layout.labels(history, length, nodes) for history, length in zip(rows["history"], lengths)]
+
+
+class _SeparateItems:
+    """Token ids of `before item separator item ... after`, the parts of a template, each tokenised by itself."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate,
+        histories: Sequence[Sequence[str]],
+        chat_template_kwargs: dict[str, Any] | None,
+    ):
+        mark = "\u2063history\u2063"  # stands for the items where the prompt is rendered once for all rows
+        prompt = template.render([mark])
+        if template.conversational:
+            prompt = _render_chat(tokenizer, prompt, chat_template_kwargs)
+        before, after = prompt.split(mark)
+        special = {"add_special_tokens": False}
+        # a text begins with what the tokenizer puts there (BOS), which a chat template writes itself
+        self.before = (
+            tokenizer(before, **special)["input_ids"]
+            if template.conversational
+            else (encode_prompts(tokenizer, [before])[0])
+        )
+        self.separator, self.after = tokenizer([template.separator, after], **special)["input_ids"]
+        texts = list(dict.fromkeys(text for history in histories for text in history))
+        self.items = dict(zip(texts, tokenizer(texts, **special)["input_ids"] if texts else []))
+
+    def prompt(self, history: Sequence[str]) -> list[int]:
+        ids = list(self.before)
+        for place, text in enumerate(history):
+            ids += (self.separator if place else []) + self.items[text]
+        return ids + self.after
+
+    def labels(self, history: Sequence[str], length: int, nodes: dict[str, list[int]]) -> list[int]:
+        """Labels of the prompt of `length` tokens, which holds the last items of `history`, or all of them."""
+        labels, stop, gap = [-100] * length, length - len(self.after), len(self.after)
+        for text in reversed(history):
+            start = stop - len(self.items[text])
+            if start == len(self.before):  # the oldest item, which follows from nothing
+                break
+            # Behind the item its end should stand. Without a token between items there is no place to say so
+            path = nodes[text]
+            labels[start : stop + min(gap, 1)] = path[: len(path) if gap else -1]
+            stop, gap = start - len(self.separator), len(self.separator)
+        return labels
 
 
 def encode_prompts(
@@ -204,16 +307,19 @@ def encode_prompts(
     if len(prompts) == 0:
         return []
     if not isinstance(prompts[0], str):
-        prompts = [
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
-            )
-            for messages in prompts
-        ]
+        prompts = [_render_chat(tokenizer, messages, chat_template_kwargs) for messages in prompts]
         return tokenizer(prompts, add_special_tokens=False)["input_ids"]
     encoded = tokenizer(list(prompts))["input_ids"]
     adds_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
     return [ids[:-1] for ids in encoded] if adds_eos else encoded
+
+
+def _render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], chat_template_kwargs: dict[str, Any] | None
+) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+    )
 
 
 def fit_prompts(
@@ -239,7 +345,13 @@ def fit_prompts(
     Raises:
         `ValueError`: if a prompt is too long and can't be shortened, or was not made with `template`.
     """
-    prompts = encode_prompts(tokenizer, rows["prompt"], chat_template_kwargs)
+    is_separate = template is not None and template.separate_items
+    if is_separate:
+        _check_histories(rows, range(len(rows["prompt"])), template)
+        layout = _SeparateItems(tokenizer, template, rows["history"], chat_template_kwargs)
+        prompts = [layout.prompt(history) for history in rows["history"]]
+    else:
+        prompts = encode_prompts(tokenizer, rows["prompt"], chat_template_kwargs)
     too_long = [row for row in range(len(prompts)) if len(prompts[row]) > room[row]]
     if too_long and (template is None or "history" not in rows):
         raise ValueError(
@@ -247,12 +359,7 @@ def fit_prompts(
             f"such as a prompt of {len(prompts[too_long[0]])} tokens where there is room for {room[too_long[0]]}. "
             "Raise it, or give rows a `history` column (see `build_rows`) and pass the `prompt_template`."
         )
-    for row in too_long:
-        if template.render(rows["history"][row]) != rows["prompt"][row]:
-            raise ValueError(
-                "`prompt_template` must be the one that the rows were made with: it renders "
-                f"{template.render(rows['history'][row])!r}, the row has {rows['prompt'][row]!r}."
-            )
+    _check_histories(rows, too_long, template)
     num_shortened, dropped = len(too_long), 0
     while too_long:  # one more item in each round
         dropped += 1
@@ -263,8 +370,14 @@ def fit_prompts(
                 f"history, such as a prompt of {len(prompts[stuck[0]])} tokens where there is room for "
                 f"{room[stuck[0]]}. Raise it."
             )
-        shorter = [template.render(rows["history"][row][dropped:]) for row in too_long]
-        for row, prompt in zip(too_long, encode_prompts(tokenizer, shorter, chat_template_kwargs)):
+        shorter = [rows["history"][row][dropped:] for row in too_long]
+        if is_separate:
+            encoded = [layout.prompt(history) for history in shorter]
+        else:
+            encoded = encode_prompts(
+                tokenizer, [template.render(history) for history in shorter], chat_template_kwargs
+            )
+        for row, prompt in zip(too_long, encoded):
             prompts[row] = prompt
         too_long = [row for row in too_long if len(prompts[row]) > room[row]]
     if num_shortened:
@@ -273,6 +386,20 @@ def fit_prompts(
             num_shortened, len(prompts), dropped,
         )  # fmt: skip
     return prompts
+
+
+def _check_histories(rows: dict[str, list], indices: Sequence[int], template: PromptTemplate) -> None:
+    """Whether the prompts of some rows are their histories in `template`."""
+    if len(indices) and "history" not in rows:
+        raise ValueError(
+            "`prompt_template` with `separate_items` needs rows with a `history` column (see `build_rows`)."
+        )
+    for row in indices:
+        if template.render(rows["history"][row]) != rows["prompt"][row]:
+            raise ValueError(
+                "`prompt_template` must be the one that the rows were made with: it renders "
+                f"{template.render(rows['history'][row])!r}, the row has {rows['prompt'][row]!r}."
+            )
 
 
 def ranking_prompts(

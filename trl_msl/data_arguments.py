@@ -32,8 +32,10 @@ class DataArguments:
             Columns of the log and of the items.
         min_interactions (`int`, *optional*, defaults to `5`):
             Fewest interactions of a user and of an item in the log (k-core).
+        item_text (`str`, *optional*, defaults to `"text"`):
+            What stands for an item: its `text`, or its `id`, for models of item tokens.
         item_template (`str`, *optional*, defaults to `'"{text}"'`):
-            How an item is written.
+            How that is written.
         empty_texts, html_entities (`str`, *optional*):
             As for [`ItemCatalog`].
         prompt_words (`list[str]`, *optional*, defaults to `["item", "items", "interacted with"]`):
@@ -42,6 +44,8 @@ class DataArguments:
             Prompt with `{history}`, instead of the paper's.
         conversational (`bool`, *optional*, defaults to `False`):
             Whether to put the prompt into the tokenizer's chat template.
+        separate_items (`bool`, *optional*, defaults to `False`):
+            As for [`PromptTemplate`]: whether the items of a history are tokenised one by one.
         max_validation_users, max_test_users (`int`, *optional*):
             Evaluate on so many users at most, the first by time.
     """
@@ -55,6 +59,7 @@ class DataArguments:
     timestamp_column: str = field(default="timestamp", metadata={"help": "Time column of the log."})
     text_column: str = field(default="title", metadata={"help": "Text column of the items."})
     min_interactions: int = field(default=5, metadata={"help": "Fewest interactions of a user and of an item."})
+    item_text: str = field(default="text", metadata={"help": "What stands for an item.", "choices": ["text", "id"]})
     item_template: str = field(default='"{text}"', metadata={"help": "How an item is written."})
     empty_texts: str = field(default="error", metadata={"help": "Items without text: 'error', 'keep' or 'id'."})
     html_entities: str = field(default="keep", metadata={"help": "HTML entities in texts: 'keep' or 'decode'."})
@@ -64,6 +69,7 @@ class DataArguments:
     )
     prompt_text: str | None = field(default=None, metadata={"help": "Prompt with {history}, instead of the paper's."})
     conversational: bool = field(default=False, metadata={"help": "Whether to use the tokenizer's chat template."})
+    separate_items: bool = field(default=False, metadata={"help": "Whether histories are tokenised item by item."})
     max_validation_users: int | None = field(default=None, metadata={"help": "Validate on so many users at most."})
     max_test_users: int | None = field(default=None, metadata={"help": "Test on so many users at most."})
 
@@ -72,15 +78,16 @@ class DataArguments:
             raise ValueError("`data_dir` and `interactions` are both given: pass one of them.")
         if bool(self.interactions) != bool(self.items):
             raise ValueError("`interactions` and `items` belong together: pass both or neither.")
+        if self.item_text not in ("text", "id"):
+            raise ValueError(f"`item_text` is {self.item_text!r}: it must be 'text' or 'id'.")
         if len(self.prompt_words) != 3:
             raise ValueError(f"`prompt_words` is {self.prompt_words}: it must be a singular, a plural and a verb.")
 
     @property
     def prompt_template(self) -> PromptTemplate:
         """How a history becomes a prompt."""
-        if self.prompt_text:
-            return PromptTemplate(self.prompt_text, conversational=self.conversational)
-        return PromptTemplate.from_paper(*self.prompt_words, conversational=self.conversational)
+        form = {"conversational": self.conversational, "separate_items": self.separate_items}
+        return PromptTemplate(self.prompt_text or PromptTemplate.from_paper(*self.prompt_words).text, **form)
 
 
 def read_data(args: DataArguments) -> tuple[ItemCatalog, DatasetDict]:
@@ -105,6 +112,8 @@ def read_data(args: DataArguments) -> tuple[ItemCatalog, DatasetDict]:
         windows = split_by_time(sliding_windows(log))
     else:
         raise ValueError("`data_dir` and `interactions` are both missing: pass one of them.")
+    if args.item_text == "id":
+        catalog = ItemCatalog(catalog.ids, catalog.ids, template=args.item_template)
     return catalog, windows
 
 

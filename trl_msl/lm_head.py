@@ -28,7 +28,7 @@ class SparseCausalLMOutput(ModelOutput):
     A *branching position* is one where several tokens are valid. `logits` spans the union of the tokens that are valid
     at some branching position of the batch, so `valid_mask` says which of them are valid at which position.
 
-    With `vocab_lm_head=True` instead, only `vocab_losses` is there, with a gradient.
+    With `vocab_lm_head=True` alone, only `vocab_losses` is there.
 
     Args:
         logits (`torch.Tensor` of shape `(num_positions, num_tokens)`, fp32):
@@ -39,9 +39,11 @@ class SparseCausalLMOutput(ModelOutput):
             Column of the right token.
         parents (`torch.Tensor` of shape `(num_positions,)`, int64):
             Trie node at which each position chooses.
+        is_sampled (`torch.Tensor` of shape `(num_positions,)`, bool, *optional*):
+            Where `valid_mask` holds but the target and `num_negatives` draws of the other valid tokens.
         vocab_losses (`torch.Tensor` of shape `(num_supervised,)`, fp32, *optional*):
-            Language modeling loss of every supervised position, forced ones too, when called with
-            `output_vocab_losses=True` (detached) or `vocab_lm_head=True`.
+            Language modeling loss of every supervised position, forced ones too: with `vocab_lm_head=True` at
+            `vocab_temperature`, with `output_vocab_losses=True` detached.
         aux_loss (`torch.Tensor`, *optional*):
             MoE load-balancing loss, when called with `output_router_logits=True`.
     """
@@ -50,6 +52,7 @@ class SparseCausalLMOutput(ModelOutput):
     valid_mask: Tensor | None = None
     targets: Tensor | None = None
     parents: Tensor | None = None
+    is_sampled: Tensor | None = None
     vocab_losses: Tensor | None = None
     aux_loss: Tensor | None = None
 
@@ -57,7 +60,7 @@ class SparseCausalLMOutput(ModelOutput):
 def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
     """
     Add a sparse LM head to `model`: `model(..., labels=nodes, sparse_lm_head=True)` returns a
-    [`SparseCausalLMOutput`], and `model(..., labels=nodes, vocab_lm_head=True)` one over the whole vocabulary.
+    [`SparseCausalLMOutput`], and `model(..., labels=nodes, vocab_lm_head=True)` losses over the whole vocabulary.
 
     The forward runs the backbone and projects the hidden states at branching positions onto the rows of the head that
     are valid somewhere in the batch: a few positions times a few hundred tokens instead of every token times the
@@ -87,6 +90,8 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
         labels=None,
         shift_labels=None,
         output_vocab_losses=False,
+        vocab_temperature=1.0,
+        num_negatives=None,
         **kwargs,
     ):
         if not (sparse_lm_head or vocab_lm_head):
@@ -106,11 +111,14 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
         branching = local_trie.num_valid_tokens(nodes) > 1
 
         with maybe_gather_lm_head_ctx(weight, bias):
+            output = SparseCausalLMOutput()
+            if sparse_lm_head:
+                states = hidden[row[branching], column[branching]]
+                output = _sparse_output(local_trie, nodes[branching], states, project, num_negatives)
             if vocab_lm_head:
-                losses = _vocab_losses(local_trie.tokens(nodes), hidden[row, column], project)
-                return SparseCausalLMOutput(vocab_losses=losses)
-            output = _sparse_output(local_trie, nodes[branching], hidden[row[branching], column[branching]], project)
-            if output_vocab_losses:
+                tokens, states = local_trie.tokens(nodes), hidden[row, column]
+                output.vocab_losses = _vocab_losses(tokens, states, project, vocab_temperature)
+            elif output_vocab_losses:
                 # cast once, not for each chunk of positions
                 project = functools.partial(project, weight=weight.detach().float())
                 with torch.no_grad():
@@ -143,10 +151,16 @@ def _gather(parameter: DTensor) -> Tensor:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
-def _sparse_output(trie: ItemTrie, nodes: Tensor, hidden: Tensor, project) -> SparseCausalLMOutput:
+def _sparse_output(
+    trie: ItemTrie, nodes: Tensor, hidden: Tensor, project, num_negatives: int | None
+) -> SparseCausalLMOutput:
     """Logits of `hidden [positions, hidden_size]` over the union of the tokens that are valid before `nodes`."""
     parents = trie.parents(nodes)
-    rows, tokens = trie.valid_tokens(parents)
+    is_sampled = None
+    if num_negatives is None:
+        rows, tokens = trie.valid_tokens(parents)
+    else:
+        rows, tokens, is_sampled = _draw_tokens(trie, nodes, num_negatives)
     union, columns = tokens.unique(return_inverse=True)
     valid_mask = torch.zeros(len(nodes), len(union), dtype=torch.bool, device=nodes.device)
     valid_mask[rows, columns] = True
@@ -155,6 +169,29 @@ def _sparse_output(trie: ItemTrie, nodes: Tensor, hidden: Tensor, project) -> Sp
         valid_mask=valid_mask,
         targets=torch.searchsorted(union, trie.tokens(nodes)),
         parents=parents,
+        is_sampled=is_sampled,
+    )
+
+
+def _draw_tokens(trie: ItemTrie, nodes: Tensor, num_negatives: int) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Valid tokens before `nodes` as pairs of position and token; where there are more wrong ones than `num_negatives`,
+    so many draws of them, and the right one. And which positions that concerns.
+    """
+    num_valid = trie.num_valid_tokens(nodes)
+    is_sampled = num_valid - 1 > num_negatives
+    (few,), (many,) = (mask.nonzero(as_tuple=True) for mask in (~is_sampled, is_sampled))
+    rows, tokens = trie.valid_tokens(trie.parents(nodes[few]))
+    # Siblings are numbered in a row: a draw that is not below the target's place means the one after it
+    first, target = trie.first_child[trie.parents(nodes[many])], nodes[many]
+    draws = torch.rand(len(many), num_negatives, device=nodes.device) * (num_valid[many] - 1).unsqueeze(-1)
+    drawn = first.unsqueeze(-1) + draws.long().clamp(max=(num_valid[many] - 2).unsqueeze(-1))
+    drawn = drawn + (drawn >= target.unsqueeze(-1)).long()
+    chosen = torch.cat([target.unsqueeze(-1), drawn], dim=-1)
+    return (
+        torch.cat([few[rows], many.repeat_interleave(num_negatives + 1)]),
+        torch.cat([tokens, trie.tokens(chosen.flatten())]),
+        is_sampled,
     )
 
 
@@ -172,14 +209,15 @@ def _project(
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _vocab_losses(tokens: Tensor, hidden: Tensor, project, chunk_size: int = 256) -> Tensor:
+def _vocab_losses(tokens: Tensor, hidden: Tensor, project, temperature: float = 1.0, chunk_size: int = 256) -> Tensor:
     """
-    Language modeling loss of each supervised position, a few positions at a time, whose logits are made again in the
-    backward pass: never `[positions, vocabulary]` at once.
+    Language modeling loss, with a temperature as MSL has it, of each supervised position, a few positions at a time,
+    whose logits are made again in the backward pass: never `[positions, vocabulary]` at once.
     """
 
     def chunk_losses(states: Tensor, targets: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(project(states, rows=slice(None)), targets, reduction="none")
+        logits = project(states, rows=slice(None)) / temperature
+        return temperature * torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
     chunks = zip(hidden.split(chunk_size), tokens.split(chunk_size))
     losses = [checkpoint(chunk_losses, states, targets, use_reentrant=False) for states, targets in chunks]

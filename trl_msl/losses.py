@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def masked_softmax_loss(
-    logits: Tensor, valid_mask: Tensor, targets: Tensor, temperature: float | Tensor = 1.0
+    logits: Tensor,
+    valid_mask: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    negative_scale: Tensor | None = None,
 ) -> Tensor:
     r"""
     Masked softmax loss (MSL) of each position: Eq. 5 of the [MSL paper](https://huggingface.co/papers/2504.04178), and
@@ -30,6 +34,9 @@ def masked_softmax_loss(
             Column of the right token, which must be valid.
         temperature (`float` or scalar `torch.Tensor`, *optional*, defaults to `1.0`):
             τ. No gradient flows into it.
+        negative_scale (`torch.Tensor` of shape `(num_positions,)`, *optional*):
+            Factor α on the wrong tokens' terms of the sum, for positions where only some of them are there: the scaled
+            cross-entropy (SCE) of [Xu et al.](https://huggingface.co/papers/2408.14238).
 
     Returns:
         `torch.Tensor` of shape `(num_positions,)`.
@@ -51,7 +58,11 @@ def masked_softmax_loss(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     target_logits = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     valid_logits = logits.masked_fill(~valid_mask, -math.inf)
-    return temperature * torch.logsumexp(valid_logits / temperature, dim=-1) - target_logits
+    scaled = valid_logits / temperature
+    if negative_scale is not None:
+        is_target = torch.arange(logits.shape[-1], device=logits.device) == targets.unsqueeze(-1)
+        scaled = torch.where(is_target, scaled, scaled + negative_scale.log().unsqueeze(-1))
+    return temperature * torch.logsumexp(scaled, dim=-1) - target_logits
 
 
 def temperature_statistics(logits: Tensor, valid_mask: Tensor, targets: Tensor) -> Tensor:

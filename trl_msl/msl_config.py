@@ -34,6 +34,19 @@ class MSLConfig(SFTConfig):
         temperature_positions (`str`, *optional*, defaults to `"first"`):
             Positions that the estimate is made from: `"first"`, where items begin to differ, as in the released code;
             or `"all"`, the product over an item's tokens, as in Eq. 12 of the paper.
+        normalize (`str`, *optional*, defaults to `"trie"`):
+            What a target's probability is normalised over: `"trie"`, the tokens that continue some item (MSL), or
+            `"vocab"`, the whole vocabulary. The latter is the usual language modeling loss (LML), as of
+            [`~trl.SFTTrainer`], with a fixed `temperature` (1 for the usual one).
+        supervise_history (`bool`, *optional*, defaults to `False`):
+            Whether each item of the history but the first is a target, too, given the ones before it, in the same
+            forward. Needs rows with a `history` and a `prompt_template` with `separate_items`.
+        num_negatives (`int`, *optional*):
+            Where more than so many wrong tokens are valid, draw so many of them at random, uniformly with replacement
+            (a token that comes twice counts once), in place of all. Not with the adaptive temperature.
+        negative_scale (`float`, *optional*, defaults to `1.0`):
+            Factor on the sum over the negatives that were drawn, as in the scaled cross-entropy (SCE) of
+            [Xu et al.](https://huggingface.co/papers/2408.14238).
         log_lml_parts (`bool`, *optional*, defaults to `False`):
             Whether to log the language modeling loss (LML) of the titles and its two parts (Eq. 2-4): `lml1`, minus
             the log-probability of the valid tokens, and `lml2`, the masked softmax loss at τ = 1. Costs a projection
@@ -81,6 +94,26 @@ class MSLConfig(SFTConfig):
             "choices": ["first", "all"],
         },
     )
+    normalize: str = field(
+        default="trie",
+        metadata={
+            "help": "What a target's probability is normalised over: the tokens that continue some item ('trie', MSL) "
+            "or the whole vocabulary ('vocab', the usual loss).",
+            "choices": ["trie", "vocab"],
+        },
+    )
+    supervise_history: bool = field(
+        default=False,
+        metadata={"help": "Whether each item of the history is a target, too, given the ones before it."},
+    )
+    num_negatives: int | None = field(
+        default=None,
+        metadata={"help": "Number of wrong valid tokens to draw where there are more, in place of all."},
+    )
+    negative_scale: float = field(
+        default=1.0,
+        metadata={"help": "Factor on the sum over the negatives that were drawn (scaled cross-entropy)."},
+    )
     log_lml_parts: bool = field(
         default=False,
         metadata={
@@ -111,7 +144,28 @@ class MSLConfig(SFTConfig):
             raise ValueError(
                 f"`temperature_positions` is {self.temperature_positions!r}: it must be 'first' or 'all'."
             )
+        self._check_loss()
         self._reject_unsupported()
+
+    def _check_loss(self) -> None:
+        if self.normalize not in ("trie", "vocab"):
+            raise ValueError(f"`normalize` is {self.normalize!r}: it must be 'trie' or 'vocab'.")
+        if self.num_negatives is not None and self.num_negatives < 1:
+            raise ValueError(f"`num_negatives` is {self.num_negatives}: it must be at least 1, or `None` for all.")
+        self.negative_scale = _positive("negative_scale", self.negative_scale)
+        if self.num_negatives is None and self.negative_scale != 1:
+            raise ValueError(f"`negative_scale` = {self.negative_scale} is for drawn negatives: set `num_negatives`.")
+        if self.temperature == "adaptive":
+            for name, value in (("normalize", self.normalize != "trie"), ("num_negatives", self.num_negatives)):
+                if value:
+                    raise ValueError(
+                        f"`temperature` = 'adaptive' is estimated from all valid tokens, and `{name}` = "
+                        f"{getattr(self, name)!r} takes others: pass a number, such as 1.0."
+                    )
+        if self.normalize == "vocab" and (self.num_negatives or (self.log_lml_parts and self.temperature != 1)):
+            raise ValueError(
+                "`normalize` = 'vocab' takes no `num_negatives`, and `log_lml_parts` only with `temperature` = 1."
+            )
 
     def _reject_unsupported(self) -> None:
         """Options of SFT that would change, or silently not change, what the loss means."""

@@ -33,7 +33,8 @@ class MSLTrainer(CatalogTrainerMixin, SFTTrainer):
     - the model gets a sparse LM head ([`add_sparse_lm_head`]), which computes only the logits of valid tokens, only
       where several tokens are valid;
     - the loss is [`masked_softmax_loss`], averaged over those positions, with a fixed or an adaptive temperature. As
-      τ moves, so does the scale of the training loss; `eval_loss` is taken at τ = 1 and stays comparable.
+      τ moves, so does the scale of the training loss; `eval_loss` is taken at τ = 1 and stays comparable. With
+      `normalize="vocab"` it is the usual loss instead, over the vocabulary, of every token of a title.
 
     Logged besides TRL's `num_tokens`: `temperature`; over positions where several tokens are valid,
     `valid_token_accuracy`, how often the right token has the highest logit among the valid ones, and
@@ -161,6 +162,7 @@ class MSLTrainer(CatalogTrainerMixin, SFTTrainer):
                         "max_length": args.max_length,
                         "prompt_template": self.prompt_template,
                         "chat_template_kwargs": args.chat_template_kwargs,
+                        "supervise_history": args.supervise_history,
                     },
                     **map_kwargs,
                 )
@@ -181,6 +183,8 @@ class MSLTrainer(CatalogTrainerMixin, SFTTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        if self.args.normalize == "vocab":
+            return super()._get_num_items_in_batch(batch_samples, device)
         # Forced positions have no loss, and no part in its mean
         counted = []
         for batch in batch_samples:
@@ -196,10 +200,24 @@ class MSLTrainer(CatalogTrainerMixin, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        output = model(**inputs, sparse_lm_head=True, output_vocab_losses=self.args.log_lml_parts)
-        # Evaluated at τ = 1, where the loss is what ranks, and comparable while τ moves
+        # Evaluated at τ = 1, where the loss is what ranks, and comparable while τ moves; and over all valid tokens
         temperature = self.temperature if self.model.training else 1.0
-        losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets, temperature)
+        over_vocab = self.args.normalize == "vocab"
+        output = model(
+            **inputs,
+            sparse_lm_head=True,
+            vocab_lm_head=over_vocab,
+            vocab_temperature=temperature,
+            num_negatives=self.args.num_negatives if self.model.training else None,
+            output_vocab_losses=self.args.log_lml_parts,
+        )
+        if over_vocab:
+            losses = output.vocab_losses
+        else:
+            scale = (
+                None if output.is_sampled is None else torch.where(output.is_sampled, self.args.negative_scale, 1.0)
+            )
+            losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets, temperature, scale)
         num_items = len(losses) if num_items_in_batch is None else num_items_in_batch
         # Clamped so that a batch without branching positions gives a finite zero rather than `0 / 0`
         loss = losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1)
@@ -248,8 +266,10 @@ def _check_tokenized(
     """Rows that the user tokenised: labels must be nodes of this trie, and no title may be cut."""
     ids, nodes = (torch.from_numpy(np.concatenate(batch[name])) for name in ("input_ids", "labels"))
     ids, nodes = ids[nodes != -100], nodes[nodes != -100]
-    on_trie = (nodes > 0) & (nodes < trie.num_nodes)
-    num_wrong = int((~on_trie | (trie.to("cpu").tokens(nodes * on_trie) != ids)).sum())
+    trie, on_trie = trie.to("cpu"), (nodes > 0) & (nodes < trie.num_nodes)
+    # behind an item of the history something else may stand where it should end
+    is_right = (trie.tokens(nodes * on_trie) == ids) | torch.isin(nodes, trie.item_nodes)
+    num_wrong = int((~on_trie | ~is_right).sum())
     if num_wrong:
         raise ValueError(
             f"The {dataset_name} dataset has {num_wrong} label(s) that are no node of `trie` with the token that "

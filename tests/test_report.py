@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of several systems: its statistics by hand, what counts as a system, and its files."""
+
+import doctest
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import report
+from launching import launch
+from recipe_outputs import write_json, write_results
+from report import ReportArguments, find_systems, format_count, holm, main, sign_flip_p_value
+from report_plots import make_styles
+
+
+ALWAYS = ["comparison.png", "report.json", "report.md"]
+PROBE = {
+    "history": [
+        {"step": step, "lml1": 3.0, "lml2": 4.0, "lml1_grad_norm": 0.5, "lml2_grad_norm": 1 / (1 + step)}
+        for step in (0, 10, 20)
+    ],
+    "target_probability": {"edges": [0, 0.5, 1], "counts": [3, 1]},
+    "weights": {"edges": [0, 0.5, 1], "counts": [1, 3]},
+    "logits": {"edges": [-1, 0, 1, 2], "target": [0, 1, 3], "valid": [2, 2, 0], "invalid": [0, 0, 0]},
+}
+
+
+def test_doctests():
+    result = doctest.testmod(report)
+    assert (result.failed, result.attempted) == (0, 2)
+
+
+class TestSignFlip:
+    @pytest.mark.parametrize("differences", [[0.5, 0.1, -0.2, 0.4, 0.3, 0.0], [1.0, 1.0, 1.0, -1.0], [0.3]])
+    def test_equals_enumeration(self, differences):
+        observed = abs(sum(differences)) - 1e-12
+        flips = itertools.product((1, -1), repeat=len(differences))
+        exact = np.mean([abs(np.dot(signs, differences)) >= observed for signs in flips])
+        assert sign_flip_p_value(np.array(differences)) == pytest.approx(exact, abs=0.02)
+
+    def test_known_cases(self):
+        assert sign_flip_p_value(np.zeros(5)) == 1
+        assert sign_flip_p_value([0.1, 0.2, -0.3]) == 1  # their sum is zero but for rounding
+        assert sign_flip_p_value(np.tile([1.0, -1.0], 1500)) == 1
+        assert sign_flip_p_value(np.full(40, 0.1)) == 1 / 10_001
+        differences = np.random.default_rng(0).normal(0.1, 1, size=3000)
+        assert sign_flip_p_value(differences) == sign_flip_p_value(-differences) < 0.001
+
+    def test_of_equal_systems_a_tenth_is_below_a_tenth(self):
+        draws = np.random.default_rng(0).normal(size=(400, 30))
+        p_values = [sign_flip_p_value(draw, num_permutations=199, seed=seed) for seed, draw in enumerate(draws)]
+        assert np.mean(np.array(p_values) <= 0.1) == pytest.approx(0.1, abs=0.045)
+
+    @pytest.mark.parametrize("differences", [[], [[1.0]], [math.nan]])
+    def test_errors(self, differences):
+        with pytest.raises(ValueError, match="differences must be a non-empty one-dimensional array"):
+            sign_flip_p_value(differences)
+        with pytest.raises(ValueError, match="num_permutations must be at least 1, got 0"):
+            sign_flip_p_value([1.0], num_permutations=0)
+
+
+def test_holm():
+    # 0.005 * 4; 0.01 * 3; 0.03 * 2; 0.04 * 1, which may not fall below the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1, 1]
+    assert holm([]) == []
+
+
+def test_counts_and_styles():
+    assert [format_count(number) for number in (None, 12, 330_000, 1_280_000, 8e9)] == [
+        "",
+        "12",
+        "330k",
+        "1.28M",
+        "8B",
+    ]
+    styles = make_styles([str(number) for number in range(28)])
+    assert len({tuple(style.values()) for style in styles.values()}) == 28
+
+
+@pytest.fixture
+def add(tmp_path, catalog):
+    """Writes a system as the recipes do; test cases are b0, b1, ..."""
+
+    def add_system(name: str, ranks: list[int], targets: list[str] | None = None, **metrics):
+        items = np.full((len(ranks), 10), -1)
+        targets = targets or [f"b{user}" for user in range(len(ranks))]
+        write_results(tmp_path / name, metrics, catalog, targets, items, np.array(ranks))
+        return tmp_path / name
+
+    return add_system
+
+
+def run(tmp_path, **arguments):
+    main(ReportArguments(runs=str(tmp_path), **arguments))
+    return json.loads((tmp_path / "report" / "report.json").read_text())["systems"]
+
+
+def files(tmp_path):
+    return sorted(path.name for path in (tmp_path / "report").iterdir())
+
+
+def test_figures_by_hand(tmp_path, add, capsys):
+    """Third place has an NDCG of 1 / log2(4); everything optional is missing from one system, none from the other."""
+    add("msl-ats", [0, 2, -1, -1])
+    costs = {"train_seconds": 1660.0, "test_seconds": 0.5, "num_parameters": 1_500_000, "coverage": 0.25}
+    add("lml", [0, -1, -1, 12], **costs, **{"validation_ndcg@10": 0.5, "cold_targets": 3, "ndcg@10": 0.99})
+    rows = run(tmp_path)
+    assert list(rows) == ["msl-ats", "lml"]
+    assert [(rows[name]["ndcg@10"], rows[name]["hr@10"]) for name in rows] == [(0.375, 0.5), (0.25, 0.25)]
+    assert rows["lml"]["difference"] == -0.125
+    assert rows["lml"]["difference_low"] <= -0.125 <= rows["lml"]["difference_high"] <= 0
+    assert rows["lml"]["p_value"] == rows["lml"]["p_value_holm"] == 1  # a single user differs
+    assert rows["lml"]["users_per_second"] == 8
+    assert "difference" not in rows["msl-ats"] and rows["msl-ats"]["train_seconds"] is None
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    header, _, ours, other = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[:4])
+    assert dict(zip(header, ours))["training, s"] == dict(zip(header, ours))["p"] == ""
+    cells = dict(zip(header, other))
+    assert cells["NDCG@10"].startswith("0.2500 [0.0000, ") and cells["difference in NDCG@10"].startswith("−0.1250 [−")
+    assert (cells["HR@10"], cells["p"], cells["seeds"]) == ("0.2500", "1.000", "1")
+    assert (cells["training, s"], cells["users per second"], cells["parameters"]) == ("1,660", "8", "1.5M")
+    assert (cells["coverage"], cells["validation NDCG@10"]) == ("25.0%", "0.5000")
+    assert "\n4 test cases" in text and "Holm-corrected for 1 comparisons" in text
+
+
+def test_seeds_are_one_system(tmp_path, add):
+    add("msl-ats", [0, 2, -1, -1], seed=0, train_seconds=10.0)
+    add("msl-ats-seed1", [0, 0, -1, -1], seed=1, train_seconds=20.0)
+    add("msl-ats-seed1/beam", [-1, -1, -1, -1], seed=1)
+    row = run(tmp_path)["msl-ats"]
+    assert list(find_systems(tmp_path)) == ["msl-ats", "msl-ats/beam"]
+    assert (row["num_seeds"], row["seeds"], row["ndcg@10_by_seed"]) == (2, [0, 1], [0.375, 0.5])
+    assert (row["ndcg@10"], row["train_seconds"]) == (0.4375, 15)
+    assert row["ndcg@10_std"] == pytest.approx(0.125 / math.sqrt(2))
+    assert row["ndcg@10_high"] <= 1  # of the users' means over the seeds: 1, 0.75, 0, 0
+    assert "2 (sd 0.0884)" in (tmp_path / "report" / "report.md").read_text()
+    add("msl-ats-seed2", [0, 0, -1, -1], seed=1)
+    with pytest.raises(ValueError, match=r"'msl-ats' has a seed twice, \[0, 1, 1\]"):
+        run(tmp_path)
+
+
+def test_what_is_a_system(tmp_path, add):
+    add("msl-ats", [0])
+    add("deep/er/lml", [0])
+    add("msl-ats/checkpoint-4", [0])
+    (add("half", [0]) / "metrics.json").unlink()
+    (add("other-half", [0]) / "rankings.parquet").unlink()
+    assert list(run(tmp_path)) == ["deep/er/lml", "msl-ats"]
+    assert list(run(tmp_path)) == ["deep/er/lml", "msl-ats"]  # the report itself is none
+    assert list(find_systems(tmp_path / "msl-ats")) == ["msl-ats"]
+    assert list(run(tmp_path, systems=["msl-ats", "deep/er/lml"])) == ["msl-ats", "deep/er/lml"]
+    assert list(run(tmp_path, systems=["msl-ats"])) == ["msl-ats"]
+
+
+def test_errors(tmp_path, add):
+    with pytest.raises(ValueError, match="`runs` is missing"):
+        main(ReportArguments())
+    with pytest.raises(ValueError, match="no folder has both metrics.json and rankings.parquet"):
+        run(tmp_path)
+    add("lml", [0, 1])
+    add("msl", [0, 1])
+    with pytest.raises(ValueError, match=r"`reference` has 'msl-ats', .* pass some of \['lml', 'msl'\]"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match=r"`systems` has 'sasrec', .* pass some of \['lml', 'msl'\]"):
+        run(tmp_path, reference="lml", systems=["lml", "sasrec"])
+    with pytest.raises(ValueError, match=r"`reference` is 'lml', which is not among `systems`, \['msl'\]"):
+        run(tmp_path, reference="lml", systems=["msl"])
+    for targets in (["b1", "b0"], ["b0"]):
+        add("other", [0] * len(targets), targets)
+        with pytest.raises(ValueError, match="other and .*lml ranked other test cases .* evaluate both on the same"):
+            run(tmp_path, reference="lml")
+    assert list(run(tmp_path, reference="lml", systems=["lml", "msl"])) == ["lml", "msl"]
+
+
+def test_plots_that_there_is_data_for(tmp_path, add):
+    history = [
+        {"step": 1, "loss": 2.0, "temperature": 1.5},
+        {"step": 1, "eval_ndcg@10": 0.1},
+        {"step": 2, "loss": 1.0},
+    ]
+    names = ["msl-ats/exact", "msl-ats/beam", "lml", "msl-tau1", "msl-tau2-seed1"]
+    for name, temperature in zip(names, ["adaptive", "adaptive", None, 1, 2.0]):
+        folder = add(name, [0, 3, -1], arguments={"temperature": temperature} if temperature else {})
+    write_json(tmp_path / "log_history.json", history)  # nobody's
+    run(tmp_path, reference="lml", systems=["lml", "msl-tau1"])
+    assert files(tmp_path) == ALWAYS
+    run(tmp_path, reference="lml")
+    assert files(tmp_path) == sorted([*ALWAYS, "temperature.png"])
+
+    (tmp_path / "report" / "notes.txt").write_text("stays")
+    write_json(tmp_path / "msl-ats" / "log_history.json", history)  # the model's, above both ways of decoding
+    for name in ("lml", "msl-tau1"):
+        write_json(tmp_path / name / "probe.json", PROBE)
+    write_json(folder / "probe.json", {"history": [{"step": 0}]})
+    for name in ("lml", "msl-ats/exact"):
+        add(name, [0, 3, -1], train_seconds=10.0)  # the same point: their names must not lie upon each other
+    run(tmp_path, reference="lml")
+    figures = ["cost", "gradients", "logits", "target_probability", "temperature", "training"]
+    assert files(tmp_path) == sorted([*ALWAYS, *(f"{name}.png" for name in figures), "notes.txt"])
+    for path in (tmp_path / "report").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG"), path
+    run(tmp_path, reference="msl-tau1", systems=["msl-tau1", "msl-ats/beam"])  # plots without data are gone
+    expected = [*ALWAYS, "gradients.png", "logits.png", "notes.txt", "target_probability.png", "training.png"]
+    assert files(tmp_path) == sorted(expected)
+
+
+def test_as_users_run_it(tmp_path, add):
+    add("msl", [0, 2])
+    add("popular", [-1, 2])
+    arguments = ["--runs", tmp_path, "--reference", "msl", "--output_dir", tmp_path / "out"]
+    output = launch("report.py", *arguments, "--systems", "popular", "msl")
+    assert output.index("\n| popular") < output.index("\n| msl")
+    for name in ALWAYS:
+        assert f"{tmp_path}/out/{name}\n" in output and (tmp_path / "out" / name).is_file()

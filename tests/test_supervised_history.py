@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Histories tokenised item by item, every item of them a target, and items that are single tokens."""
+
+import pytest
+import torch
+from from_scratch import item_tokenizer
+from helpers import make_model, make_windows
+
+from trl_msl import (
+    ItemCatalog,
+    MSLConfig,
+    MSLTrainer,
+    PromptTemplate,
+    add_sparse_lm_head,
+    build_rows,
+    encode_items,
+    evaluate_recommendations,
+    masked_softmax_loss,
+    tokenize_rows,
+)
+
+
+# What comes after a history is what stands between its items: a shorter history is the beginning of a longer one
+TEMPLATE = PromptTemplate("Read: {history}; ", separator="; ", separate_items=True)
+
+
+@pytest.fixture(scope="module")
+def rows(catalog):
+    return build_rows(make_windows(catalog.ids), catalog, TEMPLATE)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("shortened", [False, True])
+def test_labels_of_a_history(conversational, shortened, catalog, tokenizer, trie, chat_trie):
+    """Read back from the right, by the texts alone."""
+    trie = chat_trie if conversational else trie
+    template = PromptTemplate(TEMPLATE.text, "; ", conversational, separate_items=True)
+    rows = build_rows(make_windows(catalog.ids), catalog, template)
+    max_length = None if not shortened else 60 if conversational else 40
+    encoded = tokenize_rows(rows[:], tokenizer, trie, max_length, template, supervise_history=True)
+    num_dropped = 0
+    for row, ids, labels in zip(rows, encoded["input_ids"], encoded["labels"]):
+        completion = catalog.completions[catalog.index_of_id[row["item_id"]]]
+        (target,) = encode_items(tokenizer, [completion], conversational)
+        assert trie.tokens(torch.tensor(labels[-len(target) :])).tolist() == target == ids[-len(target) :]
+        expected = [-100] * (len(ids) - len(target))
+        after = "; " if not conversational else "; <|im_end|>\n<|im_start|>assistant\n"
+        place = len(expected) - len(tokenizer(after, add_special_tokens=False)["input_ids"])
+        gap = len(tokenizer("; ", add_special_tokens=False)["input_ids"])
+        histories = list(reversed(row["history"]))
+        for number, text in enumerate(histories):
+            written = tokenizer(text, add_special_tokens=False)["input_ids"]
+            place -= len(written)
+            assert ids[place : place + len(written)] == written
+            before = tokenizer.decode(ids[:place], skip_special_tokens=False)
+            if before.endswith("Read: "):  # the oldest one that is left has nothing to follow from
+                num_dropped += len(histories) - 1 - number
+                break
+            (sequence,) = encode_items(tokenizer, [text], conversational)
+            expected[place : place + len(sequence)] = trie.walk(torch.tensor(sequence)).tolist()
+            place -= gap
+        assert labels[: len(expected)] == expected
+    assert (num_dropped > 0) == shortened
+
+
+def test_one_forward_gives_the_losses_of_all_shorter_histories(rows, catalog, tokenizer, trie):
+    model = make_model(tokenizer)
+    add_sparse_lm_head(model, trie)
+
+    def loss(rows, **kwargs):
+        encoded = tokenize_rows(rows, tokenizer, trie, prompt_template=TEMPLATE, **kwargs)
+        total = 0.0
+        for ids, labels in zip(encoded["input_ids"], encoded["labels"]):
+            output = model(torch.tensor([ids]), labels=torch.tensor([labels]), sparse_lm_head=True)
+            total = total + masked_softmax_loss(output.logits, output.valid_mask, output.targets).sum()
+        return total
+
+    windows = make_windows(catalog.ids, num_rows=6)
+    at_once = loss(build_rows(windows, catalog, TEMPLATE)[:], supervise_history=True)
+    prefixes = [window["item_ids"][:end] for window in windows for end in range(2, len(window["item_ids"]) + 1)]
+    one_by_one = loss(build_rows(type(windows).from_dict({"item_ids": prefixes}), catalog, TEMPLATE)[:])
+    torch.testing.assert_close(at_once, one_by_one)
+    gradients = [torch.autograd.grad(value, list(model.parameters())) for value in (at_once, one_by_one)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_as_tokens(rows, tokenizer, trie):
+    settings = {"prompt_template": TEMPLATE, "supervise_history": True}
+    nodes, tokens = (
+        tokenize_rows(rows[:], tokenizer, trie, labels=form, **settings)["labels"] for form in ("nodes", "tokens")
+    )
+    for row, other in zip(nodes, tokens):
+        assert [node == -100 for node in row] == [token == -100 for token in other]
+        assert [int(trie.tokens(torch.tensor(node))) for node in row if node != -100] == [
+            t for t in other if t != -100
+        ]
+
+
+def test_trainer(tmp_path, rows, catalog, tokenizer, trie):
+    trainer = MSLTrainer(
+        make_model(tokenizer),
+        MSLConfig(str(tmp_path), supervise_history=True, temperature=1.0, max_steps=100, learning_rate=1e-2,
+                  per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True),
+        trie=trie, train_dataset=rows, processing_class=tokenizer, prompt_template=TEMPLATE, catalog=catalog,
+    )  # fmt: skip
+    trainer.train()
+    # learned by heart, and recommended from prompts that are tokenised in the same way
+    metrics = evaluate_recommendations(trainer.model, tokenizer, trie, catalog, rows, (1,), prompt_template=TEMPLATE)
+    assert metrics["hr@1"] > 0.5
+
+    again = MSLTrainer(  # rows that the user tokenised, where an end stands over another token
+        make_model(tokenizer), trainer.args, trie=trie, train_dataset=trainer.train_dataset, processing_class=tokenizer
+    )
+    assert again.train_dataset[:] == trainer.train_dataset[:]
+
+
+def test_items_as_tokens(catalog):
+    """A trie of depth one: then MSL is the full softmax over items."""
+    catalog = ItemCatalog(catalog.ids, catalog.ids)
+    tokenizer = item_tokenizer(catalog.completions)
+    trie = catalog.build_trie(tokenizer)
+    assert trie.num_nodes == 1 + 2 * len(catalog)  # an item, and the end that is forced
+    template = PromptTemplate("{history}", separate_items=True)
+    rows = build_rows(make_windows(catalog.ids), catalog, template)
+    encoded = tokenize_rows(rows[:], tokenizer, trie, prompt_template=template, supervise_history=True)
+    for row, ids, labels in zip(rows, encoded["input_ids"], encoded["labels"]):
+        items = [*row["history_ids"], row["item_id"]]
+        assert tokenizer.convert_ids_to_tokens(ids) == ["<|bos|>", *items, "<|eos|>"]
+        assert trie.tokens(torch.tensor(labels[2:])).tolist() == ids[2:]
+        assert labels[:2] == [-100, -100]
+    model = make_model(tokenizer)
+    add_sparse_lm_head(model, trie)
+    ids, labels = (torch.tensor([encoded[name][0]]) for name in ("input_ids", "labels"))
+    output = model(ids, labels=labels, sparse_lm_head=True)
+    losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
+    items = torch.tensor(tokenizer.convert_tokens_to_ids(catalog.ids))
+    logits = model(ids).logits[0, 1:-2][:, items]
+    targets = torch.searchsorted(items, ids[0, 2:-1])
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def test_templates_that_do_not_fit(rows, catalog, template, tokenizer, trie):
+    for other in (None, template):
+        with pytest.raises(ValueError, match="`supervise_history` needs .* `separate_items=True`"):
+            plain = build_rows(make_windows(catalog.ids), catalog, template)[:]
+            tokenize_rows(plain, tokenizer, trie, prompt_template=other, supervise_history=True)
+    with pytest.raises(ValueError, match="`separate_items` needs rows with a `history` column"):
+        tokenize_rows({k: v for k, v in rows[:].items() if k != "history"}, tokenizer, trie, prompt_template=TEMPLATE)
+    with pytest.raises(ValueError, match="`prompt_template` must be the one that the rows were made with"):
+        tokenize_rows(rows[:], tokenizer, trie, prompt_template=PromptTemplate("{history}", separate_items=True))
+    with pytest.raises(ValueError, match="`separate_items` is 1: it must be `True` or `False`"):
+        PromptTemplate("{history}", separate_items=1)
+
+
+def test_histories_off_the_catalogue(rows, tokenizer, trie):
+    batch = rows[:]
+    batch["history"][0] = ['"Ulysses"', '"Dune"']
+    batch["prompt"][0] = TEMPLATE.render(batch["history"][0])
+    with pytest.raises(
+        ValueError, match=r"`history` holds 1 text\(s\) that are no item of the trie, such as .*Ulysses"
+    ):
+        tokenize_rows(batch, tokenizer, trie, prompt_template=TEMPLATE, supervise_history=True)
