@@ -78,7 +78,7 @@ class LossProbe(TrainerCallback):
                 restricted = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
                 for name, losses in (("lml", output.vocab_losses), ("lml2", restricted)):
                     found = torch.autograd.grad(losses.sum(), parameters, retain_graph=True, allow_unused=True)
-                    sums[name] += float(losses.sum())
+                    sums[name] += losses.sum().item()
                     for total, gradient in zip(gradients[name], found):
                         if gradient is not None:
                             total += gradient

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small things that tests share: a tokenizer trained on a few titles, tiny models, real data where it is at hand."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 sys.path.insert(0, str(ROOT / "tests"))
 
+import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from from_scratch import train_tokenizer  # noqa: E402
-from helpers import TITLES  # noqa: E402
+from helpers import TITLES, make_windows  # noqa: E402
 
 from trl_msl import ItemCatalog, PromptTemplate  # noqa: E402
 
@@ -55,3 +57,21 @@ def chat_trie(catalog, tokenizer):
 @pytest.fixture(scope="session")
 def template() -> PromptTemplate:
     return PromptTemplate("The user has read: {history}\nNext: ")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A folder in the format of the MSL paper's authors."""
+    path = tmp_path_factory.mktemp("data")
+    ids = [str(index) for index in range(len(TITLES))]
+    (path / "id2name4Rec.json").write_text(json.dumps(dict(zip(ids, TITLES))))
+    for name, rows, seed in (("train.csv", 40, 0), ("test.csv", 6, 1)):
+        windows = make_windows(ids, rows, seed)
+        pd.DataFrame(
+            {
+                "user_id": range(rows),
+                "item_ids": [str([int(item) for item in window]) for window in windows["item_ids"]],
+                "timestamp": range(1000, 1000 + rows),
+            }
+        ).to_csv(path / name, index=False)
+    return path

@@ -16,24 +16,6 @@ def read(path):
     return json.loads(path.read_text())
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder in the format of the MSL paper's authors."""
-    path = tmp_path_factory.mktemp("data")
-    ids = [str(index) for index in range(len(TITLES))]
-    (path / "id2name4Rec.json").write_text(json.dumps(dict(zip(ids, TITLES))))
-    for name, rows, seed in (("train.csv", 40, 0), ("test.csv", 6, 1)):
-        windows = make_windows(ids, rows, seed)
-        pd.DataFrame(
-            {
-                "user_id": range(rows),
-                "item_ids": [str([int(item) for item in window]) for window in windows["item_ids"]],
-                "timestamp": range(1000, 1000 + rows),
-            }
-        ).to_csv(path / name, index=False)
-    return path
-
-
 def test_quickstart_compares_losses_on_generated_data(tmp_path):
     """Without data options: the embedded default, here with fewer steps and users."""
     output = launch(

@@ -99,8 +99,10 @@ def test_labels_as_tokens(rows, tokenizer, trie):
 def test_trainer(tmp_path, rows, catalog, tokenizer, trie):
     trainer = MSLTrainer(
         make_model(tokenizer),
-        MSLConfig(str(tmp_path), supervise_history=True, temperature=1.0, max_steps=100, learning_rate=1e-2,
-                  per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True),
+        MSLConfig(
+            str(tmp_path), supervise_history=True, temperature=1.0, max_steps=100, learning_rate=1e-2, use_cpu=True,
+            per_device_train_batch_size=8, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        ),
         trie=trie, train_dataset=rows, processing_class=tokenizer, prompt_template=TEMPLATE, catalog=catalog,
     )  # fmt: skip
     trainer.train()

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small version of every run behind docs/baselines.md but the baselines': base model, rows, report."""
+
+import json
+
+import pytest
+import report
+import sft_msl
+import yaml
+from conftest import ROOT
+from from_scratch import ScratchArguments
+from launching import launch
+from trl import ModelConfig, TrlParser
+
+from trl_msl import DataArguments, MSLConfig, Recommender
+
+
+CONFIGS = sorted((ROOT / "recipes" / "configs" / "ablation").glob("*.yaml"))
+SMALL = [
+    "--train_file", "train.csv", "--num_train_epochs", "1", "--per_device_train_batch_size", "8",
+    "--logging_steps", "1", "--bf16", "false", "--use_cpu", "--scratch_hidden_size", "32", "--scratch_num_layers", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """A base model, and a folder for what starts from it."""
+    path = tmp_path_factory.mktemp("runs")
+    config = ROOT / "recipes" / "configs" / "pretrain.yaml"
+    options = ["--data_dir", folder, "--output_dir", path / "base", "--scratch_vocab_size", 400]
+    output = launch("pretrain.py", "--config", config, *options, "--max_length", 64, *SMALL)
+    assert "48 texts" in output  # 12 items and 36 users
+    return path
+
+
+def run_recipe(*arguments: str) -> None:
+    """`sft_msl.py`, in this process."""
+    parser = TrlParser((sft_msl.RecipeArguments, DataArguments, ScratchArguments, MSLConfig, ModelConfig))
+    sft_msl.main(*parser.parse_args_and_config([str(argument) for argument in arguments]))
+
+
+def test_rows_differ_in_what_they_are_about():
+    rows = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS}
+    assert all(row.pop("run_name") == name for name, row in rows.items())
+    for name, row in rows.items():
+        reference = rows["item-tokens" if name.startswith("item") else "msl"]
+        changed = {key for key in row.keys() | reference.keys() if row.get(key) != reference.get(key)}
+        assert changed <= {
+            "temperature", "temperature_positions", "temperature_min", "temperature_init", "learning_rate",
+            "normalize", "loss_scale", "supervise_history", "num_negatives", "negative_scale",
+        }, (name, changed)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_row(config, runs, folder):
+    is_text = not config.stem.startswith("item")
+    base = ["--model_name_or_path", runs / "base", "--probe_steps", "2"] if is_text else []
+    run_recipe("--config", config, "--data_dir", folder, "--output_dir", runs, *base, *SMALL)
+    row = runs / config.stem
+    metrics = json.loads((row / "metrics.json").read_text())
+    assert metrics["exact_rate"] == 1 and metrics["num_rows"] == 6
+    assert metrics["num_parameters"] == metrics["num_trainable_parameters"] > 1000
+    assert 0 <= metrics["validation_ndcg@10"] <= 1
+    assert metrics["arguments"]["loss"] == "msl"
+    for decoding in ("beam", "beam-vocab") if is_text else ():
+        assert json.loads((row / decoding / "metrics.json").read_text())["decoding"] == decoding
+    recommender = Recommender.from_pretrained(row)
+    history = recommender.bundle.catalog.ids[:3]
+    assert len(recommender.recommend([history], k=5).ids[0]) == 5
+
+
+def test_probe_of_a_row(runs):
+    probe = json.loads((runs / "lml" / "probe.json").read_text())
+    steps = [entry["step"] for entry in probe["history"]]
+    assert steps == [0, 2, 4]
+    for entry in probe["history"]:
+        assert entry["lml"] == pytest.approx(entry["lml1"] + entry["lml2"])
+        assert min(entry[f"{name}_grad_norm"] for name in ("lml", "lml1", "lml2")) > 0
+        assert entry["lml_grad_norm"] <= entry["lml1_grad_norm"] + entry["lml2_grad_norm"] + 1e-6
+    assert probe["history"][-1]["lml"] < probe["history"][0]["lml"]
+    assert sum(probe["target_probability"]["counts"]) == sum(probe["logits"]["target"]) > 32
+    assert sum(probe["logits"]["invalid"]) > sum(probe["logits"]["valid"]) > sum(probe["logits"]["target"])
+
+
+def test_report_of_all_rows(runs, capsys):
+    report.main(report.ReportArguments(runs=str(runs), reference="msl-ats"))
+    table = (runs / "report" / "report.md").read_text()
+    assert table in capsys.readouterr().out
+    names = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")}
+    assert names >= {path.stem for path in CONFIGS} | {"lml/beam", "lml/beam-vocab", "msl-ats/beam"}
+    for name in ("comparison", "cost", "training", "gradients", "target_probability", "logits"):
+        assert (runs / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_run_name_is_one_run(tmp_path):
+    with pytest.raises(ValueError, match="`run_name` names the folder of one run"):
+        run_recipe("--output_dir", tmp_path, "--run_name", "a", "--loss", "msl", "lml", "--use_cpu", "--bf16", "false")
+    assert not (tmp_path / "a").exists()
