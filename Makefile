@@ -6,14 +6,17 @@ CONSTRAINTS := constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-lowest lint format bench clean
+.PHONY: quickstart test test-baselines test-lowest lint format bench clean
 
 quickstart: $(VENV)/installed  ## train and compare losses on generated data, in under 5 minutes on 2 cores
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		recipes/sft_msl.py --output_dir outputs/quickstart
 
-test: $(VENV)/installed $(VENV)/deepspeed  ## the whole suite, offline
+test: $(VENV)/installed $(VENV)/deepspeed test-baselines  ## the whole suite, offline
 	HF_HUB_OFFLINE=1 CI=1 $(BIN)/pytest -n 2 --dist loadfile
+
+test-baselines: $(VENV)-baselines/installed  ## the baselines' tests: RecTools needs older NumPy and pandas than the rest
+	HF_HUB_OFFLINE=1 CI=1 $(VENV)-baselines/bin/pytest tests/test_baselines.py
 
 test-lowest:  ## the whole suite with the oldest versions that pyproject.toml admits
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
@@ -39,5 +42,11 @@ $(VENV)/deepspeed: $(VENV)/installed  # ZeRO-3 is tested on two CPU processes
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[deepspeed]"
 	touch $@
 
+$(VENV)-baselines/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)-baselines
+	$(VENV)-baselines/bin/pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(VENV)-baselines/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev,baselines]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-lowest outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-baselines .venv-lowest .venv-lowest-baselines outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from trl_msl import ItemCatalog, ItemTrie, PromptTemplate, build_rows, encode_prompts, read_windows
+from trl_msl import ItemCatalog, ItemTrie, PromptTemplate, build_rows, encode_items, encode_prompts, read_windows
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -57,6 +57,21 @@ def load_books() -> Catalog:
     targets = torch.tensor(catalog.indices(ids[-1] for ids in windows["item_ids"]))
     trie = catalog.build_trie(AutoTokenizer.from_pretrained(tokenizer))
     return Catalog("Amazon Book titles, Llama 3 tokenizer", trie, targets)
+
+
+def load_titles() -> dict[str, list[list[int]]]:
+    """Token sequences of the MSL paper's catalogues, Llama 3's tokenizer, by name; none where they are absent."""
+    tokenizer = SHARED / "tokenizers" / "llama3"
+    folders = {name: SHARED / "data" / f"amazon_{name}" for name in ("books", "office")}
+    if not all(folder.is_dir() for folder in (tokenizer, *folders.values())):
+        return {}
+    logging.getLogger("trl_msl").setLevel(logging.ERROR)
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+    items = {name: folder / "id2name4Rec.json" for name, folder in folders.items()}
+    catalogs = {
+        name: ItemCatalog.from_json(path, template='"{text}"', empty_texts="keep") for name, path in items.items()
+    }
+    return {name: encode_items(encode, catalog.completions) for name, catalog in catalogs.items()}
 
 
 def load_prompts(num_users: int) -> list[list[int]]:

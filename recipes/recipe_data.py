@@ -25,6 +25,11 @@ class RecipeData:
     rows: DatasetDict
     best_possible: dict[str, float] | None
 
+    @property
+    def seen_items(self) -> set[str]:
+        """Ids of the items in the training windows."""
+        return {item for window in self.windows["train"]["item_ids"] for item in window}
+
 
 def load_recipe_data(args: DataArguments) -> RecipeData:
     """Read what `args` name, or generate data."""

@@ -33,6 +33,7 @@ def write_results(
     targets: list[str],
     items: np.ndarray,
     ranks: np.ndarray,
+    seen: set[str] | None = None,
 ) -> None:
     """
     What `report.py` compares systems by: `metrics.json`, and `rankings.parquet` with a row per test case.
@@ -51,10 +52,15 @@ def write_results(
             Recommended items, as indices in the catalogue, best first; `-1` where there is none.
         ranks (`np.ndarray` of shape `(num_rows,)`, integer):
             As `ranks_of_targets` gives them.
+        seen (`set[str]`, *optional*):
+            Ids of the items that training has seen: [`RecipeData.seen_items`]. Other targets are cold.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ids = [[catalog.ids[item] for item in row if item >= 0] for row in items.tolist()]
     rankings = pd.DataFrame({"item_id": targets, "recommended": ids, "rank": ranks.astype(int)})
+    if seen is not None:
+        rankings["is_cold"] = ~rankings["item_id"].isin(seen)
+        metrics = {**metrics, "cold_targets": int(rankings["is_cold"].sum())}
     rankings.to_parquet(folder / "rankings.tmp")
     (folder / "rankings.tmp").replace(folder / "rankings.parquet")
     write_json(folder / "metrics.json", metrics)

@@ -70,6 +70,8 @@ class System:
             Id of the item that came next in each test case.
         values (`dict[str, np.ndarray]`, each of shape `(num_seeds, num_rows)`):
             [`per_user_metrics`] of the ranks.
+        is_cold (`np.ndarray` of shape `(num_rows,)`, bool, *optional*):
+            Whether training has not seen that item, where this is known.
     """
 
     name: str
@@ -77,6 +79,7 @@ class System:
     metrics: list[dict[str, Any]]
     item_ids: np.ndarray
     values: dict[str, np.ndarray]
+    is_cold: np.ndarray | None
 
     def per_user(self, metric: str) -> np.ndarray:
         """Mean over the seeds, shape `(num_rows,)`."""
@@ -134,9 +137,9 @@ def read_systems(folders: dict[str, list[Path]]) -> list[System]:
                 f"System {name!r} has a seed twice, {seeds} in {[str(path) for path in paths]}, which would count as "
                 "two: train with another --seed, or remove a folder."
             )
-        ranks = []
+        ranks, is_cold = [], None
         for path in paths:
-            rankings = pd.read_parquet(path / "rankings.parquet", columns=["item_id", "rank"])
+            rankings = pd.read_parquet(path / "rankings.parquet")
             item_ids = rankings["item_id"].astype(str).to_numpy()
             first = first or (path, item_ids)
             if not np.array_equal(item_ids, first[1]):
@@ -146,16 +149,18 @@ def read_systems(folders: dict[str, list[Path]]) -> list[System]:
                     "or choose by --systems."
                 )
             ranks.append(rankings["rank"].to_numpy())
+            is_cold = rankings["is_cold"].to_numpy() if "is_cold" in rankings else is_cold
         values = [per_user_metrics(rank) for rank in ranks]
         values = {metric: np.stack([seed[metric] for seed in values]) for metric in values[0]}
-        systems.append(System(name, paths, metrics, first[1], values))
+        systems.append(System(name, paths, metrics, first[1], values, is_cold))
     return systems
 
 
 def compare(systems: list[System], reference: str) -> dict[str, dict[str, Any]]:
     """Everything that is known of each system, and how it differs from the reference, as JSON can hold it."""
     base = next(system for system in systems if system.name == reference).per_user("ndcg@10")
-    rows = {system.name: describe(system) for system in systems}
+    is_cold = next((system.is_cold for system in systems if system.is_cold is not None), None)
+    rows = {system.name: describe(system, is_cold) for system in systems}
     others = [system for system in systems if system.name != reference]
     for system in others:
         difference = system.per_user("ndcg@10") - base
@@ -168,7 +173,7 @@ def compare(systems: list[System], reference: str) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def describe(system: System) -> dict[str, Any]:
+def describe(system: System, is_cold: np.ndarray | None) -> dict[str, Any]:
     """Metrics from the ranks, and means over the seeds of what `metrics.json` has besides; `None` where it has not."""
     row: dict[str, Any] = {"folders": [str(folder) for folder in system.folders], "num_rows": len(system.item_ids)}
     row |= {"num_seeds": len(system.folders), "seeds": [metrics.get("seed") for metrics in system.metrics]}
@@ -176,6 +181,8 @@ def describe(system: System) -> dict[str, Any]:
         row[metric] = float(values.mean())
         if metric.endswith("@10"):
             row[f"{metric}_low"], row[f"{metric}_high"] = bootstrap_interval(system.per_user(metric))
+    for name, chosen in (("warm", ~is_cold), ("cold", is_cold)) if is_cold is not None and is_cold.any() else ():
+        row[f"ndcg@10_{name}"] = float(system.per_user("ndcg@10")[chosen].mean()) if chosen.any() else None
     by_seed = system.values["ndcg@10"].mean(axis=1)
     row["ndcg@10_by_seed"] = by_seed.tolist()
     row["ndcg@10_std"] = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None
@@ -289,6 +296,8 @@ def format_row(row: dict[str, Any]) -> dict[str, str]:
     return {
         "NDCG@10": interval("ndcg@10"),
         "HR@10": cell("hr@10", "{:.4f}"),
+        "warm": cell("ndcg@10_warm", "{:.4f}"),
+        "cold": cell("ndcg@10_cold", "{:.4f}"),
         "difference in NDCG@10": interval("difference"),
         "p": "< 0.001" if p_value is not None and p_value < 0.001 else cell("p_value_holm", "{:.3f}"),
         "seeds": f"{row['num_seeds']} (sd {spread:.4f})" if spread is not None else str(row["num_seeds"]),
@@ -311,6 +320,8 @@ def describe_statistics(rows: dict[str, dict[str, Any]], reference: str) -> str:
     """How to read the table."""
     num_rows = next(iter(rows.values()))["num_rows"]
     text = f"{num_rows:,} test cases; 95% bootstrap intervals over them, of means over the seeds."
+    if any("ndcg@10_warm" in row for row in rows.values()):
+        text += " Warm and cold: NDCG@10 where training has seen the target, and where it has not."
     if len(rows) > 1:
         text += (
             f" Differences are to `{reference}`, case by case; p: two-sided sign-flip test with {NUM_PERMUTATIONS:,} "

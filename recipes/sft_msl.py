@@ -209,7 +209,8 @@ def run(
                 # the first way of decoding is the system's own, others are beside it
                 place = folder if decoding == args.decoding[0] else folder / decoding
                 values = results[decoding] | costs | {"decoding": decoding}
-                write_results(place, values, data.catalog, rows["item_id"][:], result.items, result.target_ranks)
+                ranking = (result.items, result.target_ranks)
+                write_results(place, values, data.catalog, rows["item_id"][:], *ranking, data.seen_items)
             text = describe_recommendations(rows, data.catalog, found[args.decoding[0]])
             (folder / "recommendations.txt").write_text(text, encoding="utf-8")
             print(text)

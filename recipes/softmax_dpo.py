@@ -29,7 +29,7 @@ from accelerate.utils import is_peft_model
 from peft import AutoPeftModelForCausalLM
 from preference_data import NegativeArguments, make_preferences
 from recipe_data import load_recipe_data, with_quickstart_data
-from recipe_outputs import describe_recommendations, format_table, plot_training, write_json
+from recipe_outputs import describe_recommendations, format_table, plot_training, write_json, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -85,7 +85,12 @@ def main(args: NegativeArguments, data_args: DataArguments, config: SoftmaxDPOCo
     trained = time.time()
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    metrics = {"negatives_seconds": round(drawn - started, 1), "train_seconds": round(trained - drawn, 1)}
+    metrics = {
+        "negatives_seconds": round(drawn - started, 1),
+        "train_seconds": round(trained - drawn, 1),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seed": config.seed,
+    }
     if is_sharded(model):
         process.print(
             "The model is sharded, and decoding needs all of it in each process. Evaluate what was saved:\n"
@@ -95,12 +100,15 @@ def main(args: NegativeArguments, data_args: DataArguments, config: SoftmaxDPOCo
         found_metrics, found = evaluate_recommendations(
             model, tokenizer, trie, data.catalog, data.rows["test"], return_recommendations=True, **ranking
         )
-        metrics |= found_metrics
+        metrics |= found_metrics | {"test_seconds": round(time.time() - trained, 1)}
     if process.is_main_process:
-        write_json(output_dir / "metrics.json", metrics)
         write_json(output_dir / "log_history.json", trainer.state.log_history)
         plot_training({"softmax DPO": trainer.state.log_history}, output_dir / "training.png")
-        if not is_sharded(model):
+        if is_sharded(model):
+            write_json(output_dir / "metrics.json", metrics)
+        else:
+            targets, ranking = data.rows["test"]["item_id"][:], (found.items, found.target_ranks)
+            write_results(output_dir, metrics, data.catalog, targets, *ranking, data.seen_items)
             text = describe_recommendations(data.rows["test"], data.catalog, found)
             (output_dir / "recommendations.txt").write_text(text, encoding="utf-8")
             print(text)

@@ -84,10 +84,10 @@ def test_counts_and_styles():
 def add(tmp_path, catalog):
     """Writes a system as the recipes do; test cases are b0, b1, ..."""
 
-    def add_system(name: str, ranks: list[int], targets: list[str] | None = None, **metrics):
+    def add_system(name: str, ranks: list[int], targets: list[str] | None = None, seen=None, **metrics):
         items = np.full((len(ranks), 10), -1)
         targets = targets or [f"b{user}" for user in range(len(ranks))]
-        write_results(tmp_path / name, metrics, catalog, targets, items, np.array(ranks))
+        write_results(tmp_path / name, metrics, catalog, targets, items, np.array(ranks), seen)
         return tmp_path / name
 
     return add_system
@@ -125,6 +125,18 @@ def test_figures_by_hand(tmp_path, add, capsys):
     assert (cells["training, s"], cells["users per second"], cells["parameters"]) == ("1,660", "8", "1.5M")
     assert (cells["coverage"], cells["validation NDCG@10"]) == ("25.0%", "0.5000")
     assert "\n4 test cases" in text and "Holm-corrected for 1 comparisons" in text
+
+
+def test_targets_that_training_has_not_seen(tmp_path, add):
+    """One system knows which those are: they are all systems' test cases."""
+    add("msl-ats", [0, 2, -1, 0])
+    add("lml", [0, -1, 0, -1], seen={"b0", "b1", "b7"})
+    rows = run(tmp_path)
+    assert [(row["ndcg@10_warm"], row["ndcg@10_cold"]) for row in rows.values()] == [(0.75, 0.5), (0.5, 0.5)]
+    assert rows["lml"]["cold_targets"] == 2
+    assert "| warm   | cold   |" in (tmp_path / "report" / "report.md").read_text()
+    add("lml", [0, -1, 0, -1], seen={"b0", "b1", "b2", "b3"})
+    assert "ndcg@10_warm" not in run(tmp_path)["lml"]
 
 
 def test_seeds_are_one_system(tmp_path, add):

@@ -200,6 +200,10 @@ def _check_trie(case: Case) -> Iterator[Finding]:
             "There is nothing to rank; check the text column.",
         )  # fmt: skip
         return
+    yield Finding(
+        "Valid tokens at a target's token", "ok",
+        f"{trie.average_valid_tokens(case.targets):.2f} on average, of {trie.vocab_size}; {trie.num_nodes} nodes",
+    )  # fmt: skip
     depth = next(depth for depth, (start, end) in enumerate(trie.levels) if start <= first < end)
     yield Finding(
         "Where items begin to differ", "ok" if depth == 0 else "note",
