@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only ablations need: a loss with a constant factor, and a look into the loss as training goes on."""
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from recipe_outputs import write_json
 from torch import Tensor
 from transformers import TrainerCallback
 
-from trl_msl import MSLTrainer, masked_softmax_loss
+from trl_msl import MSLTrainer, is_sharded, masked_softmax_loss
 
 
 class ScaledLossTrainer(MSLTrainer):
@@ -28,15 +30,16 @@ class LossProbe(TrainerCallback):
     """
     Measures the parts of the loss on the same few rows all along a training by [`MSLTrainer`], and writes a file:
 
-    - `history`, at step 0 and every `every` steps: `lml`, `lml1` and `lml2` per title token (Eq. 2-4 of the
-      [MSL paper](https://huggingface.co/papers/2504.04178)), the norms of their gradients, and the temperature;
-    - at the end, histograms: `target_probability`, the restricted probability of the right token at the temperature
-      of the training, at positions where several are valid (1 minus it is the position's weight in the gradient); and
-      `logits` of right, other valid, and invalid tokens there.
+    - `history`, of the rows' targets, at step 0 and every `every` steps: `lml`, `lml1` and `lml2` per title token
+      (Eq. 2-4 of the [MSL paper](https://huggingface.co/papers/2504.04178)), the norms of their gradients, and the
+      temperature;
+    - at the end, histograms of the model that is kept, where several tokens are valid: `target_probability`, the
+      restricted probability of the right token at the last temperature (1 minus it is the position's weight in the
+      gradient); and `logits` of right, other valid, and invalid tokens.
 
     Args:
         trainer ([`MSLTrainer`]):
-            The trainer; its model must not be sharded.
+            The trainer, of rows that are not packed; its model must not be sharded.
         path (`Path`):
             File to write.
         every (`int`):
@@ -48,11 +51,15 @@ class LossProbe(TrainerCallback):
     def __init__(self, trainer: MSLTrainer, path: Path, every: int, num_rows: int = 64):
         self.trainer, self.path, self.every = trainer, path, every
         rows = trainer.train_dataset.select_columns(["input_ids", "labels"])
-        self.rows = [rows[index] for index in range(min(num_rows, len(rows)))]
+        self.rows = [_target_only(rows[index]) for index in range(min(num_rows, len(rows)))]
         self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.history = []
+        if is_sharded(self._model):
+            raise ValueError("`probe_steps` needs the whole model in each process: leave it out of a sharded run.")
+        before = json.loads(self.path.read_text())["history"] if state.global_step and self.path.is_file() else []
+        self.history = [entry for entry in before if entry["step"] < state.global_step]
         self._measure(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -64,6 +71,7 @@ class LossProbe(TrainerCallback):
             write_json(self.path, {"history": self.history, **self._histograms()})
 
     def _measure(self, step: int) -> None:
+        started = time.time()
         model = self._model
         was_training = model.training
         model.eval()
@@ -90,6 +98,9 @@ class LossProbe(TrainerCallback):
             entry[name] = sums[name] / num_tokens
             entry[f"{name}_grad_norm"] = _norm(gradients[name]) / num_tokens
         self.history.append(entry)
+        if self.trainer.is_world_process_zero():
+            write_json(self.path, {"history": self.history})
+        self.seconds += time.time() - started
 
     @torch.no_grad()
     def _histograms(self) -> dict[str, Any]:
@@ -129,6 +140,13 @@ class LossProbe(TrainerCallback):
     def _batch(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         batch = self.trainer.data_collator(rows)
         return {name: value.to(self._model.device) for name, value in batch.items() if torch.is_tensor(value)}
+
+
+def _target_only(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """A row whose history is not supervised: the same positions for all trainers."""
+    labels = row["labels"]
+    start = len(labels) - next(place for place, label in enumerate(reversed(labels)) if label == -100)
+    return {**row, "labels": [-100] * start + labels[start:]}
 
 
 def _norm(gradients: list[Tensor]) -> float:

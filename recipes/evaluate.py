@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from recipe_data import load_recipe_data, with_quickstart_data
+from recipe_data import check_template, load_recipe_data, with_quickstart_data
 from recipe_evaluation import DECODINGS, evaluate_decodings
 from recipe_outputs import describe_recommendations, format_table, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -88,6 +88,7 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
         raise ValueError("`num_beams` and `length_penalty` mean nothing to exact search: add beam to `--decoding`.")
     process = PartialState(cpu=not torch.accelerator.is_available())
     data = load_recipe_data(data_args)
+    check_template(model_args.model_name_or_path, data.template)
     loading = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **loading)
     model = AutoModelForCausalLM.from_pretrained(

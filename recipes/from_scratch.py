@@ -28,7 +28,8 @@ class ScratchArguments:
 
     Parameters:
         scratch_tokens (`str`, *optional*, defaults to `"text"`):
-            What a token is: part of a `text`, by byte pairs; or a whole `item` (with `--item_template "{id}"`).
+            What a token is: part of a `text`, by byte pairs; or a whole `item`, for which `item_text: id`,
+            `separate_items: true`, `prompt_text: "{history}"` and no pretraining steps.
         scratch_vocab_size (`int`, *optional*, defaults to `2000`):
             Most tokens of text.
         scratch_hidden_size, scratch_num_layers (`int`, *optional*, defaults to `128` and `2`):
@@ -122,6 +123,11 @@ def item_tokenizer(items: Iterable[str]) -> PreTrainedTokenizerFast:
 
     Items that are written alike share a token. It adds BOS and knows nothing else: any other text is an unknown token.
     """
+    items = list(items)
+    if ambiguous := [item for item in items if ", " in item]:
+        raise ValueError(
+            f"`items` holds {len(ambiguous)} with a comma, which separates items, such as {ambiguous[0]!r}: use ids."
+        )
     words = {word: token for token, word in enumerate(dict.fromkeys([BOS, EOS, PAD, UNKNOWN, *items]))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(", ", behavior="removed")
@@ -225,6 +231,10 @@ def write_base_model(
         *history, target = rng.choices(catalog.completions, k=rng.randint(2, 5))
         return text_template.render(history) + target
 
+    if args.scratch_tokens == "item" and (args.scratch_pretrain_steps or template.text != "{history}"):
+        raise ValueError(
+            "`scratch_tokens` = 'item' knows no texts: set `scratch_pretrain_steps` 0 and `prompt_text` '{history}'."
+        )
     tokenizer, model = make_base_model(catalog, [*catalog.completions, *(text() for _ in range(100))], args, seed)
     steps = args.scratch_pretrain_steps
     if steps:

@@ -2,6 +2,7 @@
 """Data that recipes read: a folder, an interaction log, or, without arguments, a generated one."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def load_recipe_data(args: DataArguments) -> RecipeData:
     template = args.prompt_template
     rows = DatasetDict({split: build_rows(windows[split], catalog, template) for split in windows})
     return RecipeData(catalog, template, windows, rows, best)
+
+
+def check_template(model_name_or_path: str, template: PromptTemplate) -> None:
+    """Whether `template` is the one that a local model was trained with, where that is known."""
+    path = Path(model_name_or_path) / "recommender.json"
+    if path.is_file():
+        trained = json.loads(path.read_text(encoding="utf-8"))["prompt_template"]
+        given = dataclasses.asdict(template)
+        if different := {name: (given[name], trained[name]) for name in trained if given[name] != trained[name]}:
+            raise ValueError(
+                f"The prompt differs from the one that {model_name_or_path} was trained with, in (here, there): "
+                f"{different}. Pass the data options of its training: `prompt_text`, `prompt_words`, "
+                "`conversational`, `separate_items`."
+            )
 
 
 def with_quickstart_data(arguments: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from recipe_outputs import write_json
+from recipe_outputs import write_json, write_text
 from report_plots import write_plots
 from trl import TrlParser
 
@@ -159,7 +159,12 @@ def read_systems(folders: dict[str, list[Path]]) -> list[System]:
 def compare(systems: list[System], reference: str) -> dict[str, dict[str, Any]]:
     """Everything that is known of each system, and how it differs from the reference, as JSON can hold it."""
     base = next(system for system in systems if system.name == reference).per_user("ndcg@10")
-    is_cold = next((system.is_cold for system in systems if system.is_cold is not None), None)
+    known = [system.is_cold for system in systems if system.is_cold is not None]
+    if any(not np.array_equal(is_cold, known[0]) for is_cold in known):
+        raise ValueError(
+            "`runs` holds systems that were trained on other items: their `is_cold` in rankings.parquet differ."
+        )
+    is_cold = known[0] if known else None
     rows = {system.name: describe(system, is_cold) for system in systems}
     others = [system for system in systems if system.name != reference]
     for system in others:
@@ -328,14 +333,6 @@ def describe_statistics(rows: dict[str, dict[str, Any]], reference: str) -> str:
             f"permutations, Holm-corrected for {len(rows) - 1} comparisons."
         )
     return text
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write whole, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

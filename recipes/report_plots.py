@@ -101,7 +101,7 @@ def read_beside(rows: Rows, name: str, runs: Path | None = None) -> dict[str, An
             path = next((folder / name for folder in folders if (folder / name).is_file()), None)
             if path is not None and path not in paths.values():
                 paths.setdefault(system, path)
-    return {name: json.loads(paths[name].read_text(encoding="utf-8")) for name in rows if name in paths}
+    return {system: json.loads(paths[system].read_text(encoding="utf-8")) for system in rows if system in paths}
 
 
 def having(probes: dict[str, Any], key: str) -> dict[str, Any]:
@@ -221,20 +221,15 @@ def plot_gradients(probes: dict[str, Any], styles: Styles, path: Path) -> None:
 
 def plot_target_probability(probes: dict[str, Any], styles: Styles, path: Path) -> None:
     """Distribution of the target's probability among the valid tokens, a line per system (Figure 5 of the paper)."""
-    panels = {"target_probability": "target's probability among the valid tokens, p", "weights": "weight in gradient"}
-    panels = {key: label for key, label in panels.items() if having(probes, key)}
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(1.5 + 5 * len(panels), 4.2), sharey=True, squeeze=False, constrained_layout=True
-    )
-    for axis, (key, label) in zip(axes[0], panels.items()):
-        for name, probe in having(probes, key).items():
-            counts = np.asarray(probe[key]["counts"], dtype=float)
-            line = {key: styles[name][key] for key in ("color", "linestyle")}
-            axis.stairs(counts / max(1, counts.sum()), probe[key]["edges"], label=name, linewidth=1.6, **line)
-        axis.set(xlabel=label)
-        axis.grid(alpha=0.3)
-    axes[0, 0].set(ylabel="share of positions")
-    legend_below(figure, axes[0, 0])
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), constrained_layout=True)
+    for name, probe in probes.items():
+        histogram = probe["target_probability"]
+        counts = np.asarray(histogram["counts"], dtype=float)
+        line = {key: styles[name][key] for key in ("color", "linestyle")}
+        axis.stairs(counts / max(1, counts.sum()), histogram["edges"], label=name, linewidth=1.6, **line)
+    axis.set(xlabel="target's probability among the valid tokens, p; its weight is 1 − p", ylabel="share of positions")
+    axis.grid(alpha=0.3)
+    legend_below(figure, axis)
     save(figure, path)
 
 

@@ -171,27 +171,34 @@ def run(
     ranking: dict,
 ) -> tuple[dict, list[dict]]:
     """Train by a loss, test, and leave both in a folder: the test's metrics and the log of the training."""
-    process, begun, history = PartialState(), time.time(), []
+    process, history, seconds, arguments = PartialState(), [], 0.0, {"loss": name}
     if name == "untrained":
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **config.model_init_kwargs)
         model = model.to(process.device)
     else:
         trainer = make_trainer(name, folder, args, data, tokenizer, trie, config, model_args, ranking)
+        begun = time.time()
         is_last = config.resume_from_checkpoint == "last"
         trainer.train(resume_from_checkpoint=True if is_last else config.resume_from_checkpoint)
+        probes = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossProbe)]
+        seconds = time.time() - begun - sum(probe.seconds for probe in probes)
         trainer.save_model()
         model, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
         if process.is_main_process:
             write_json(folder / "log_history.json", history)
+    if name == "msl":
+        arguments |= {option: getattr(config, option) for option in REPORTED} | {"loss_scale": args.loss_scale}
     costs = {
-        "train_seconds": round(time.time() - begun, 1),
+        "train_seconds": round(seconds, 1),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad and history),
         "seed": config.seed,
-        "arguments": {option: getattr(config, option) for option in REPORTED} | {"loss": name},
+        "arguments": arguments,
     }
-    if validated := [entry["eval_ndcg@10"] for entry in history if "eval_ndcg@10" in entry]:
-        costs["validation_ndcg@10"] = max(validated) if config.load_best_model_at_end else validated[-1]
+    if validated := {entry["step"]: entry["eval_ndcg@10"] for entry in history if "eval_ndcg@10" in entry}:
+        last = max(validated)
+        kept = trainer.state.best_global_step if config.load_best_model_at_end else last
+        costs["validation_ndcg@10"] = validated.get(kept, validated[last])
     if is_sharded(model):
         metrics = costs
         process.print(
@@ -209,8 +216,8 @@ def run(
                 # the first way of decoding is the system's own, others are beside it
                 place = folder if decoding == args.decoding[0] else folder / decoding
                 values = results[decoding] | costs | {"decoding": decoding}
-                ranking = (result.items, result.target_ranks)
-                write_results(place, values, data.catalog, rows["item_id"][:], *ranking, data.seen_items)
+                found_items = (result.items, result.target_ranks)
+                write_results(place, values, data.catalog, rows["item_id"][:], *found_items, data.seen_items)
             text = describe_recommendations(rows, data.catalog, found[args.decoding[0]])
             (folder / "recommendations.txt").write_text(text, encoding="utf-8")
             print(text)
@@ -260,22 +267,25 @@ def tokenize(
     data: RecipeData, tokenizer: PreTrainedTokenizerBase, trie: ItemTrie, config: MSLConfig, labels: str
 ) -> DatasetDict:
     """The same token ids for both losses; only the labels differ."""
+    settings = {
+        "tokenizer": tokenizer,
+        "trie": trie,
+        "max_length": config.max_length,
+        "prompt_template": data.template,
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "labels": labels,
+    }
+    tokenized = {}
     with PartialState().main_process_first():
-        return data.rows.map(
-            tokenize_rows,
-            batched=True,
-            remove_columns=data.rows["train"].column_names,
-            fn_kwargs={
-                "tokenizer": tokenizer,
-                "trie": trie,
-                "max_length": config.max_length,
-                "prompt_template": data.template,
-                "chat_template_kwargs": config.chat_template_kwargs,
-                "labels": labels,
-                "supervise_history": config.supervise_history,
-            },
-            desc="Tokenizing",
-        )
+        for split, rows in data.rows.items():
+            tokenized[split] = rows.map(
+                tokenize_rows,
+                batched=True,
+                remove_columns=rows.column_names,
+                fn_kwargs={**settings, "supervise_history": config.supervise_history and split == "train"},
+                desc=f"Tokenizing {split}",
+            )
+    return DatasetDict(tokenized)
 
 
 def as_sft(config: MSLConfig) -> SFTConfig:

@@ -28,7 +28,7 @@ from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from peft import AutoPeftModelForCausalLM
 from preference_data import NegativeArguments, make_preferences
-from recipe_data import load_recipe_data, with_quickstart_data
+from recipe_data import check_template, load_recipe_data, with_quickstart_data
 from recipe_outputs import describe_recommendations, format_table, plot_training, write_json, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import find_adapter_config_file
@@ -49,6 +49,7 @@ def main(args: NegativeArguments, data_args: DataArguments, config: SoftmaxDPOCo
         raise ValueError("`model_name_or_path` is missing: pass the model to be trained further.")
     process, output_dir = PartialState(), Path(config.output_dir)
     data = load_recipe_data(data_args)
+    check_template(model_args.model_name_or_path, data.template)
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
     )

@@ -417,11 +417,13 @@ def test_drawn_negatives_train_and_evaluate_over_all(train, rows, tokenizer):
         ({"normalize": "vocab"}, "`temperature` = 'adaptive' .* `normalize` = 'vocab' .* pass a number"),
         ({"num_negatives": 5}, "`temperature` = 'adaptive' .* `num_negatives` = 5 .* pass a number"),
         ({"normalize": "items"}, "`normalize` is 'items'"),
-        ({"num_negatives": 0, "temperature": 1.0}, "`num_negatives` is 0: it must be at least 1"),
+        ({"num_negatives": 0, "temperature": 1.0}, "`num_negatives` is 0: it must be a whole number above 0"),
         ({"negative_scale": 2.0, "temperature": 1.0}, "`negative_scale` = 2.0 is for drawn negatives"),
         ({"negative_scale": -1, "num_negatives": 2, "temperature": 1.0}, "`negative_scale` is -1"),
         ({"normalize": "vocab", "temperature": 1.0, "num_negatives": 2}, "takes no `num_negatives`"),
         ({"normalize": "vocab", "temperature": 2.0, "log_lml_parts": True}, "only with `temperature` = 1"),
+        ({"num_negatives": 2.5, "temperature": 1.0}, "`num_negatives` is 2.5"),
+        ({"num_negatives": 2, "temperature": 1.0, "log_lml_parts": True}, "`log_lml_parts` is of all valid tokens"),
     ],
 )
 def test_losses_that_do_not_go_together(options, message):

@@ -22,7 +22,6 @@ PROBE = {
         for step in (0, 10, 20)
     ],
     "target_probability": {"edges": [0, 0.5, 1], "counts": [3, 1]},
-    "weights": {"edges": [0, 0.5, 1], "counts": [1, 3]},
     "logits": {"edges": [-1, 0, 1, 2], "target": [0, 1, 3], "valid": [2, 2, 0], "invalid": [0, 0, 0]},
 }
 

@@ -81,6 +81,11 @@ class Case:
         indices = self.catalog.indices(ids[-1] for ids in windows["item_ids"][:100_000])
         return self.trie.item_nodes[indices].long()
 
+    def prompts(self, rows: Dataset) -> list[list[int]]:
+        """Token ids of the prompts of rows, however long."""
+        room = [float("inf")] * len(rows)
+        return fit_prompts(self.tokenizer, rows[:], room, self.template, self.chat_template_kwargs)
+
     def ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
@@ -201,8 +206,8 @@ def _check_trie(case: Case) -> Iterator[Finding]:
         )  # fmt: skip
         return
     yield Finding(
-        "Valid tokens at a target's token", "ok",
-        f"{trie.average_valid_tokens(case.targets):.2f} on average, of {trie.vocab_size}; {trie.num_nodes} nodes",
+        "Valid tokens (AVT)", "ok",
+        f"{trie.average_valid_tokens(case.targets):.2f} at a target's token on average, of {trie.vocab_size}",
     )  # fmt: skip
     depth = next(depth for depth, (start, end) in enumerate(trie.levels) if start <= first < end)
     yield Finding(
@@ -247,7 +252,7 @@ def _check_lengths(case: Case) -> Iterator[Finding]:
     items = encode_items(
         case.tokenizer, _texts(case.rows["completion"][:]), case.template.conversational, case.chat_template_kwargs
     )
-    prompts = encode_prompts(case.tokenizer, case.rows["prompt"][:], case.chat_template_kwargs)
+    prompts = case.prompts(case.rows)
     room = [case.max_length - len(item) for item in items]
     num_long = sum(len(prompt) > most for prompt, most in zip(prompts, room))
     what, seen = f"Rows longer than {case.max_length} tokens", f"{num_long} of {len(items)}"
@@ -388,7 +393,7 @@ def _check_generation_config(case: Case) -> Iterator[Finding]:
 def _check_precision(case: Case) -> Iterator[Finding]:
     """How many first tokens that differ in fp32 would be equal as bf16, among the ten best of each prompt."""
     rows = case.rows.select(range(min(8, len(case.rows))))
-    prompts = encode_prompts(case.tokenizer, rows["prompt"][:], case.chat_template_kwargs)
+    prompts = case.prompts(rows)
     first = case.trie.first_branching_node
     if first < 0:
         return

@@ -37,7 +37,7 @@ class PromptTemplate:
         separate_items (`bool`, *optional*, defaults to `False`):
             Whether each item of the history is tokenised by itself, so that it has the very tokens that it has as a
             recommendation, whatever stands around it. `MSLConfig(supervise_history=True)` needs it. Rows then need a
-            `history`, and whoever encodes their prompts this template: [`fit_prompts`].
+            `history`; and pass this template wherever their prompts are encoded, in training and in evaluation.
 
     Example:
 
@@ -153,7 +153,7 @@ def tokenize_rows(
         max_length (`int`, *optional*):
             Longest row, in tokens. Longer rows lose their oldest history items, never part of the title.
         prompt_template ([`PromptTemplate`], *optional*):
-            Needed to shorten a prompt.
+            Template that the rows were made with, needed to shorten a prompt and for `separate_items`.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template.
         labels (`str`, *optional*, defaults to `"nodes"`):
@@ -229,6 +229,8 @@ def history_labels(
             "`separate_items=True`, in training and wherever prompts are encoded."
         )
     layout = _SeparateItems(tokenizer, template, rows["history"], chat_template_kwargs)
+    if not layout.items:
+        return [[-100] * length for length in lengths]
     sequences = encode_items(tokenizer, list(layout.items), template.conversational, chat_template_kwargs)
     ends = trie.find(sequences).cpu()
     if (ends < 0).any():
@@ -263,6 +265,11 @@ class _SeparateItems:
         prompt = template.render([mark])
         if template.conversational:
             prompt = _render_chat(tokenizer, prompt, chat_template_kwargs)
+        if prompt.count(mark) != 1:
+            raise ValueError(
+                "`tokenizer.chat_template` writes a user's message not once, but "
+                f"{prompt.count(mark)} times: `separate_items` needs to know where it stands. Leave it out."
+            )
         before, after = prompt.split(mark)
         special = {"add_special_tokens": False}
         # a text begins with what the tokenizer puts there (BOS), which a chat template writes itself

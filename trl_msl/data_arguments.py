@@ -102,6 +102,8 @@ def read_data(args: DataArguments) -> tuple[ItemCatalog, DatasetDict]:
         "empty_texts": args.empty_texts,
         "html_entities": args.html_entities,
     }
+    if args.item_text == "id":
+        policies["empty_texts"] = "keep"  # texts are not used
     if args.data_dir:
         catalog = ItemCatalog.from_json(f"{args.data_dir}/id2name4Rec.json", **policies)
         windows = read_windows(args.data_dir, train_file=args.train_file)

@@ -55,7 +55,7 @@ def evaluate_recommendations(
         max_length (`int`, *optional*):
             As in training: prompts that, with a title of average length, are longer lose their oldest history items.
         prompt_template ([`PromptTemplate`], *optional*):
-            Template that the rows were made with, needed to shorten a prompt.
+            Template that the rows were made with, needed to shorten a prompt and for `separate_items`.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template.
         return_recommendations (`bool`, *optional*, defaults to `False`):

@@ -110,14 +110,15 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
         nodes = nodes[row, column]
         branching = local_trie.num_valid_tokens(nodes) > 1
 
+        output = SparseCausalLMOutput()
+        if vocab_lm_head:
+            vocab_losses = _vocab_losses(local_trie.tokens(nodes), hidden[row, column], project, vocab_temperature)
         with maybe_gather_lm_head_ctx(weight, bias):
-            output = SparseCausalLMOutput()
             if sparse_lm_head:
                 states = hidden[row[branching], column[branching]]
                 output = _sparse_output(local_trie, nodes[branching], states, project, num_negatives)
             if vocab_lm_head:
-                tokens, states = local_trie.tokens(nodes), hidden[row, column]
-                output.vocab_losses = _vocab_losses(tokens, states, project, vocab_temperature)
+                output.vocab_losses = vocab_losses
             elif output_vocab_losses:
                 # cast once, not for each chunk of positions
                 project = functools.partial(project, weight=weight.detach().float())
@@ -216,12 +217,13 @@ def _vocab_losses(tokens: Tensor, hidden: Tensor, project, temperature: float = 
     """
 
     def chunk_losses(states: Tensor, targets: Tensor) -> Tensor:
-        logits = project(states, rows=slice(None)) / temperature
+        # Gathered for each chunk (ZeRO-3), as the backward pass makes it again
+        with maybe_gather_lm_head_ctx(project.keywords["weight"], project.keywords["bias"]):
+            logits = project(states, rows=slice(None)) / temperature
         return temperature * torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
     chunks = zip(hidden.split(chunk_size), tokens.split(chunk_size))
-    losses = [checkpoint(chunk_losses, states, targets, use_reentrant=False) for states, targets in chunks]
-    return torch.cat(losses) if len(tokens) else hidden.float().sum(dim=-1)
+    return torch.cat([checkpoint(chunk_losses, states, targets, use_reentrant=False) for states, targets in chunks])
 
 
 def _logit_scale(text_config: PretrainedConfig) -> float:

@@ -39,8 +39,8 @@ class MSLConfig(SFTConfig):
             `"vocab"`, the whole vocabulary. The latter is the usual language modeling loss (LML), as of
             [`~trl.SFTTrainer`], with a fixed `temperature` (1 for the usual one).
         supervise_history (`bool`, *optional*, defaults to `False`):
-            Whether each item of the history but the first is a target, too, given the ones before it, in the same
-            forward. Needs rows with a `history` and a `prompt_template` with `separate_items`.
+            Whether each item of the history but the first is a target of the training, too, given the ones before it,
+            in the same forward. Needs rows with a `history` and a `prompt_template` with `separate_items`.
         num_negatives (`int`, *optional*):
             Where more than so many wrong tokens are valid, draw so many of them at random, uniformly with replacement
             (a token that comes twice counts once), in place of all. Not with the adaptive temperature.
@@ -150,8 +150,10 @@ class MSLConfig(SFTConfig):
     def _check_loss(self) -> None:
         if self.normalize not in ("trie", "vocab"):
             raise ValueError(f"`normalize` is {self.normalize!r}: it must be 'trie' or 'vocab'.")
-        if self.num_negatives is not None and self.num_negatives < 1:
-            raise ValueError(f"`num_negatives` is {self.num_negatives}: it must be at least 1, or `None` for all.")
+        if self.num_negatives is not None and not (isinstance(self.num_negatives, int) and self.num_negatives > 0):
+            raise ValueError(
+                f"`num_negatives` is {self.num_negatives!r}: it must be a whole number above 0, or `None` for all."
+            )
         self.negative_scale = _positive("negative_scale", self.negative_scale)
         if self.num_negatives is None and self.negative_scale != 1:
             raise ValueError(f"`negative_scale` = {self.negative_scale} is for drawn negatives: set `num_negatives`.")
@@ -166,6 +168,8 @@ class MSLConfig(SFTConfig):
             raise ValueError(
                 "`normalize` = 'vocab' takes no `num_negatives`, and `log_lml_parts` only with `temperature` = 1."
             )
+        if self.num_negatives and self.log_lml_parts:
+            raise ValueError("`log_lml_parts` is of all valid tokens: leave it out with `num_negatives`.")
 
     def _reject_unsupported(self) -> None:
         """Options of SFT that would change, or silently not change, what the loss means."""

@@ -36,10 +36,12 @@ class MSLTrainer(CatalogTrainerMixin, SFTTrainer):
       τ moves, so does the scale of the training loss; `eval_loss` is taken at τ = 1 and stays comparable. With
       `normalize="vocab"` it is the usual loss instead, over the vocabulary, of every token of a title.
 
+    With `supervise_history` that is so for every item of a history, in training; evaluation is of the targets alone.
+
     Logged besides TRL's `num_tokens`: `temperature`; over positions where several tokens are valid,
     `valid_token_accuracy`, how often the right token has the highest logit among the valid ones, and
-    `target_probability`, its mean probability among them (τ = 1); with `log_lml_parts=True`, `lml`, `lml1` and `lml2`
-    per title token.
+    `target_probability`, its mean probability among them (τ = 1; in training with `num_negatives` among those drawn);
+    with `log_lml_parts=True`, `lml`, `lml1` and `lml2` per title token.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -146,6 +148,7 @@ class MSLTrainer(CatalogTrainerMixin, SFTTrainer):
         dataset_name,
     ):
         tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+        supervise_history = args.supervise_history and dataset_name == "train"
         columns = get_dataset_column_names(dataset)
         if "input_ids" not in columns:
             map_kwargs = {}
@@ -162,7 +165,7 @@ class MSLTrainer(CatalogTrainerMixin, SFTTrainer):
                         "max_length": args.max_length,
                         "prompt_template": self.prompt_template,
                         "chat_template_kwargs": args.chat_template_kwargs,
-                        "supervise_history": args.supervise_history,
+                        "supervise_history": supervise_history,
                     },
                     **map_kwargs,
                 )
@@ -172,8 +175,17 @@ class MSLTrainer(CatalogTrainerMixin, SFTTrainer):
                 "prompt/completion rows, which makes both."
             )
         elif isinstance(dataset, Dataset):
+            num_targets = 0
             for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=10_000):
                 _check_tokenized(batch, self.trie, args.max_length, dataset_name)
+                nodes = torch.from_numpy(np.concatenate(batch["labels"]))
+                parents = self.trie.to("cpu").parents(nodes[nodes != -100])
+                num_targets += int((parents == self.trie.first_branching_node).sum())
+            if supervise_history and num_targets <= len(dataset):
+                raise ValueError(
+                    f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
+                    f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
+                )
         else:
             dataset = dataset.map(
                 _check_tokenized,
@@ -245,7 +257,7 @@ class MSLTrainer(CatalogTrainerMixin, SFTTrainer):
             "valid_token_accuracy": num_correct,
             "target_probability": losses.neg().exp().sum(),
         }
-        if output.vocab_losses is not None:
+        if self.args.log_lml_parts:
             lml, lml2 = output.vocab_losses.sum(), losses.sum()
             sums |= {"supervised": len(output.vocab_losses), "lml": lml, "lml1": lml - lml2, "lml2": lml2}
         values = torch.stack([torch.as_tensor(v, device=losses.device).float() for v in sums.values()])
@@ -265,10 +277,13 @@ def _check_tokenized(
 ) -> dict[str, list]:
     """Rows that the user tokenised: labels must be nodes of this trie, and no title may be cut."""
     ids, nodes = (torch.from_numpy(np.concatenate(batch[name])) for name in ("input_ids", "labels"))
-    ids, nodes = ids[nodes != -100], nodes[nodes != -100]
+    is_last = torch.zeros(len(nodes), dtype=torch.bool)
+    is_last[np.cumsum([len(row) for row in batch["labels"]]) - 1] = True
+    labelled = nodes != -100
+    ids, nodes, is_last = ids[labelled], nodes[labelled], is_last[labelled]
     trie, on_trie = trie.to("cpu"), (nodes > 0) & (nodes < trie.num_nodes)
-    # behind an item of the history something else may stand where it should end
-    is_right = (trie.tokens(nodes * on_trie) == ids) | torch.isin(nodes, trie.item_nodes)
+    # Behind an item of the history something else may stand where it should end
+    is_right = (trie.tokens(nodes * on_trie) == ids) | (torch.isin(nodes, trie.item_nodes) & ~is_last)
     num_wrong = int((~on_trie | ~is_right).sum())
     if num_wrong:
         raise ValueError(
