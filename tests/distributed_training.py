@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Train small models in `folder` with the rows that lie there, 8 a step over all processes: all weights, an adapter, and
-all weights from a checkpoint on. Launched by `test_distributed.py` on one process and on several.
+Train small models in `folder` with the rows that lie there, 8 a step over all processes: all weights, the same from a
+checkpoint on, the same by the loss over the vocabulary, and an adapter. Launched by `test_distributed.py` on one
+process and on several.
 """
 
 import json
@@ -47,7 +48,7 @@ rows = rows.map(
 )
 
 
-def train(name: str, resume: bool = False, **kwargs) -> None:
+def train(name: str, resume: bool = False, loss: dict | None = None, **kwargs) -> None:
     set_seed(0)
     num_processes = PartialState(cpu=True).num_processes
     config = MSLConfig(
@@ -55,6 +56,7 @@ def train(name: str, resume: bool = False, **kwargs) -> None:
         learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0, train_sampling_strategy="sequential",
         per_device_train_batch_size=8 // num_processes, temperature_min=0.1, temperature_ema=0.3,
         dataloader_pin_memory=False, adam_epsilon=1.0,  # or a gradient of nearly 0 would count by its sign alone
+        **(loss or {}),
     )  # fmt: skip
     trainer = MSLTrainer(
         str(folder / "base"), config, train_dataset=rows, processing_class=tokenizer, trie=trie, catalog=catalog,
@@ -98,6 +100,7 @@ def compare_gradients_of_a_sharded_head() -> None:
 
 train("full")
 train("resumed", resume=True)
+train("vocab", loss={"normalize": "vocab", "temperature": 1.0})
 train("lora", peft_config=LoraConfig(task_type="CAUSAL_LM"))
 process = PartialState()
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":

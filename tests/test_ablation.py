@@ -10,6 +10,7 @@ import yaml
 from conftest import ROOT
 from from_scratch import ScratchArguments
 from launching import launch
+from recipe_data import check_template
 from trl import ModelConfig, TrlParser
 
 from trl_msl import DataArguments, MSLConfig, Recommender
@@ -90,6 +91,19 @@ def test_report_of_all_rows(runs, capsys):
     assert names >= {path.stem for path in CONFIGS} | {"lml/beam", "lml/beam-vocab", "msl-ats/beam"}
     for name in ("comparison", "cost", "training", "gradients", "target_probability", "logits"):
         assert (runs / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prompts_that_the_model_was_not_trained_with(runs, folder):
+    with pytest.raises(ValueError, match="The prompt differs .* 'separate_items': .False, True."):
+        check_template(str(runs / "msl-ats"), DataArguments().prompt_template)
+    options = ["--data_dir", folder, "--model_name_or_path", runs / "msl-ats", "--output_dir", runs / "never"]
+    assert "The prompt differs from the one that" in launch("evaluate.py", *options, fails=True)
+    assert not (runs / "never").exists()
+
+
+def test_item_tokens_know_no_texts(folder, tmp_path):
+    with pytest.raises(ValueError, match="`scratch_tokens` = 'item' knows no texts: set `scratch_pretrain_steps` 0"):
+        run_recipe("--data_dir", folder, "--output_dir", tmp_path, "--scratch_tokens", "item", *SMALL)
 
 
 def test_one_run_name_is_one_run(tmp_path):

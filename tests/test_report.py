@@ -134,7 +134,11 @@ def test_targets_that_training_has_not_seen(tmp_path, add):
     assert [(row["ndcg@10_warm"], row["ndcg@10_cold"]) for row in rows.values()] == [(0.75, 0.5), (0.5, 0.5)]
     assert rows["lml"]["cold_targets"] == 2
     assert "| warm   | cold   |" in (tmp_path / "report" / "report.md").read_text()
-    add("lml", [0, -1, 0, -1], seen={"b0", "b1", "b2", "b3"})
+    add("msl-ats", [0, 2, -1, 0], seen={"b0"})
+    with pytest.raises(ValueError, match="`runs` holds systems that were trained on other items"):
+        run(tmp_path)
+    for name in ("lml", "msl-ats"):
+        add(name, [0, -1, 0, -1], seen={"b0", "b1", "b2", "b3"})
     assert "ndcg@10_warm" not in run(tmp_path)["lml"]
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Histories tokenised item by item, every item of them a target, and items that are single tokens."""
 
+import copy
+
 import pytest
 import torch
 from from_scratch import item_tokenizer
@@ -15,6 +17,7 @@ from trl_msl import (
     build_rows,
     encode_items,
     evaluate_recommendations,
+    fit_prompts,
     masked_softmax_loss,
     tokenize_rows,
 )
@@ -110,10 +113,21 @@ def test_trainer(tmp_path, rows, catalog, tokenizer, trie):
     metrics = evaluate_recommendations(trainer.model, tokenizer, trie, catalog, rows, (1,), prompt_template=TEMPLATE)
     assert metrics["hr@1"] > 0.5
 
-    again = MSLTrainer(  # rows that the user tokenised, where an end stands over another token
-        make_model(tokenizer), trainer.args, trie=trie, train_dataset=trainer.train_dataset, processing_class=tokenizer
-    )
-    assert again.train_dataset[:] == trainer.train_dataset[:]
+    def make(train_dataset):
+        return MSLTrainer(
+            make_model(tokenizer), trainer.args, trie=trie, train_dataset=train_dataset, processing_class=tokenizer
+        )
+
+    # rows that the user tokenised, where an end stands over another token
+    assert make(trainer.train_dataset).train_dataset[:] == trainer.train_dataset[:]
+    settings = {"tokenizer": tokenizer, "trie": trie, "prompt_template": TEMPLATE}
+    last_items = rows.map(tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs=settings)
+    with pytest.raises(
+        ValueError, match="the 40 tokenised rows of the train dataset have 40 targets, their last items"
+    ):
+        make(last_items)
+    with pytest.raises(ValueError, match="has 40 label.* that are no node of `trie` with the token that stands there"):
+        make(trainer.train_dataset.map(lambda row: {"input_ids": row["input_ids"][:-1] + [0]}))
 
 
 def test_items_as_tokens(catalog):
@@ -155,6 +169,29 @@ def test_templates_that_do_not_fit(rows, catalog, template, tokenizer, trie):
         tokenize_rows(rows[:], tokenizer, trie, prompt_template=PromptTemplate("{history}", separate_items=True))
     with pytest.raises(ValueError, match="`separate_items` is 1: it must be `True` or `False`"):
         PromptTemplate("{history}", separate_items=1)
+
+
+def test_histories_of_nothing(rows, tokenizer, trie):
+    batch = {name: values[:2] for name, values in rows[:].items()}
+    batch |= {"history": [[], []], "prompt": [TEMPLATE.render([])] * 2}
+    encoded = tokenize_rows(batch, tokenizer, trie, prompt_template=TEMPLATE, supervise_history=True)
+    assert encoded == tokenize_rows(batch, tokenizer, trie, prompt_template=TEMPLATE)
+
+
+def test_chat_templates_without_the_users_message(rows, catalog, tokenizer, trie):
+    silent = copy.deepcopy(tokenizer)
+    silent.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    chat = PromptTemplate("{history}", conversational=True, separate_items=True)
+    chat_rows = build_rows(make_windows(catalog.ids), catalog, chat)
+    with pytest.raises(ValueError, match="writes a user's message not once, but 0 times"):
+        fit_prompts(silent, chat_rows[:], [100] * len(chat_rows), chat)
+
+
+def test_items_with_commas_are_no_tokens():
+    with pytest.raises(
+        ValueError, match="`items` holds 1 with a comma, which separates items, such as 'a, b': use ids"
+    ):
+        item_tokenizer(["a", "a, b"])
 
 
 def test_histories_off_the_catalogue(rows, tokenizer, trie):
