@@ -202,7 +202,8 @@ def plot_histories(histories: dict[str, Any], styles: Styles, path: Path) -> Non
 
 def plot_gradients(probes: dict[str, Any], styles: Styles, path: Path) -> None:
     """LML¹ and LML² over steps, and the norms of their gradients, a line per system (Figures 3 and 4 of the paper)."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, sharey="col", constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, constrained_layout=True)
+    axes[1, 1].sharey(axes[0, 1])  # which gradient is the larger one
     for row, (key, label) in enumerate({"lml1": "LML¹ (valid tokens)", "lml2": "LML² (ranking)"}.items()):
         for axis, end, title in zip(axes[row], ("", "_grad_norm"), ("loss", "norm of its gradient")):
             for name, probe in probes.items():
