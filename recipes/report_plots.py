@@ -109,11 +109,11 @@ def having(probes: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def temperature_sweep(rows: Rows) -> Rows:
-    """The systems `msl-tau*` by their temperature, if there are at least two."""
+    """`msl`, at τ = 1, and the systems `msl-tau*` by their temperature, if there are at least two."""
     sweep = {
         name: row
         for name, row in sorted(rows.items(), key=lambda entry: entry[1]["temperature"] or 0)
-        if PurePosixPath(name).match("msl-tau*") and row["temperature"] is not None
+        if (name == "msl" or PurePosixPath(name).match("msl-tau*")) and row["temperature"] is not None
     }
     return sweep if len({row["temperature"] for row in sweep.values()}) > 1 else {}
 
