@@ -19,6 +19,7 @@ import recommend as recommend_recipe
 import sft_msl
 import torch
 import update_catalog
+from from_scratch import ScratchArguments
 from helpers import make_model, make_windows
 from hub_server import serve
 from packaging.version import Version
@@ -582,11 +583,12 @@ def test_recipes_run_no_code_unasked(folder, tmp_path, marker, no_questions):
     add_code(folder, marker, "tokenizer_config.json", "evil")
     model = ModelConfig(model_name_or_path=str(folder))
     users = write(tmp_path / "users.csv", 'user_id,item_ids\n1,"[""b0""]"\n')
-    data = DataArguments(max_validation_users=1, max_test_users=1)
+    prompt = "The user has read: {history}\nNext: "  # of the bundle there
+    data = DataArguments(prompt_text=prompt, max_validation_users=1, max_test_users=1)
     config = MSLConfig(str(tmp_path / "out"), report_to="none", bf16=False, use_cpu=True)
     for call in (
         lambda: recommend_recipe.main(recommend_recipe.RecommendArguments(users), model),
-        lambda: sft_msl.main(sft_msl.RecipeArguments(), data, config, model),
+        lambda: sft_msl.main(sft_msl.RecipeArguments(), data, ScratchArguments(), config, model),
         lambda: evaluate.main(evaluate.EvaluationArguments(), data, model),
         lambda: update_catalog.main(update_catalog.UpdateArguments(str(folder), str(tmp_path / "updated"))),
     ):
