@@ -4,7 +4,7 @@
 from .bundle import Bundle
 from .catalog import ItemCatalog, encode_items
 from .compressed_trie import CompressedTrie
-from .data import PromptTemplate, build_rows, encode_prompts, fit_prompts, tokenize_rows
+from .data import build_rows, tokenize_rows
 from .data_arguments import DataArguments, read_data, read_items
 from .decoding import DecodingOutput, TrieDecoder
 from .evaluation import RecommendationCallback, evaluate_recommendations
@@ -18,6 +18,7 @@ from .msl_config import MSLConfig
 from .msl_trainer import MSLTrainer
 from .negatives import count_interactions, draw_negatives, model_negatives
 from .preferences import DataCollatorForSoftmaxPreference, build_preferences, split_pairs, tokenize_preferences
+from .prompts import PromptTemplate, encode_prompts, fit_prompts
 from .recommender import RecommendedItems, Recommender
 from .softmax_dpo_config import SoftmaxDPOConfig
 from .softmax_dpo_trainer import SoftmaxDPOTrainer

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .catalog import ITEMS_FILE, ItemCatalog, encode_items
-from .data import PromptTemplate, encode_prompts
+from .prompts import PromptTemplate, encode_prompts
 from .trie import ItemTrie
 from .trie_arrays import TRIE_FILE
 

@@ -16,8 +16,8 @@ from trl.trainer.utils import get_config_model_id
 
 from .bundle import Bundle
 from .catalog import ItemCatalog
-from .data import PromptTemplate
 from .model_card import describe_recommender
+from .prompts import PromptTemplate
 from .trie import ItemTrie
 
 

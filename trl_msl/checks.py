@@ -16,10 +16,11 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .catalog import ItemCatalog, describe_end, encode_items
-from .data import PromptTemplate, build_rows, encode_prompts, fit_prompts
+from .data import build_rows
 from .decoding import TrieDecoder
 from .lm_head import check_head, head_projection
 from .logits_process import TrieLogitsProcessor
+from .prompts import PromptTemplate, encode_prompts, fit_prompts
 from .trie import ItemTrie
 
 

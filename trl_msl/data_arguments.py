@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from datasets import DatasetDict
 
 from .catalog import ItemCatalog
-from .data import PromptTemplate
 from .interactions import k_core, read_interactions, read_table, read_windows, sliding_windows, split_by_time
+from .prompts import PromptTemplate
 
 
 @dataclass

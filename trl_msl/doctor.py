@@ -26,8 +26,8 @@ from trl import TrlParser
 
 from .catalog import ItemCatalog
 from .checks import CHECKS, MODEL_CHECKS, Case, Finding
-from .data import PromptTemplate
 from .data_arguments import DataArguments, read_data
+from .prompts import PromptTemplate
 
 
 def diagnose(

@@ -12,10 +12,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .catalog import ItemCatalog, encode_items
-from .data import PromptTemplate, ranking_prompts
 from .decoding import TrieDecoder
 from .generation import Recommendations, recommend
 from .metrics import coverage, ranking_metrics, ranks_of_targets
+from .prompts import PromptTemplate, ranking_prompts
 from .tree_support import is_sharded
 from .trie import ItemTrie
 

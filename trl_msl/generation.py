@@ -16,9 +16,9 @@ from accelerate.utils import gather_object, is_peft_model
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitNormalization, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import Prompt, encode_prompts
 from .decoding import DecodingOutput, TrieDecoder, evaluating
 from .logits_process import TrieLogitsProcessor
+from .prompts import Prompt, encode_prompts
 from .restriction import check_restrictions, is_shared
 from .tree_support import check_whole
 from .trie import ItemTrie

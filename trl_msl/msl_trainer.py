@@ -14,10 +14,11 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from .catalog import ItemCatalog
 from .catalog_trainer import CatalogTrainerMixin
-from .data import PromptTemplate, tokenize_rows
+from .data import tokenize_rows
 from .lm_head import SparseCausalLMOutput, add_sparse_lm_head
 from .losses import masked_softmax_loss
 from .msl_config import MSLConfig
+from .prompts import PromptTemplate
 from .temperature import TemperatureCallback
 from .trie import ItemTrie
 

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .catalog import ItemCatalog
-from .data import PromptTemplate, ranking_prompts
 from .generation import recommend
+from .prompts import PromptTemplate, ranking_prompts
 from .trie import ItemTrie
 
 

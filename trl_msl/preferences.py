@@ -16,7 +16,8 @@ from trl import is_conversational
 from trl.data_utils import get_dataset_column_names
 
 from .catalog import ItemCatalog, encode_items
-from .data import PromptTemplate, completion_text, fit_prompts
+from .data import completion_text
+from .prompts import PromptTemplate, fit_prompts
 from .trie import ItemTrie
 
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .bundle import BUNDLE_FILE, BUNDLE_FILES, Bundle
 from .catalog import ItemCatalog
-from .data import ranking_prompts
 from .generation import recommend
+from .prompts import ranking_prompts
 
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 
 from .catalog import ItemCatalog
 from .catalog_trainer import CatalogTrainerMixin
-from .data import PromptTemplate
 from .lm_head import add_sparse_lm_head
 from .losses import masked_softmax_loss, softmax_dpo_loss
 from .preferences import (
@@ -29,6 +28,7 @@ from .preferences import (
     segment_mask,
     tokenize_preferences,
 )
+from .prompts import PromptTemplate
 from .softmax_dpo_config import SoftmaxDPOConfig
 from .tree_support import check_tree_attention, sliding_window
 from .trie import ItemTrie
