@@ -17,12 +17,12 @@ With `--num_train_epochs 0` the weights stay random: the same start for runs fro
 
 from accelerate import PartialState
 from datasets import Dataset
-from from_scratch import ScratchArguments, make_base_model
 from recipe_data import RecipeData, load_recipe_data
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from trl_msl import DataArguments, PromptTemplate, fit_prompts
+from trl_msl.experiments.from_scratch import ScratchArguments, make_base_model
 
 
 def main(data_args: DataArguments, scratch_args: ScratchArguments, config: SFTConfig) -> None:

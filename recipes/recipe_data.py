@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 from datasets import DatasetDict
-from synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
 
 from trl_msl import DataArguments, ItemCatalog, PromptTemplate, build_rows, read_data
+from trl_msl.experiments.synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"

@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
-from trl_msl import ItemCatalog, Recommendations  # noqa: E402
+from trl_msl import ItemCatalog, Recommendations
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from trl import ModelConfig, TrlParser
 
 from trl_msl import Recommender
-from trl_msl.interactions import read_table
+from trl_msl.data.interactions import read_table
 
 
 ADDED = {"recommended_ids", "recommended_texts", "scores", "exact"}

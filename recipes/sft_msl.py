@@ -44,21 +44,14 @@ from pathlib import Path
 from ablation import LossProbe, ScaledLossTrainer
 from accelerate import PartialState
 from datasets import DatasetDict
-from from_scratch import ScratchArguments, write_base_model
 from recipe_data import QUICKSTART, RecipeData, load_recipe_data
 from recipe_evaluation import DECODINGS, evaluate_decodings
 from recipe_outputs import describe_recommendations, format_table, plot_training, write_json, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
-from trl_msl import (
-    DataArguments,
-    ItemTrie,
-    MSLConfig,
-    RecommendationCallback,
-    is_sharded,
-    tokenize_rows,
-)
+from trl_msl import DataArguments, ItemTrie, MSLConfig, RecommendationCallback, is_sharded, tokenize_rows
+from trl_msl.experiments.from_scratch import ScratchArguments, write_base_model
 
 
 # What tells one run from another, for `report.py`

@@ -4,6 +4,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -16,10 +17,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from from_scratch import train_tokenizer  # noqa: E402
 from helpers import TITLES, make_windows  # noqa: E402
 
-from trl_msl import ItemCatalog, PromptTemplate  # noqa: E402
+from trl_msl import ItemCatalog, PromptTemplate, RankingTask  # noqa: E402
+from trl_msl.experiments.from_scratch import train_tokenizer  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -45,18 +46,28 @@ def catalog() -> ItemCatalog:
 
 
 @pytest.fixture(scope="session")
-def trie(catalog, tokenizer):
-    return catalog.build_trie(tokenizer)
-
-
-@pytest.fixture(scope="session")
-def chat_trie(catalog, tokenizer):
-    return catalog.build_trie(tokenizer, conversational=True)
-
-
-@pytest.fixture(scope="session")
 def template() -> PromptTemplate:
     return PromptTemplate("The user has read: {history}\nNext: ")
+
+
+@pytest.fixture(scope="session")
+def task(catalog, tokenizer, template) -> RankingTask:
+    return RankingTask(catalog, tokenizer, template)
+
+
+@pytest.fixture(scope="session")
+def chat_task(catalog, tokenizer, template) -> RankingTask:
+    return RankingTask(catalog, tokenizer, replace(template, conversational=True))
+
+
+@pytest.fixture(scope="session")
+def trie(task):
+    return task.trie
+
+
+@pytest.fixture(scope="session")
+def chat_trie(chat_task):
+    return chat_task.trie
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from trl_msl import (
-    Bundle,
+    RankingTask,
     ItemCatalog,
     MSLConfig,
     MSLTrainer,
@@ -62,7 +62,9 @@ def train(name: str, resume: bool = False, loss: dict | None = None, **kwargs) -
         str(folder / "base"), config, train_dataset=rows, processing_class=tokenizer, trie=trie, catalog=catalog,
         prompt_template=template, **kwargs,
     )  # fmt: skip
-    with mock.patch.object(Bundle, "save_pretrained", autospec=True, side_effect=Bundle.save_pretrained) as saved:
+    with mock.patch.object(
+        RankingTask, "save_pretrained", autospec=True, side_effect=RankingTask.save_pretrained
+    ) as saved:
         trainer.train(resume_from_checkpoint=str(out / "full" / "checkpoint-2") if resume else None)
         trainer.save_model()
     report = {

@@ -8,12 +8,12 @@ import report
 import sft_msl
 import yaml
 from conftest import ROOT
-from from_scratch import ScratchArguments
 from launching import launch
 from recipe_data import check_template
 from trl import ModelConfig, TrlParser
 
 from trl_msl import DataArguments, MSLConfig, Recommender
+from trl_msl.experiments.from_scratch import ScratchArguments
 
 
 CONFIGS = sorted((ROOT / "recipes" / "configs" / "ablation").glob("*.yaml"))

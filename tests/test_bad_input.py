@@ -19,7 +19,6 @@ import recommend as recommend_recipe
 import sft_msl
 import torch
 import update_catalog
-from from_scratch import ScratchArguments
 from helpers import make_model, make_windows
 from hub_server import serve
 from packaging.version import Version
@@ -27,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from trl import ModelConfig
 
 from trl_msl import (
-    Bundle,
+    RankingTask,
     DataArguments,
     ItemCatalog,
     MSLConfig,
@@ -39,6 +38,7 @@ from trl_msl import (
     read_windows,
     tokenize_rows,
 )
+from trl_msl.experiments.from_scratch import ScratchArguments
 
 
 HALF = "\ud800"  # half a character, as JSON can hold it: no UTF-8
@@ -48,7 +48,7 @@ DEEP = "[" * 100_000
 
 @pytest.fixture(scope="module")
 def bundle(catalog, trie, template):
-    return Bundle(catalog, trie, template)
+    return RankingTask(catalog, trie, template)
 
 
 @pytest.fixture(scope="module")
@@ -299,9 +299,9 @@ def test_awkward_texts_are_recommended(tmp_path, tokenizer):
     texts = [long, "\x00\x07\x1b[31m", "a\r\nb\t", "\u202eשלום", family, "\ufeff\uffff", "{history}{text}"]
     catalog = ItemCatalog([f"{text[:2]}{index}\0" for index, text in enumerate(texts)], texts, template='"{text}"')
     template = PromptTemplate("\u202eRead: {history}\0\nNext: ")
-    bundle = Bundle(catalog, catalog.build_trie(tokenizer), template)
+    bundle = RankingTask(catalog, catalog.build_trie(tokenizer), template)
     short = catalog.ids[1:]
-    rows = build_rows(make_windows(short, 5), catalog, template)
+    rows = build_rows(make_windows(short, 5), task)
     tokenized = tokenize_rows(rows[:], tokenizer, bundle.trie)
     for ids, labels, row in zip(*tokenized.values(), rows):
         title = tokenizer.decode([token for token, label in zip(ids, labels) if label >= 0], skip_special_tokens=True)
@@ -317,7 +317,7 @@ def test_catalogues_without_a_choice(texts, tokenizer, template, caplog):
     """One sequence, so no node of the trie branches. That it can't be trained on is tested with the trainer."""
     catalog = ItemCatalog(range(len(texts)), texts)
     recommender = Recommender(
-        make_model(tokenizer), tokenizer, Bundle(catalog, catalog.build_trie(tokenizer), template)
+        make_model(tokenizer), tokenizer, RankingTask(catalog, catalog.build_trie(tokenizer), template)
     )
     for mode in ("exact", "beam", "generate"):
         found = recommender.recommend([["0"]], mode=mode, exclude_history=False)
@@ -396,7 +396,7 @@ def test_a_text_is_no_list_of_ids(catalog):
 def test_recommender_json(changes, message, folder, tokenizer):
     edit(folder / "recommender.json", **changes)
     with pytest.raises(ValueError, match=message) as caught:
-        Bundle.from_pretrained(folder, tokenizer)
+        RankingTask.from_pretrained(folder, tokenizer)
     assert len(str(caught.value)) < 2000
 
 
@@ -406,18 +406,18 @@ def test_recommender_json_of_other_shapes(folder, tokenizer):
     for name in content.keys() - {"versions"}:
         path.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
         with pytest.raises(ValueError, match=f"it lacks .'{name}'" if name != "format" else "its format is None"):
-            Bundle.from_pretrained(folder, tokenizer)
+            RankingTask.from_pretrained(folder, tokenizer)
     whole = json.dumps(content)[:-1]
     for text in (f'{whole}, "x": {DEEP}', f'{whole}, "x": {"9" * 5000}}}', "[]", '"format"', "null"):
         path.write_text(text)
         with pytest.raises(ValueError, match="holds no readable catalogue"):
-            Bundle.from_pretrained(folder, tokenizer)
+            RankingTask.from_pretrained(folder, tokenizer)
 
 
 def test_withdrawn_numbers_are_ids(tokenizer, template):
     """Else the number would be looked for among strings, and the item be recommended all the same."""
     catalog = ItemCatalog([4, 5, 6], ["Dune", "Emma", "Ulysses"])
-    bundle = Bundle(catalog, catalog.build_trie(tokenizer), template, withdrawn=frozenset([5]))
+    bundle = RankingTask(catalog, catalog.build_trie(tokenizer), template, withdrawn=frozenset([5]))
     found = Recommender(make_model(tokenizer), tokenizer, bundle).recommend([["6"]])
     assert found.ids == [["4"]]
 

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_msl import ItemTrie
-from trl_msl.frontier import item_keys, key_items, key_scores
+from trl_msl import CompressedTrie, ItemTrie
+from trl_msl.decoding.item_keys import item_keys, key_items, key_scores
 
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=20)
@@ -31,7 +31,7 @@ def contract(sequences: list[list[int]]) -> dict[tuple, tuple]:
 @settings(max_examples=200, deadline=None)
 @given(SEQUENCES)
 def test_chains_children_and_items_are_those_of_the_slow_way(sequences):
-    tree = ItemTrie.from_sequences(sequences, vocab_size=4).compressed
+    tree = CompressedTrie(ItemTrie.from_sequences(sequences, vocab_size=4))
     expected = contract(sequences)
     assert tree.num_nodes == len(expected)
     prefixes = {0: ()}
@@ -59,7 +59,7 @@ def test_chains_children_and_items_are_those_of_the_slow_way(sequences):
 @settings(max_examples=50, deadline=None)
 @given(SEQUENCES)
 def test_ranges_nest_if_and_only_if_one_node_is_an_ancestor_of_the_other(sequences):
-    tree = ItemTrie.from_sequences(sequences, vocab_size=4).compressed
+    tree = CompressedTrie(ItemTrie.from_sequences(sequences, vocab_size=4))
     for node in range(tree.num_nodes):
         ancestors, above = set(), node
         while above >= 0:

@@ -11,7 +11,7 @@ from trl_msl import PromptTemplate, build_rows, encode_items, encode_prompts, to
 
 @pytest.fixture(scope="module")
 def rows(catalog, template):
-    return build_rows(make_windows(catalog.ids), catalog, template)
+    return build_rows(make_windows(catalog.ids), task)
 
 
 def test_rows(rows, catalog):
@@ -150,8 +150,8 @@ def test_other_bad_rows(rows, catalog, tokenizer, trie, chat_trie, template):
     with pytest.raises(ValueError, match="must be a single message of the assistant"):
         tokenize_rows({"prompt": [turns[:1]], "completion": [turns]}, tokenizer, chat_trie)
     with pytest.raises(ValueError, match="1 `item_ids` hold fewer than two items"):
-        build_rows(Dataset.from_list([{"item_ids": ["b0"]}]), catalog, template)
+        build_rows(Dataset.from_list([{"item_ids": ["b0"]}]), task)
     with pytest.raises(ValueError, match="not in the catalogue"):
-        build_rows(Dataset.from_list([{"item_ids": ["b0", "b99"]}]), catalog, template)
+        build_rows(Dataset.from_list([{"item_ids": ["b0", "b99"]}]), task)
     with pytest.raises(ValueError, match="must contain {history} exactly once"):
         PromptTemplate("Next: ")

@@ -30,8 +30,9 @@ from transformers import (
     RwkvConfig,
 )
 
-from trl_msl import ItemTrie, TrieDecoder, build_rows, encode_prompts, next_tokens, recommend
-from trl_msl.lm_head import head_projection
+from trl_msl import ItemTrie, TrieDecoder, build_rows, encode_prompts, recommend
+from trl_msl.decoding import next_tokens
+from trl_msl.model.head import head_projection
 
 
 VOCAB_SIZE, END = 12, 11
@@ -244,7 +245,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer, catalog, template) -> list[list[int]]:
-    rows = build_rows(make_windows(catalog.ids, num_rows=5), catalog, template)
+    rows = build_rows(make_windows(catalog.ids, num_rows=5), task)
     return encode_prompts(tokenizer, rows["prompt"][:])
 
 

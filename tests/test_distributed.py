@@ -26,7 +26,7 @@ def folder(tmp_path_factory, tokenizer, catalog, template):
     make_model(tokenizer, hidden_size=320).save_pretrained(path / "base")  # ZeRO-3 leaves 100,000 weights in one piece
     tokenizer.save_pretrained(path / "base")
     catalog.save_pretrained(path / "base")
-    build_rows(make_windows(catalog.ids), catalog, template).to_parquet(path / "rows.parquet")
+    build_rows(make_windows(catalog.ids), task).to_parquet(path / "rows.parquet")
     launch(SCRIPT, path, path / "one")
     return path
 

@@ -11,16 +11,23 @@ import re
 import pandas as pd
 import pytest
 from conftest import ROOT
-from from_scratch import build_model, train_tokenizer
 from helpers import TITLES, make_windows
 
 import trl_msl
+from trl_msl.experiments.from_scratch import build_model, train_tokenizer
 
 
-MODULES = [f"trl_msl.{module.name}" for module in pkgutil.iter_modules(trl_msl.__path__)]
+MODULES = [
+    module.name for module in pkgutil.walk_packages(trl_msl.__path__, "trl_msl.") if "__main__" not in module.name
+]
 
 
-@pytest.mark.parametrize("name", [*MODULES, "synthetic", "from_scratch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *MODULES,
+    ],
+)
 def test_docstrings(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from from_scratch import train_tokenizer
 from helpers import TITLES, make_model, make_windows
 
 from trl_msl import ItemCatalog, PromptTemplate
-from trl_msl.doctor import diagnose
+from trl_msl.doctor.diagnose import diagnose
+from trl_msl.experiments.from_scratch import train_tokenizer
 
 
 def make_splits(catalog, **changed):

@@ -30,14 +30,14 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def rows(catalog, template):
-    return build_rows(make_windows(catalog.ids, num_rows=9), catalog, template)
+    return build_rows(make_windows(catalog.ids, num_rows=9), task)
 
 
 def test_metrics_are_those_of_the_ranking(model, tokenizer, trie, catalog, rows):
     metrics, found = evaluate_recommendations(
         model, tokenizer, trie, catalog, rows, ks=(2, 5), batch_size=4, return_recommendations=True
     )
-    assert np.array_equal(found.items, recommend(model, tokenizer, trie, rows["prompt"][:], top_k=5).items)
+    assert np.array_equal(found.items, recommend(model, task, rows["prompt"][:], top_k=5).items)
     expected = ranking_metrics(ranks_of_targets(found.items, np.array(catalog.indices(rows["item_id"]))), (2, 5))
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert metrics["ndcg@5_low"] <= metrics["ndcg@5"] <= metrics["ndcg@5_high"]
@@ -46,12 +46,12 @@ def test_metrics_are_those_of_the_ranking(model, tokenizer, trie, catalog, rows)
 
 
 def test_items_with_the_same_text_follow_each_other_or_count_as_one(model, tokenizer, trie, catalog, rows):
-    found = recommend(model, tokenizer, trie, rows["prompt"][:], top_k=trie.num_items)
+    found = recommend(model, task, rows["prompt"][:], top_k=trie.num_items)
     for user in found.items.tolist():
         assert user.index(6) == user.index(5) + 1  # "A History of Tea", twice
     second = rows.map(lambda row: {"item_id": "b6"})
-    by_id = evaluate_recommendations(model, tokenizer, trie, catalog, second, ks=(12,))
-    by_text = evaluate_recommendations(model, tokenizer, trie, catalog, second, ks=(12,), match="text")
+    by_id = evaluate_recommendations(model, task, second, ks=(12,))
+    by_text = evaluate_recommendations(model, task, second, ks=(12,), match="text")
     first = evaluate_recommendations(
         model, tokenizer, trie, catalog, rows.map(lambda row: {"item_id": "b5"}), ks=(12,)
     )
@@ -74,11 +74,11 @@ def test_long_prompts_are_shortened_as_in_training(model, tokenizer, trie, catal
     longest = max(len(ids) for ids in encode_prompts(tokenizer, short["prompt"][:]))
     title_length = int(trie.item_lengths.double().mean())
     settings = {"max_length": longest + title_length, "prompt_template": template}
-    found = evaluate_recommendations(model, tokenizer, trie, catalog, rows, ks=(5,), **settings)
-    untouched = evaluate_recommendations(model, tokenizer, trie, catalog, rows, ks=(5,))
+    found = evaluate_recommendations(model, task, rows, ks=(5,), **settings)
+    untouched = evaluate_recommendations(model, task, rows, ks=(5,))
     assert found != untouched
     with pytest.raises(ValueError, match="`max_length`: .* can't be shortened"):
-        evaluate_recommendations(model, tokenizer, trie, catalog, rows, max_length=longest + title_length)
+        evaluate_recommendations(model, task, rows, max_length=longest + title_length)
 
 
 def test_catalogue_and_trie_belong_together(model, tokenizer, trie, catalog, rows):
@@ -89,9 +89,9 @@ def test_catalogue_and_trie_belong_together(model, tokenizer, trie, catalog, row
 
 def test_bad_arguments(model, tokenizer, trie, catalog, rows):
     with pytest.raises(ValueError, match="`match` is 'title'"):
-        evaluate_recommendations(model, tokenizer, trie, catalog, rows, match="title")
+        evaluate_recommendations(model, task, rows, match="title")
     with pytest.raises(ValueError, match=r"`rows` lacks the column\(s\) \['item_id'\]"):
-        evaluate_recommendations(model, tokenizer, trie, catalog, rows.remove_columns("item_id"))
+        evaluate_recommendations(model, task, rows.remove_columns("item_id"))
     with pytest.raises(ValueError, match="`catalog` with 1 items and `trie` with 12 do not belong together"):
         evaluate_recommendations(model, tokenizer, trie, ItemCatalog(["b0"], ["Dune"]), rows)
 

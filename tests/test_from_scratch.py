@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from from_scratch import build_model, train_tokenizer
+from trl_msl.experiments.from_scratch import build_model, train_tokenizer
 
 
 TEXTS = ['"The Silent River"', '"The Silent River: Book 2"', '"A History of Salt"']

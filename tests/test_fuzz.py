@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from recommend import read_users
 from safetensors.numpy import load, save
 
-from trl_msl import Bundle, ItemCatalog, ItemTrie, read_interactions, read_items, read_windows
-from trl_msl.catalog import is_unicode
-from trl_msl.trie_arrays import _checksum
+from trl_msl import RankingTask, ItemCatalog, ItemTrie, read_interactions, read_items, read_windows
+from trl_msl.data.catalog import is_unicode
+from trl_msl.trie.arrays import _checksum
 
 
 FEW = 100
@@ -236,7 +236,7 @@ def damaged(draw, content, others):
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory, tokenizer, catalog, trie, template):
     folder = tmp_path_factory.mktemp("seeds")
-    Bundle(catalog, trie, template, withdrawn=frozenset(["b1"])).save_pretrained(folder, tokenizer)
+    RankingTask(catalog, trie, template, withdrawn=frozenset(["b1"])).save_pretrained(folder, tokenizer)
     (folder / "items.json").write_text(json.dumps(dict(zip(catalog.ids, catalog.texts))))
     items = pd.DataFrame({"item_id": catalog.ids, "title": catalog.texts})
     log = pd.DataFrame({"user_id": range(6), "item_id": catalog.ids[:6], "timestamp": range(6)})
@@ -393,7 +393,7 @@ def test_bundles(seeds, tmp_path_factory, tokenizer, folder, data):
             pass
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    found = outcome("Bundle.from_pretrained", Bundle.from_pretrained, folder, tokenizer)
+    found = outcome("RankingTask.from_pretrained", RankingTask.from_pretrained, folder, tokenizer)
     if found is not None:
         check_catalog(found.catalog)
         check_trie(found.trie)

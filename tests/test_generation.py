@@ -18,12 +18,12 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def prompts(catalog, template):
-    return build_rows(make_windows(catalog.ids, num_rows=9), catalog, template)["prompt"][:]
+    return build_rows(make_windows(catalog.ids, num_rows=9), task)["prompt"][:]
 
 
 @pytest.mark.parametrize("mode", ["exact", "beam", "generate"])
 def test_the_whole_ranking_is_that_of_brute_force(mode, model, tokenizer, trie, prompts):
-    found = recommend(model, tokenizer, trie, prompts, top_k=trie.num_items, mode=mode, batch_size=4)
+    found = recommend(model, task, prompts, top_k=trie.num_items, mode=mode, batch_size=4)
     scores = score_every_item(model, trie, encode_prompts(tokenizer, prompts))
     for user in range(len(prompts)):
         order = sorted(range(trie.num_items), key=lambda item: (-round(scores[user, item], 4), item))
@@ -38,8 +38,8 @@ def test_the_whole_ranking_is_that_of_brute_force(mode, model, tokenizer, trie, 
 @pytest.mark.parametrize("num_beams", [2, 4, 20])
 def test_our_beams_are_those_of_generate(num_beams, normalize, length_penalty, model, tokenizer, trie, prompts):
     settings = {"num_beams": num_beams, "normalize": normalize, "length_penalty": length_penalty, "top_k": 2}
-    ours = recommend(model, tokenizer, trie, prompts, mode="beam", **settings)
-    theirs = recommend(model, tokenizer, trie, prompts, mode="generate", **settings)
+    ours = recommend(model, task, prompts, mode="beam", **settings)
+    theirs = recommend(model, task, prompts, mode="generate", **settings)
     assert np.array_equal(ours.items, theirs.items)
     np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-4)
     assert (ours.expansions > 0).all()
@@ -47,8 +47,8 @@ def test_our_beams_are_those_of_generate(num_beams, normalize, length_penalty, m
 
 @pytest.mark.parametrize("normalize", ["trie", "vocab"])
 def test_greedy_search_is_a_beam_of_one(normalize, model, tokenizer, trie, prompts):
-    ours = recommend(model, tokenizer, trie, prompts, top_k=1, mode="beam", normalize=normalize)
-    theirs = recommend(model, tokenizer, trie, prompts, top_k=1, mode="generate", normalize=normalize)
+    ours = recommend(model, task, prompts, top_k=1, mode="beam", normalize=normalize)
+    theirs = recommend(model, task, prompts, top_k=1, mode="generate", normalize=normalize)
     assert np.array_equal(ours.items, theirs.items)
     np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-4)
 
@@ -57,20 +57,20 @@ def test_beams_when_all_items_begin_alike(model, tokenizer, prompts):
     """The tokens before the first choice count in the vocabulary's score, and as length."""
     trie = ItemTrie.from_sequences([[7, 8, 9, 3], [7, 8, 10, 11, 3], [7, 8, 10, 12, 3]], len(tokenizer))
     settings = {"top_k": 3, "normalize": "vocab", "length_penalty": 1.0}
-    ours = recommend(model, tokenizer, trie, prompts, mode="beam", **settings)
-    theirs = recommend(model, tokenizer, trie, prompts, mode="generate", **settings)
+    ours = recommend(model, task, prompts, mode="beam", **settings)
+    theirs = recommend(model, task, prompts, mode="generate", **settings)
     assert np.array_equal(ours.items, theirs.items)
     np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["exact", "generate"])
 def test_batches_prompts_lengths_and_wrapping_do_not_matter(mode, model, tokenizer, trie, prompts):
-    whole = recommend(model, tokenizer, trie, prompts, top_k=4, mode=mode, batch_size=16)
-    single = recommend(model, tokenizer, trie, prompts, top_k=4, mode=mode, batch_size=1)
+    whole = recommend(model, task, prompts, top_k=4, mode=mode, batch_size=16)
+    single = recommend(model, task, prompts, top_k=4, mode=mode, batch_size=1)
     wrapped = get_peft_model(make_model(tokenizer), LoraConfig(task_type="CAUSAL_LM"))
     adapter = recommend(wrapped, tokenizer, trie, prompts, top_k=4, mode=mode)  # a new adapter changes nothing
     encoded = [np.array(ids) for ids in encode_prompts(tokenizer, prompts)]
-    ids = recommend(model, tokenizer, trie, encoded if mode == "exact" else [row.tolist() for row in encoded], 4, mode)
+    ids = recommend(model, task, encoded if mode == "exact" else [row.tolist() for row in encoded], 4, mode)
     for other in (single, adapter, ids):
         assert np.array_equal(whole.items, other.items)
         np.testing.assert_allclose(whole.scores, other.scores, atol=1e-4)
@@ -79,9 +79,9 @@ def test_batches_prompts_lengths_and_wrapping_do_not_matter(mode, model, tokeniz
 @pytest.mark.parametrize("mode", ["exact", "generate"])
 def test_the_models_own_generation_settings_are_not_used_and_not_lost(mode, tokenizer, trie, prompts):
     model = make_model(tokenizer).train()
-    expected = recommend(model, tokenizer, trie, prompts, top_k=4, mode=mode)
+    expected = recommend(model, task, prompts, top_k=4, mode=mode)
     model.generation_config = GenerationConfig(repetition_penalty=5.0, do_sample=True, top_k=1, max_new_tokens=2)
-    found = recommend(model, tokenizer, trie, prompts, top_k=4, mode=mode)
+    found = recommend(model, task, prompts, top_k=4, mode=mode)
     assert np.array_equal(found.items, expected.items)
     assert model.training
     assert model.generation_config.repetition_penalty == 5.0
@@ -89,64 +89,64 @@ def test_the_models_own_generation_settings_are_not_used_and_not_lost(mode, toke
 
 @pytest.mark.parametrize("mode", ["exact", "beam"])
 def test_exclude_the_history_and_allow_a_category(mode, model, tokenizer, trie, prompts):
-    full = recommend(model, tokenizer, trie, prompts, top_k=12)
+    full = recommend(model, task, prompts, top_k=12)
     history = [row[:3].tolist() for row in full.items]
     in_stock = torch.tensor([0, 2, 4, 6, 8, 10])
     settings = {"top_k": 3, "mode": mode, "exclude": history, "num_beams": 12 if mode == "beam" else None}
-    found = recommend(model, tokenizer, trie, prompts, allowed=in_stock, **settings)
+    found = recommend(model, task, prompts, allowed=in_stock, **settings)
     for row, ranking, excluded in zip(found.items, full.items.tolist(), history):
         assert row.tolist() == [item for item in ranking if item in in_stock and item not in excluded][:3]
-    per_user = recommend(model, tokenizer, trie, prompts, allowed=[in_stock.tolist()] * 9, **settings)
+    per_user = recommend(model, task, prompts, allowed=[in_stock.tolist()] * 9, **settings)
     assert np.array_equal(found.items, per_user.items)
 
 
 def test_what_is_missing_is_reported(model, tokenizer, trie, prompts, caplog):
     with caplog.at_level(logging.WARNING, "trl_msl"):
-        found = recommend(model, tokenizer, trie, prompts, top_k=3, allowed=[5, 6])
+        found = recommend(model, task, prompts, top_k=3, allowed=[5, 6])
         assert "9 of 9 users got fewer than `top_k` items: there are no more that they may get" in caplog.text
         assert (found.items[:, 2] == -1).all()
-        recommend(model, tokenizer, trie, prompts, top_k=12, max_expansions=1)
+        recommend(model, task, prompts, top_k=12, max_expansions=1)
         assert "9 of 9 users reached `max_expansions`" in caplog.text
         assert "raise `num_beams`" not in caplog.text
-        recommend(model, tokenizer, trie, prompts, top_k=12, mode="beam", allowed=[5, 6])
+        recommend(model, task, prompts, top_k=12, mode="beam", allowed=[5, 6])
         assert "raise `num_beams`" in caplog.text
 
 
 def test_models_that_the_engine_cannot_run_are_sent_to_generate(tokenizer, trie, prompts):
     model = make_model(tokenizer, MambaConfig)
     with pytest.raises(ValueError, match="mode='generate'"):
-        recommend(model, tokenizer, trie, prompts)
-    found = recommend(model, tokenizer, trie, prompts, mode="generate")
+        recommend(model, task, prompts)
+    found = recommend(model, task, prompts, mode="generate")
     assert (found.items >= 0).all()
 
 
 def test_bad_arguments(model, tokenizer, trie, prompts):
     with pytest.raises(ValueError, match="`top_k` is 13: it must lie between 1 and the number of items, 12"):
-        recommend(model, tokenizer, trie, prompts, top_k=13)
+        recommend(model, task, prompts, top_k=13)
     with pytest.raises(ValueError, match="`prompts` is empty"):
-        recommend(model, tokenizer, trie, [])
+        recommend(model, task, [])
     with pytest.raises(ValueError, match="`mode` is 'greedy': it must be one of 'exact', 'beam', 'generate'"):
-        recommend(model, tokenizer, trie, prompts, mode="greedy")
+        recommend(model, task, prompts, mode="greedy")
     with pytest.raises(ValueError, match="`num_beams` is 20, but exact search has none: pass mode='beam'"):
-        recommend(model, tokenizer, trie, prompts, num_beams=20)
+        recommend(model, task, prompts, num_beams=20)
     with pytest.raises(ValueError, match="`normalize` is 'vocab', but exact search"):
-        recommend(model, tokenizer, trie, prompts, normalize="vocab")
+        recommend(model, task, prompts, normalize="vocab")
     with pytest.raises(ValueError, match="`exclude` and `allowed` have no effect on `generate`"):
-        recommend(model, tokenizer, trie, prompts, mode="generate", allowed=[1])
+        recommend(model, task, prompts, mode="generate", allowed=[1])
     with pytest.raises(ValueError, match="`exclude` has 10 lists for 9 prompts"):
-        recommend(model, tokenizer, trie, prompts, exclude=[[1]] * 10)
+        recommend(model, task, prompts, exclude=[[1]] * 10)
     with pytest.raises(ValueError, match="`allowed` has 2 lists for 9 prompts"):
-        recommend(model, tokenizer, trie, prompts, allowed=[[1], [2]])
+        recommend(model, task, prompts, allowed=[[1], [2]])
     with pytest.raises(ValueError, match="`allowed` is empty"):
-        recommend(model, tokenizer, trie, prompts, allowed=[])
+        recommend(model, task, prompts, allowed=[])
     with pytest.raises(ValueError, match="`prompts` has no token for user 0"):
-        recommend(model, tokenizer, trie, [[], [1]])
+        recommend(model, task, [[], [1]])
     for mode in ("beam", "generate"):
         with pytest.raises(ValueError, match="`max_expansions` is 5, but only exact search"):
-            recommend(model, tokenizer, trie, prompts, mode=mode, max_expansions=5)
+            recommend(model, task, prompts, mode=mode, max_expansions=5)
         with pytest.raises(ValueError, match="`num_beams` is 3: it must be at least `top_k` = 5"):
-            recommend(model, tokenizer, trie, prompts, top_k=5, mode=mode, num_beams=3)
+            recommend(model, task, prompts, top_k=5, mode=mode, num_beams=3)
     for sequences in ([[5, 6], [6, 5]], [[5], [5, 6]]):
         trie = ItemTrie.from_sequences(sequences)
         with pytest.raises(ValueError, match="append an end token"):
-            recommend(model, tokenizer, trie, prompts, top_k=1, mode="generate")
+            recommend(model, task, prompts, top_k=1, mode="generate")

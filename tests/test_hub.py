@@ -76,7 +76,7 @@ def test_train_push_and_pull(tmp_path, tokenizer, catalog, template):
     make_model(tokenizer).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     catalog.save_pretrained(tmp_path / "base")
-    build_rows(make_windows(catalog.ids), catalog, template).to_parquet(tmp_path / "rows.parquet")
+    build_rows(make_windows(catalog.ids), task).to_parquet(tmp_path / "rows.parquet")
     with serve() as hub:
         trained = run(TRAIN_AND_PUSH, tmp_path, hub.url, "home-of-the-trainer")
         files = hub.repos["somebody/recommender"]

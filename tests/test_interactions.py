@@ -11,8 +11,8 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_msl import interactions
-from trl_msl.interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
+from trl_msl.data import interactions
+from trl_msl.data.interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
 
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -238,7 +238,7 @@ class TestKCore:
     def test_hand_derived_chain(self, caplog):
         # k=2: item z goes (1 row), so user c keeps 1 row and goes, so item y keeps 1 row and goes; a and b share x, w.
         log = make_log("aaabbcc", "xwyxwyz", range(7))
-        caplog.set_level(logging.INFO, logger="trl_msl.interactions")
+        caplog.set_level(logging.INFO, logger="trl_msl.data.interactions")
         core = k_core(log, k=2)
         assert list(zip(core["user_id"], core["item_id"], strict=True)) == [*zip("aabb", "xwxw", strict=True)]
         for line in ("4 of 7 interactions", "2 of 3 users", "2 of 4 items"):

@@ -21,7 +21,7 @@ from trl_msl import ItemTrie, add_sparse_lm_head, build_rows, masked_softmax_los
 
 @pytest.fixture(scope="module")
 def batch(catalog, tokenizer, trie, template):
-    rows = build_rows(make_windows(catalog.ids, num_rows=5), catalog, template)
+    rows = build_rows(make_windows(catalog.ids, num_rows=5), task)
     encoded = tokenize_rows(rows[:], tokenizer, trie)
     longest = max(map(len, encoded["input_ids"]))
     return {

@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_msl import metrics
-from trl_msl.metrics import bootstrap_interval, coverage, per_user_metrics, ranking_metrics, ranks_of_targets
+from trl_msl.evaluation import metrics
+from trl_msl.evaluation.metrics import (
+    bootstrap_interval,
+    coverage,
+    per_user_metrics,
+    ranking_metrics,
+    ranks_of_targets,
+)
 
 
 rank_lists = st.lists(st.integers(-1, 30), min_size=1, max_size=20)

@@ -38,7 +38,7 @@ COMMON = {
 
 @pytest.fixture(scope="module")
 def rows(catalog, template):
-    return build_rows(make_windows(catalog.ids, num_rows=80), catalog, template)
+    return build_rows(make_windows(catalog.ids, num_rows=80), task)
 
 
 @pytest.fixture

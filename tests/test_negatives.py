@@ -19,7 +19,7 @@ from trl_msl import (
 
 @pytest.fixture(scope="module")
 def rows(catalog, template):
-    return build_rows(make_windows(catalog.ids, 30), catalog, template)
+    return build_rows(make_windows(catalog.ids, 30), task)
 
 
 def banned_texts(row, catalog):
@@ -83,11 +83,11 @@ def test_the_models_own_mistakes(rows, catalog, trie, tokenizer, template):
 
 def test_too_few_are_counted(catalog, trie, template, caplog):
     window = Dataset.from_list([{"item_ids": catalog.ids[:9]}, {"item_ids": catalog.ids[:2]}])
-    rows = build_rows(window, catalog, template)
+    rows = build_rows(window, task)
     drawn = draw_negatives(rows, catalog, trie, "uniform", 6)
     assert [len(items) for items in drawn] == [3, 6]
     assert "1 of 2 rows got fewer than 6 negatives" in caplog.text
-    rows = build_rows(Dataset.from_list([{"item_ids": catalog.ids}]), catalog, template)
+    rows = build_rows(Dataset.from_list([{"item_ids": catalog.ids}]), task)
     with pytest.raises(ValueError, match="for 1 of 1 there is no item to be rejected"):
         draw_negatives(rows, catalog, trie)
 
@@ -131,7 +131,7 @@ def test_mistakes_of_a_catalogue_with_many_repeats(tokenizer, template):
     texts = [*["The Silent River"] * 4, *["Dune"] * 4, *["A History of Tea"] * 4, "Emma", "The Silver Key"]
     catalog = ItemCatalog(range(len(texts)), texts)
     trie = catalog.build_trie(tokenizer)
-    rows = build_rows(Dataset.from_list([{"item_ids": ["12", "13"]}] * 3), catalog, template)
+    rows = build_rows(Dataset.from_list([{"item_ids": ["12", "13"]}] * 3), task)
     drawn = model_negatives(make_model(tokenizer), tokenizer, trie, catalog, rows, num_negatives=3)
     assert all({texts[item] for item in items} == set(texts[:12]) for items in drawn)
     shortened = model_negatives(

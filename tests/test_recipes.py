@@ -9,7 +9,7 @@ import yaml
 from helpers import TITLES, make_model, make_windows
 from launching import TINY, launch
 
-from trl_msl import Bundle, ItemCatalog, Recommender
+from trl_msl import RankingTask, ItemCatalog, Recommender
 
 
 def read(path):
@@ -170,7 +170,7 @@ def test_recommend_to_the_users_of_a_file(tmp_path, folder):
 
 
 def test_update_the_catalogue_of_a_trained_model(tmp_path, tokenizer, catalog, trie, template):
-    recommender = Recommender(make_model(tokenizer), tokenizer, Bundle(catalog, trie, template))
+    recommender = Recommender(make_model(tokenizer), tokenizer, RankingTask(catalog, trie, template))
     recommender.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "checkpoint-1").mkdir()
     (tmp_path / "new.json").write_text(json.dumps({"n0": "The Silent Wood", "n1": "#42"}))

@@ -8,12 +8,11 @@ from itertools import takewhile
 
 import numpy as np
 import pytest
-from from_scratch import train_tokenizer
 from helpers import TITLES, make_model, make_windows
 from peft import LoraConfig
 
 from trl_msl import (
-    Bundle,
+    RankingTask,
     ItemCatalog,
     MSLConfig,
     MSLTrainer,
@@ -24,6 +23,7 @@ from trl_msl import (
     encode_items,
     recommend,
 )
+from trl_msl.experiments.from_scratch import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folder(tmp_path_factory, tokenizer, catalog, trie, template):
     """What training leaves behind: an adapter on a base model in a folder, and the catalogue."""
     path = tmp_path_factory.mktemp("trained")
     make_model(tokenizer).save_pretrained(path / "base")
-    rows = build_rows(make_windows(catalog.ids), catalog, template)
+    rows = build_rows(make_windows(catalog.ids), task)
     trainer = MSLTrainer(
         str(path / "base"),
         MSLConfig(
@@ -144,7 +144,7 @@ def test_missing_and_damaged_files(name, folder, tmp_path, tokenizer):
     for damaged in (content[:-3], content[:10], b"", b"[1]", content[::-1]):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="holds no readable catalogue"):
-            Bundle.from_pretrained(tmp_path / "copy", tokenizer)
+            RankingTask.from_pretrained(tmp_path / "copy", tokenizer)
     path.unlink()
     with pytest.raises(ValueError, match="holds no readable catalogue|has no recommender.json"):
         Recommender.from_pretrained(tmp_path / "copy")
@@ -156,9 +156,9 @@ def test_awkward_texts_survive(tmp_path, tokenizer):
     catalog.save_pretrained(tmp_path)
     loaded = ItemCatalog.from_pretrained(tmp_path)
     assert (loaded.ids, loaded.texts, loaded.template) == (catalog.ids, texts, "<{text}>")
-    bundle = Bundle(catalog, catalog.build_trie(tokenizer), PromptTemplate("{history}"))
+    bundle = RankingTask(catalog, catalog.build_trie(tokenizer), PromptTemplate("{history}"))
     bundle.save_pretrained(tmp_path, tokenizer)
-    assert Bundle.from_pretrained(tmp_path, tokenizer).catalog.completions == catalog.completions
+    assert RankingTask.from_pretrained(tmp_path, tokenizer).catalog.completions == catalog.completions
 
 
 def test_items_withdrawn_and_restored(folder, catalog, caplog):
@@ -228,7 +228,7 @@ def test_decoding_settings_travel(folder, tmp_path):
 
 
 def test_a_catalogue_needs_its_template_and_its_trie(tokenizer, catalog, trie, template, tmp_path):
-    rows = build_rows(make_windows(catalog.ids), catalog, template)
+    rows = build_rows(make_windows(catalog.ids), task)
     args = MSLConfig(tmp_path, report_to="none", use_cpu=True, bf16=False)
     kwargs = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
     with pytest.raises(ValueError, match="also needs the `prompt_template`"):

@@ -9,8 +9,8 @@ import pytest
 from helpers import make_model, make_windows
 from safetensors.numpy import load_file
 
-from trl_msl import Bundle, ItemCatalog, build_rows
-from trl_msl.catalog_trainer import last_complete_checkpoint
+from trl_msl import RankingTask, ItemCatalog, build_rows
+from trl_msl.training.catalog_trainer import last_complete_checkpoint
 
 
 TRAIN = """
@@ -61,7 +61,7 @@ def folder(tmp_path_factory, tokenizer, catalog, template):
     make_model(tokenizer).save_pretrained(path / "base")
     tokenizer.save_pretrained(path / "base")
     catalog.save_pretrained(path / "base")
-    build_rows(make_windows(catalog.ids), catalog, template).to_parquet(path / "rows.parquet")
+    build_rows(make_windows(catalog.ids), task).to_parquet(path / "rows.parquet")
     assert train(path, "whole") == 0
     return path
 
@@ -84,15 +84,15 @@ def test_killed_and_resumed(moment, last, left, folder):
 
 def test_a_bundle_that_is_cut_off_is_no_bundle(tmp_path, tokenizer, catalog, trie, template):
     """Killed between two files: what lies there is one of the two bundles, whole, or an error."""
-    Bundle(catalog, trie, template).save_pretrained(tmp_path, tokenizer)
+    RankingTask(catalog, trie, template).save_pretrained(tmp_path, tokenizer)
     before = (tmp_path / "trie.safetensors").read_bytes()
     other = ItemCatalog(catalog.ids, catalog.texts[::-1])
-    Bundle(other, other.build_trie(tokenizer), template).save_pretrained(tmp_path / "new", tokenizer)
+    RankingTask(other, other.build_trie(tokenizer), template).save_pretrained(tmp_path / "new", tokenizer)
     (tmp_path / "trie.safetensors").write_bytes((tmp_path / "new" / "trie.safetensors").read_bytes())
     with pytest.raises(ValueError, match="trie.safetensors is damaged, or does not belong"):
-        Bundle.from_pretrained(tmp_path, tokenizer)
+        RankingTask.from_pretrained(tmp_path, tokenizer)
     (tmp_path / "trie.safetensors").write_bytes(before)
-    assert Bundle.from_pretrained(tmp_path, tokenizer).catalog.texts == catalog.texts
+    assert RankingTask.from_pretrained(tmp_path, tokenizer).catalog.texts == catalog.texts
 
 
 def test_no_complete_checkpoint(tmp_path):

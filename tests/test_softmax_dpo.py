@@ -22,7 +22,8 @@ from trl_msl import (
     softmax_dpo_loss,
     tokenize_preferences,
 )
-from trl_msl.preferences import gather_rejected, segment_mask
+from trl_msl.softmax_dpo.collator import segment_mask
+from trl_msl.softmax_dpo.preferences import gather_rejected
 
 
 COMMON = {
@@ -34,7 +35,7 @@ COMMON = {
 
 def make_preferences(catalog, template, num_rejected=3, num_rows=40, ragged=False):
     """Rows with random other items rejected."""
-    rows = build_rows(make_windows(catalog.ids, num_rows), catalog, template)
+    rows = build_rows(make_windows(catalog.ids, num_rows), task)
     rng = random.Random(0)
     rejected = []
     for chosen in rows["completion"]:

@@ -5,7 +5,6 @@ import copy
 
 import pytest
 import torch
-from from_scratch import item_tokenizer
 from helpers import make_model, make_windows
 
 from trl_msl import (
@@ -21,6 +20,7 @@ from trl_msl import (
     masked_softmax_loss,
     tokenize_rows,
 )
+from trl_msl.experiments.from_scratch import item_tokenizer
 
 
 # What comes after a history is what stands between its items: a shorter history is the beginning of a longer one
@@ -38,7 +38,7 @@ def test_labels_of_a_history(conversational, shortened, catalog, tokenizer, trie
     """Read back from the right, by the texts alone."""
     trie = chat_trie if conversational else trie
     template = PromptTemplate(TEMPLATE.text, "; ", conversational, separate_items=True)
-    rows = build_rows(make_windows(catalog.ids), catalog, template)
+    rows = build_rows(make_windows(catalog.ids), task)
     max_length = None if not shortened else 60 if conversational else 40
     encoded = tokenize_rows(rows[:], tokenizer, trie, max_length, template, supervise_history=True)
     num_dropped = 0
@@ -137,7 +137,7 @@ def test_items_as_tokens(catalog):
     trie = catalog.build_trie(tokenizer)
     assert trie.num_nodes == 1 + 2 * len(catalog)  # an item, and the end that is forced
     template = PromptTemplate("{history}", separate_items=True)
-    rows = build_rows(make_windows(catalog.ids), catalog, template)
+    rows = build_rows(make_windows(catalog.ids), task)
     encoded = tokenize_rows(rows[:], tokenizer, trie, prompt_template=template, supervise_history=True)
     for row, ids, labels in zip(rows, encoded["input_ids"], encoded["labels"]):
         items = [*row["history_ids"], row["item_id"]]
@@ -161,7 +161,7 @@ def test_items_as_tokens(catalog):
 def test_templates_that_do_not_fit(rows, catalog, template, tokenizer, trie):
     for other in (None, template):
         with pytest.raises(ValueError, match="`supervise_history` needs .* `separate_items=True`"):
-            plain = build_rows(make_windows(catalog.ids), catalog, template)[:]
+            plain = build_rows(make_windows(catalog.ids), task)[:]
             tokenize_rows(plain, tokenizer, trie, prompt_template=other, supervise_history=True)
     with pytest.raises(ValueError, match="`separate_items` needs rows with a `history` column"):
         tokenize_rows({k: v for k, v in rows[:].items() if k != "history"}, tokenizer, trie, prompt_template=TEMPLATE)

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
+from trl_msl.experiments.synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
 
 
 @pytest.fixture(scope="module")

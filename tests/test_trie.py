@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from trl_msl import ItemTrie
-from trl_msl.trie_arrays import _checksum
+from trl_msl.trie.arrays import _checksum
 
 
 VOCAB_SIZE = 7

@@ -1,34 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked Softmax Loss for TRL: fine-tune an LLM to rank the items of a catalogue."""
 
-from .bundle import Bundle
-from .catalog import ItemCatalog, encode_items
-from .compressed_trie import CompressedTrie
-from .data import build_rows, tokenize_rows
-from .data_arguments import DataArguments, read_data, read_items
-from .decoding import DecodingOutput, TrieDecoder
-from .evaluation import RecommendationCallback, evaluate_recommendations
-from .generation import Recommendations, recommend
-from .interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
-from .lm_head import SparseCausalLMOutput, add_sparse_lm_head
-from .logits_process import TrieLogitsProcessor
-from .losses import adaptive_temperature, masked_softmax_loss, softmax_dpo_loss, temperature_statistics
-from .metrics import bootstrap_interval, coverage, per_user_metrics, ranking_metrics, ranks_of_targets
-from .msl_config import MSLConfig
-from .msl_trainer import MSLTrainer
-from .negatives import count_interactions, draw_negatives, model_negatives
-from .preferences import DataCollatorForSoftmaxPreference, build_preferences, split_pairs, tokenize_preferences
-from .prompts import PromptTemplate, encode_prompts, fit_prompts
+from .data import (
+    DataArguments,
+    ItemCatalog,
+    PromptTemplate,
+    RankingTask,
+    build_rows,
+    encode_items,
+    encode_prompts,
+    fit_prompts,
+    k_core,
+    read_data,
+    read_interactions,
+    read_items,
+    read_windows,
+    sliding_windows,
+    split_by_time,
+    tokenize_rows,
+)
+from .decoding import DecodingOutput, Recommendations, TrieDecoder, TrieLogitsProcessor, recommend
+from .evaluation import (
+    RecommendationCallback,
+    bootstrap_interval,
+    coverage,
+    evaluate_recommendations,
+    per_user_metrics,
+    ranking_metrics,
+    ranks_of_targets,
+)
+from .model import is_sharded
 from .recommender import RecommendedItems, Recommender
-from .softmax_dpo_config import SoftmaxDPOConfig
-from .softmax_dpo_trainer import SoftmaxDPOTrainer
-from .temperature import TemperatureCallback
-from .tree_support import is_sharded
-from .trie import ItemTrie
+from .softmax_dpo import (
+    DataCollatorForSoftmaxPreference,
+    SoftmaxDPOConfig,
+    SoftmaxDPOTrainer,
+    build_preferences,
+    count_interactions,
+    draw_negatives,
+    model_negatives,
+    split_pairs,
+    tokenize_preferences,
+)
+from .training import (
+    MSLConfig,
+    MSLTrainer,
+    SparseCausalLMOutput,
+    TemperatureCallback,
+    adaptive_temperature,
+    add_sparse_lm_head,
+    masked_softmax_loss,
+    softmax_dpo_loss,
+    temperature_statistics,
+)
+from .trie import CompressedTrie, ItemTrie
 
 
 __all__ = [
-    "Bundle",
+    "RankingTask",
     "CompressedTrie",
     "DataArguments",
     "DataCollatorForSoftmaxPreference",

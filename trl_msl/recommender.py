@@ -15,12 +15,10 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .bundle import BUNDLE_FILE, BUNDLE_FILES, Bundle
-from .catalog import ItemCatalog
-from .generation import recommend
-from .prompts import ranking_prompts
+from .data import TASK_FILE, TASK_FILES, ItemCatalog, RankingTask
+from .decoding import recommend
 
 
 logger = logging.getLogger(__name__)
@@ -55,15 +53,13 @@ class RecommendedItems:
 
 class Recommender:
     """
-    A trained model with its tokenizer and its catalogue.
+    A trained model with its task: catalogue, tokenizer, trie and prompt.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model: an adapter, merged, or full.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        bundle ([`Bundle`]):
-            Catalogue, trie and prompt.
+        task ([`RankingTask`]):
+            What it ranks.
 
     Example:
 
@@ -74,17 +70,16 @@ class Recommender:
     ```
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bundle: Bundle):
+    def __init__(self, model: PreTrainedModel, task: RankingTask):
         self.model = model
-        self.tokenizer = tokenizer
-        self.bundle = bundle
+        self.task = task
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         revision: str | None = None,
-        bundle_from: str | Path | None = None,
+        task_from: str | Path | None = None,
         **kwargs: Any,
     ) -> Recommender:
         """
@@ -96,7 +91,7 @@ class Recommender:
                 pushed to. An adapter's base model is loaded from where the adapter says.
             revision (`str`, *optional*):
                 Branch, tag or commit of the repository.
-            bundle_from (`str` or `Path`, *optional*):
+            task_from (`str` or `Path`, *optional*):
                 Folder or repository whose catalogue to take, for a model that was trained further by a script that
                 knows nothing of it. Defaults to the model's own, or for an adapter without one to its base model's.
             **kwargs:
@@ -107,34 +102,32 @@ class Recommender:
             `ValueError`: if there is no catalogue in it, or it is damaged or does not fit the tokenizer.
         """
         folder = _find(pretrained_model_name_or_path, "pretrained_model_name_or_path", revision)
-        bundle_folder = (
-            folder if bundle_from is None else _find(bundle_from, "bundle_from", allow_patterns=BUNDLE_FILES)
-        )
-        if bundle_from is None and not (folder / BUNDLE_FILE).is_file() and (base := _base_of_adapter(folder)):
-            bundle_folder = _find(base, "base_model_name_or_path", allow_patterns=BUNDLE_FILES)
-        if not (bundle_folder / BUNDLE_FILE).is_file():
+        task_folder = folder if task_from is None else _find(task_from, "task_from", allow_patterns=TASK_FILES)
+        if task_from is None and not (folder / TASK_FILE).is_file() and (base := _base_of_adapter(folder)):
+            task_folder = _find(base, "base_model_name_or_path", allow_patterns=TASK_FILES)
+        if not (task_folder / TASK_FILE).is_file():
             raise ValueError(
-                f"`pretrained_model_name_or_path` = {str(pretrained_model_name_or_path)!r} has no {BUNDLE_FILE}, so "
-                "it is a model without a catalogue: train with `MSLTrainer(..., catalog=catalog)`, name a folder that "
-                "has one by `bundle_from`, or make a `Recommender` of the model, the tokenizer and a `Bundle`."
+                f"`pretrained_model_name_or_path` = {str(pretrained_model_name_or_path)!r} has no {TASK_FILE}, so "
+                "it is a model without a catalogue: train with `MSLTrainer`, name a folder that has one by "
+                "`task_from`, or make a `Recommender` of the model and a `RankingTask`."
             )
         # Left out, transformers would ask at the terminal
         trust_remote_code = kwargs.setdefault("trust_remote_code", False)
         tokenizer = _load(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
-        bundle = Bundle.from_pretrained(bundle_folder, tokenizer)
-        return cls(_load(AutoModelForCausalLM, folder, **kwargs), tokenizer, bundle)
+        task = RankingTask.from_pretrained(task_folder, tokenizer)
+        return cls(_load(AutoModelForCausalLM, folder, **kwargs), task)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model (or adapter), tokenizer and catalogue into a folder, the catalogue last."""
         self.model.save_pretrained(save_directory)
-        self.tokenizer.save_pretrained(save_directory)
-        self.bundle.save_pretrained(save_directory, self.tokenizer)
+        self.task.tokenizer.save_pretrained(save_directory)
+        self.task.save_pretrained(save_directory)
 
     def update(
         self, add: ItemCatalog | None = None, withdraw: Iterable[str] = (), restore: Iterable[str] = ()
     ) -> Recommender:
-        """The same model with items added and withdrawn: see [`Bundle.update`]."""
-        return Recommender(self.model, self.tokenizer, self.bundle.update(self.tokenizer, add, withdraw, restore))
+        """The same model with items added and withdrawn: see [`RankingTask.update`]."""
+        return Recommender(self.model, self.task.update(add, withdraw, restore))
 
     def recommend(
         self,
@@ -157,12 +150,12 @@ class Recommender:
             allowed (`Iterable[str]`, *optional*):
                 Ids of the items that may be recommended, such as those in stock.
             **kwargs:
-                `batch_size`, `mode` and other arguments of [`recommend`]. Without `mode` the bundle's hold.
+                `batch_size`, `mode` and other arguments of [`recommend`]. Without `mode` the task's hold.
 
         Raises:
             `ValueError`: if a history is empty or holds an item that is not in the catalogue.
         """
-        catalog, template = self.bundle.catalog, self.bundle.prompt_template
+        catalog, template = self.task.catalog, self.task.prompt_template
         if len(histories) == 0:
             raise ValueError("`histories` is empty: there is nobody to recommend to.")
         no_lists = [user for user, history in enumerate(histories) if _is_no_list(history)]
@@ -180,17 +173,14 @@ class Recommender:
         indices = self._indices(histories)
         written = [[catalog.completions[index] for index in history] for history in indices]
         rows = {"prompt": [template.render(history) for history in written], "history": written}
-        settings = (self.bundle.max_length, template, self.bundle.chat_template_kwargs)
-        prompts = ranking_prompts(self.tokenizer, self.bundle.trie, rows, *settings)
         found = recommend(
             self.model,
-            self.tokenizer,
-            self.bundle.trie,
-            prompts,
+            self.task,
+            self.task.ranking_prompts(rows),
             top_k=min(k, len(catalog)),
             exclude=[self._with_same_text(history) for history in indices] if exclude_history else None,
             allowed=self._allowed_indices(allowed),
-            **({} if "mode" in kwargs else self.bundle.decoding) | kwargs,
+            **({} if "mode" in kwargs else self.task.decoding) | kwargs,
         )
         items = [[index for index in row if index >= 0] for row in found.items.tolist()]
         return RecommendedItems(
@@ -203,13 +193,13 @@ class Recommender:
     @cached_property
     def _indices_of_text(self) -> dict[str, list[int]]:
         indices: dict[str, list[int]] = {}
-        for index, text in enumerate(self.bundle.catalog.texts):
+        for index, text in enumerate(self.task.catalog.texts):
             indices.setdefault(text, []).append(index)
         return indices
 
     def _indices(self, histories: Sequence[Sequence[str]]) -> list[list[int]]:
         """Index of each item: by id if all are ids, else by text."""
-        catalog = self.bundle.catalog
+        catalog = self.task.catalog
         items = {str(item) for history in histories for item in history}
         unknown_ids, unknown_texts = items - catalog.index_of_id.keys(), items - self._indices_of_text.keys()
         if unknown_ids and unknown_texts:
@@ -225,7 +215,7 @@ class Recommender:
 
     def _allowed_indices(self, allowed: Iterable[str] | None) -> list[int] | None:
         """Indices of the items that may be recommended, of those `allowed`; `None` if all of the catalogue may."""
-        catalog, withdrawn = self.bundle.catalog, self.bundle.withdrawn
+        catalog, withdrawn = self.task.catalog, self.task.withdrawn
         if allowed is None and not withdrawn:
             return None
         indices = range(len(catalog)) if allowed is None else catalog.indices(allowed)
@@ -236,7 +226,7 @@ class Recommender:
 
     def _with_same_text(self, indices: list[int]) -> list[int]:
         """The items, and those that are written alike."""
-        texts = self.bundle.catalog.texts
+        texts = self.task.catalog.texts
         return [same for index in indices for same in self._indices_of_text[texts[index]]]
 
 

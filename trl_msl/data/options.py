@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which data a command reads, as options, and reading it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from datasets import DatasetDict
+
+from .catalog import ItemCatalog
+from .interactions import k_core, read_interactions, read_table, read_windows, sliding_windows, split_by_time
+from .prompts import PromptTemplate
+
+
+@dataclass
+class DataArguments:
+    """
+    Arguments that say which data a command reads: a folder, or an interaction log and its items. Recipes generate
+    data where both are left out.
+
+    Parameters:
+        data_dir (`str`, *optional*):
+            Folder with `id2name4Rec.json`, a train file and `test.csv`, as the MSL paper's authors publish them.
+        train_file (`str`, *optional*, defaults to `"train.csv"`):
+            Train file in `data_dir`. Its last tenth by time is held out for validation.
+        interactions (`str`, *optional*):
+            Interaction log: a CSV or Parquet file, or a dataset on the Hub. 5-core, windows of 11, split 8:1:1 by
+            time.
+        items (`str`, *optional*):
+            Items of the log: a JSON file that maps ids to texts, a CSV or Parquet file, or a dataset on the Hub.
+        user_column, item_column, timestamp_column, text_column (`str`, *optional*):
+            Columns of the log and of the items.
+        min_interactions (`int`, *optional*, defaults to `5`):
+            Fewest interactions of a user and of an item in the log (k-core).
+        item_text (`str`, *optional*, defaults to `"text"`):
+            What stands for an item: its `text`, or its `id`, for models of item tokens.
+        item_template (`str`, *optional*, defaults to `'"{text}"'`):
+            How that is written.
+        empty_texts, html_entities (`str`, *optional*):
+            As for [`ItemCatalog`].
+        prompt_words (`list[str]`, *optional*, defaults to `["item", "items", "interacted with"]`):
+            Singular, plural and verb of the paper's prompt: `book books read`.
+        prompt_text (`str`, *optional*):
+            Prompt with `{history}`, instead of the paper's.
+        conversational (`bool`, *optional*, defaults to `False`):
+            Whether to put the prompt into the tokenizer's chat template.
+        separate_items (`bool`, *optional*, defaults to `False`):
+            As for [`PromptTemplate`]: whether the items of a history are tokenised one by one.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Passed to the chat template, as JSON: `{"enable_thinking": false}`.
+        max_validation_users, max_test_users (`int`, *optional*):
+            Evaluate on so many users at most, the first by time.
+    """
+
+    data_dir: str | None = field(default=None, metadata={"help": "Folder in the format of the MSL paper's authors."})
+    train_file: str = field(default="train.csv", metadata={"help": "Train file in `data_dir`."})
+    interactions: str | None = field(default=None, metadata={"help": "Interaction log: CSV, Parquet or Hub dataset."})
+    items: str | None = field(default=None, metadata={"help": "Items of the log: JSON, CSV, Parquet or Hub dataset."})
+    user_column: str = field(default="user_id", metadata={"help": "User column of the log."})
+    item_column: str = field(default="item_id", metadata={"help": "Item column of the log and of the items."})
+    timestamp_column: str = field(default="timestamp", metadata={"help": "Time column of the log."})
+    text_column: str = field(default="title", metadata={"help": "Text column of the items."})
+    min_interactions: int = field(default=5, metadata={"help": "Fewest interactions of a user and of an item."})
+    item_text: str = field(default="text", metadata={"help": "What stands for an item.", "choices": ["text", "id"]})
+    item_template: str = field(default='"{text}"', metadata={"help": "How an item is written."})
+    empty_texts: str = field(default="error", metadata={"help": "Items without text: 'error', 'keep' or 'id'."})
+    html_entities: str = field(default="keep", metadata={"help": "HTML entities in texts: 'keep' or 'decode'."})
+    prompt_words: list[str] = field(
+        default_factory=lambda: ["item", "items", "interacted with"],
+        metadata={"help": "Singular, plural and verb of the paper's prompt, such as: book books read."},
+    )
+    prompt_text: str | None = field(default=None, metadata={"help": "Prompt with {history}, instead of the paper's."})
+    conversational: bool = field(default=False, metadata={"help": "Whether to use the tokenizer's chat template."})
+    separate_items: bool = field(default=False, metadata={"help": "Whether histories are tokenised item by item."})
+    chat_template_kwargs: str | None = field(default=None, metadata={"help": "For the chat template, as JSON."})
+    max_validation_users: int | None = field(default=None, metadata={"help": "Validate on so many users at most."})
+    max_test_users: int | None = field(default=None, metadata={"help": "Test on so many users at most."})
+
+    def __post_init__(self):
+        if self.data_dir and self.interactions:
+            raise ValueError("`data_dir` and `interactions` are both given: pass one of them.")
+        if bool(self.interactions) != bool(self.items):
+            raise ValueError("`interactions` and `items` belong together: pass both or neither.")
+        if self.item_text not in ("text", "id"):
+            raise ValueError(f"`item_text` is {self.item_text!r}: it must be 'text' or 'id'.")
+        if isinstance(self.chat_template_kwargs, str):  # a YAML file may hold the dictionary itself
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except ValueError as error:
+                raise ValueError(f"`chat_template_kwargs` is {self.chat_template_kwargs!r}: not JSON.") from error
+        if len(self.prompt_words) != 3:
+            raise ValueError(f"`prompt_words` is {self.prompt_words}: it must be a singular, a plural and a verb.")
+
+    @property
+    def prompt_template(self) -> PromptTemplate:
+        """How a history becomes a prompt."""
+        form = {"conversational": self.conversational, "separate_items": self.separate_items}
+        return PromptTemplate(self.prompt_text or PromptTemplate.from_paper(*self.prompt_words).text, **form)
+
+
+def read_data(args: DataArguments) -> tuple[ItemCatalog, DatasetDict]:
+    """
+    The catalogue and the windows of interactions, in splits, that `args` name.
+
+    Raises:
+        `ValueError`: if they name none, or it can't be read.
+    """
+    policies = {
+        "template": args.item_template,
+        "empty_texts": args.empty_texts,
+        "html_entities": args.html_entities,
+    }
+    if args.item_text == "id":
+        policies["empty_texts"] = "keep"  # texts are not used
+    if args.data_dir:
+        catalog = ItemCatalog.from_json(f"{args.data_dir}/id2name4Rec.json", **policies)
+        windows = read_windows(args.data_dir, train_file=args.train_file)
+    elif args.interactions:
+        catalog = read_items(args.items, args.item_column, args.text_column, **policies)
+        columns = (args.user_column, args.item_column, args.timestamp_column)
+        log = k_core(read_interactions(args.interactions, *columns), args.min_interactions)
+        windows = split_by_time(sliding_windows(log))
+    else:
+        raise ValueError("`data_dir` and `interactions` are both missing: pass one of them.")
+    if args.item_text == "id":
+        catalog = ItemCatalog(catalog.ids, catalog.ids, template=args.item_template)
+    return catalog, windows
+
+
+def read_items(source: str, item_column: str = "item_id", text_column: str = "title", **policies: str) -> ItemCatalog:
+    """Catalogue from a JSON file that maps ids to texts, a CSV or Parquet file, or a dataset on the Hub."""
+    if source.endswith(".json"):
+        return ItemCatalog.from_json(source, **policies)
+    table, _ = read_table(source, [item_column, text_column])
+    texts = table[text_column].astype(object).where(table[text_column].notna(), "")  # none is an empty one
+    return ItemCatalog(table[item_column].tolist(), texts.tolist(), **policies)

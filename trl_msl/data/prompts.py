@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A history of items → a prompt → its token ids, shortened where it is too long."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .catalog import is_unicode
+
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """
+    How a user's history becomes a prompt.
+
+    Args:
+        text (`str`):
+            Prompt with `{history}` where the items go.
+        separator (`str`, *optional*, defaults to `", "`):
+            Between two items of the history.
+        conversational (`bool`, *optional*, defaults to `False`):
+            Whether the prompt is a user's message, to be put into the tokenizer's chat template.
+        separate_items (`bool`, *optional*, defaults to `False`):
+            Whether each item of the history is tokenised by itself, so that it has the very tokens that it has as a
+            recommendation, whatever stands around it. `MSLConfig(supervise_history=True)` needs it. Rows then need a
+            `history`; and pass this template wherever their prompts are encoded, in training and in evaluation.
+
+    Example:
+
+    ```python
+    >>> from trl_msl import PromptTemplate
+
+    >>> PromptTemplate("Read: {history}. Next: ").render(['"Dune"', '"Emma"'])
+    'Read: "Dune", "Emma". Next: '
+
+    ```
+    """
+
+    text: str
+    separator: str = ", "
+    conversational: bool = False
+    separate_items: bool = False
+
+    def __post_init__(self):
+        if not all(isinstance(text, str) and is_unicode(text) for text in (self.text, self.separator)):
+            raise ValueError(f"`text` and `separator` are {self.text!r} and {self.separator!r}: they must be texts.")
+        for name in ("conversational", "separate_items"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: it must be `True` or `False`.")
+        if self.text.count("{history}") != 1:
+            raise ValueError(f"`text` is {self.text!r}: it must contain {{history}} exactly once.")
+
+    @classmethod
+    def from_paper(
+        cls, item: str = "item", items: str = "items", verb: str = "interacted with", conversational: bool = False
+    ) -> PromptTemplate:
+        """The prompt of the MSL paper (Table 1), e.g. `from_paper("book", "books", "read")`."""
+        return cls(
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\nGiven a list of {items} the user has {verb} before, please recommend a new {item} "
+            "that the user likes to the user.\n\n"
+            f"### Input:\nThe user has {verb} the following {items} before: {{history}}\n\n### Response:\n",
+            conversational=conversational,
+        )
+
+    def render(self, history: Sequence[str]) -> Prompt:
+        """The prompt for a history of items as they are written, oldest first."""
+        before, after = self.text.split("{history}")
+        text = before + self.separator.join(history) + after
+        return [{"role": "user", "content": text}] if self.conversational else text
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """
+    Token ids of prompts, up to where the item begins.
+
+    A text gets the special tokens that the tokenizer puts before it (BOS), not an EOS after it; a list of messages is
+    put into the chat template, generation prompt included.
+    """
+    if len(prompts) == 0:
+        return []
+    if not isinstance(prompts[0], str):
+        prompts = [render_chat(tokenizer, messages, chat_template_kwargs) for messages in prompts]
+        return tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(list(prompts))["input_ids"]
+    adds_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    return [ids[:-1] for ids in encoded] if adds_eos else encoded
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], chat_template_kwargs: dict[str, Any] | None
+) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+    )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows of interactions → prompt/completion rows → token ids with their trie nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import is_conversational
+
+from ..trie import ItemTrie
+from .task import RankingTask
+
+
+def build_rows(windows: Dataset, task: RankingTask) -> Dataset:
+    """
+    Turn windows of interactions into TRL prompt/completion rows.
+
+    Args:
+        windows ([`~datasets.Dataset`]):
+            Rows with `item_ids`, a list of ids in time order, the last one the target. Other columns are kept.
+        task ([`RankingTask`]):
+            The items, and how a history becomes a prompt.
+
+    Returns:
+        [`~datasets.Dataset`] with `prompt`, `completion`, `history` (the items as written, so that a prompt that is
+        too long can be shortened), `history_ids` and `item_id` (the target).
+
+    Raises:
+        `ValueError`: if an item is not in the catalogue, or a window has no history.
+    """
+    catalog, template = task.catalog, task.prompt_template
+
+    def rows(batch: dict[str, list]) -> dict[str, list]:
+        short = [ids for ids in batch["item_ids"] if len(ids) < 2]
+        if short:
+            raise ValueError(f"`windows`: {len(short)} `item_ids` hold fewer than two items, such as {short[0]}.")
+        indices = [catalog.indices(ids) for ids in batch["item_ids"]]
+        texts = [[catalog.completions[index] for index in window] for window in indices]
+        targets = [window[-1] for window in texts]
+        return {
+            "prompt": [template.render(window[:-1]) for window in texts],
+            "completion": (
+                [[{"role": "assistant", "content": text}] for text in targets] if template.conversational else targets
+            ),
+            "history": [window[:-1] for window in texts],
+            "history_ids": [[str(item) for item in ids[:-1]] for ids in batch["item_ids"]],
+            "item_id": [str(ids[-1]) for ids in batch["item_ids"]],
+        }
+
+    return windows.map(rows, batched=True, remove_columns=["item_ids"], desc="Building rows")
+
+
+def tokenize_rows(
+    batch: dict[str, list], task: RankingTask, labels: str = "nodes", supervise_history: bool = False
+) -> dict[str, list[list[int]]]:
+    """
+    Attach the valid tokens of the catalogue to prompt/completion rows: the function to `map` over a dataset.
+
+    A trie node says which tokens were valid (its parent's children) and which one is right (its own), so one integer
+    per token stands for a mask over the vocabulary, and travels in the `labels` column through TRL's packing, padding
+    and counting. Prompt and item are tokenised apart and their ids concatenated, here and at inference alike.
+
+    Args:
+        batch (`dict[str, list]`):
+            `prompt` and `completion`, standard or conversational, as TRL takes them; optionally `history`, the items
+            in the prompt as they are written, oldest first, by which a long prompt is shortened.
+        task ([`RankingTask`]):
+            The items and the tokenizer. Rows longer than its `max_length` lose their oldest history items, never part
+            of the title.
+        labels (`str`, *optional*, defaults to `"nodes"`):
+            `"nodes"` for [`MSLTrainer`], or `"tokens"` for TRL's `SFTTrainer` on the very same tokens.
+        supervise_history (`bool`, *optional*, defaults to `False`):
+            Whether each item of the history but the first is a target, too, given the ones before it. Needs a
+            prompt template with `separate_items`.
+
+    Returns:
+        `dict` of `input_ids` and `labels` (`-100` on the prompt, or on what is no item in it), lists of int. Labels
+        are of the token that *should* stand there: after an item of the history that is the end token.
+
+    Raises:
+        `ValueError`: if a completion is no item of the catalogue, or a row is too long and can't be shortened.
+
+    Example:
+
+    ```python
+    rows = rows.map(tokenize_rows, batched=True, fn_kwargs={"task": task})
+    ```
+    """
+    if labels not in ("nodes", "tokens"):
+        raise ValueError(f"`labels` is {labels!r}: it must be 'nodes' or 'tokens'.")
+    missing = {"prompt", "completion"} - batch.keys()
+    if missing:
+        raise ValueError(f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}.")
+    conversational = is_conversational({key: values[0] for key, values in batch.items()})
+    texts = [completion_text(completion, conversational) for completion in batch["completion"]]
+    _check_form(conversational, task)
+    items, trie = task.encode_items(texts), task.trie.to("cpu")
+    nodes = trie.find(items)
+    if (nodes < 0).any():
+        unknown = [text for text, node in zip(texts, nodes.tolist()) if node < 0]
+        raise ValueError(
+            f"`completion`: {len(unknown)} of the {len(texts)} rows read are no item of the catalogue, such as "
+            f"{unknown[:3]}. Write items as `ItemCatalog.completions` has them."
+        )
+    limit = float("inf") if task.max_length is None else task.max_length
+    prompts = task.fit_prompts(batch, [limit - len(item) for item in items])
+    if supervise_history:
+        targets = task.history_labels(batch, [len(prompt) for prompt in prompts])
+    else:
+        targets = [[-100] * len(prompt) for prompt in prompts]
+    for target, path, item in zip(targets, trie.paths(nodes).tolist(), items):
+        target += path[: len(item)]
+    if labels == "tokens":
+        targets = [_tokens(trie, target) for target in targets]
+    return {"input_ids": [prompt + item for prompt, item in zip(prompts, items)], "labels": targets}
+
+
+def _tokens(trie: ItemTrie, labels: list[int]) -> list[int]:
+    nodes = torch.tensor(labels)
+    return torch.where(nodes == -100, nodes, trie.tokens(nodes.clamp(min=0))).tolist()
+
+
+def _check_form(conversational: bool, task: RankingTask) -> None:
+    if conversational != task.conversational:
+        kinds = "conversational rows", "text rows"
+        given, expected = kinds if conversational else kinds[::-1]
+        raise ValueError(f"`batch` holds {given}, but the task's prompt template makes {expected}: make rows with it.")
+
+
+def completion_text(completion: Any, conversational: bool, argument: str = "completion") -> str:
+    if not conversational:
+        return completion
+    if len(completion) != 1 or completion[0]["role"] != "assistant":
+        raise ValueError(f"`{argument}` must be a single message of the assistant, the item's text, not {completion}.")
+    return completion[0]["content"]

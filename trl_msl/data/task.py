@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that must fit together to train and to rank: catalogue, tokenizer, trie, prompt. Saved beside the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import platform
+import reprlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..trie import TRIE_FILE, ItemTrie
+from .catalog import ITEMS_FILE, ItemCatalog
+from .fit_prompts import fit_prompts
+from .item_tokens import encode_items
+from .prompts import Prompt, PromptTemplate, encode_prompts
+from .separate_items import history_labels
+
+
+logger = logging.getLogger(__name__)
+
+TASK_FILE = "recommender.json"
+TASK_FILES = [TASK_FILE, ITEMS_FILE, TRIE_FILE]
+_FORMAT = 2
+_DECODING = ("mode", "max_expansions", "num_beams", "normalize", "length_penalty")
+_PACKAGES = ("trl_msl", "trl", "transformers", "peft", "datasets", "torch", "marisa-trie")
+
+
+@dataclass(frozen=True, eq=False)
+class RankingTask:
+    """
+    What is ranked, and how a model is asked to: all that must fit together besides the model's weights. It is made and
+    checked once, passed to everything that trains, ranks or measures, and saved beside the model.
+
+    Args:
+        catalog ([`ItemCatalog`]):
+            The items.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            The model's tokenizer, or its processor.
+        prompt_template ([`PromptTemplate`]):
+            How a history becomes a prompt.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Most tokens of a prompt and an item together; longer prompts lose their oldest items. `None` for no limit.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Passed to the chat template, e.g. `{"enable_thinking": False}`.
+        decoding (`dict[str, Any]`, *optional*):
+            Arguments of [`recommend`] that [`Recommender`] uses unless told otherwise: `mode` (`"exact"` or
+            `"beam"`), `max_expansions`, `num_beams`, `normalize`, `length_penalty`.
+        num_trained (`int`, *optional*):
+            The model was trained with the first `num_trained` items, and not with those after them. Defaults to all.
+        withdrawn (`frozenset[str]`, *optional*):
+            Ids of items that histories may hold, but that are not to be recommended.
+        trie ([`ItemTrie`], *optional*):
+            The items' trie, where it has been built already. It is built from the catalogue by default.
+
+    Raises:
+        `ValueError`: if these do not fit together.
+
+    Example:
+
+    ```python
+    task = RankingTask(catalog, tokenizer, PromptTemplate.from_paper("book", "books", "read"), max_length=512)
+    rows = build_rows(windows, task)
+    trainer = MSLTrainer("Qwen/Qwen3-0.6B", task=task, train_dataset=rows)
+    ```
+    """
+
+    catalog: ItemCatalog
+    tokenizer: PreTrainedTokenizerBase
+    prompt_template: PromptTemplate
+    max_length: int | None = 1024
+    chat_template_kwargs: dict[str, Any] | None = None
+    decoding: dict[str, Any] = field(default_factory=lambda: {"mode": "exact"})
+    num_trained: int | None = None
+    withdrawn: frozenset[str] = frozenset()
+    trie: ItemTrie | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "tokenizer", getattr(self.tokenizer, "tokenizer", self.tokenizer))
+        for name, kind in (("catalog", ItemCatalog), ("prompt_template", PromptTemplate)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"`{name}` is a {type(getattr(self, name)).__name__}: pass a `{kind.__name__}`.")
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(f"`tokenizer` is a {type(self.tokenizer).__name__}: pass the model's tokenizer.")
+        if self.max_length is not None and not _is_whole(self.max_length, 1, 1 << 31):
+            raise ValueError(f"`max_length` is {self.max_length!r}: it must be a number of tokens, or `None`.")
+        if self.trie is None:
+            trie = self.catalog.build_trie(self.tokenizer, self.conversational, self.chat_template_kwargs)
+            object.__setattr__(self, "trie", trie)
+        self._check_trie()
+        _check_decoding(self.decoding, len(self.catalog))
+        if self.num_trained is not None and not 0 < self.num_trained <= len(self.catalog):
+            raise ValueError(f"`num_trained` is {self.num_trained}, but there are {len(self.catalog)} items.")
+        # As the catalogue has them: the number 5 would not be found among its ids, and item "5" be recommended
+        object.__setattr__(self, "withdrawn", _ids("withdrawn", self.withdrawn))
+        self.catalog.indices(self.withdrawn)
+        if len(self.withdrawn) == len(self.catalog):
+            raise ValueError(f"`withdrawn` holds all {len(self.catalog)} items, so there is nothing to recommend.")
+
+    def __repr__(self) -> str:
+        return f"RankingTask({self.catalog}, {self.trie}, max_length={self.max_length})"
+
+    @property
+    def conversational(self) -> bool:
+        """Whether prompts are messages for the tokenizer's chat template."""
+        return self.prompt_template.conversational
+
+    # ------------------------------------------------------------------ tokens
+
+    def _check_trie(self) -> None:
+        """Whether a sample of the items stand in the trie where the tokenizer puts them."""
+        if len(self.catalog) == self.trie.num_items:
+            sample = list(range(0, len(self.catalog), max(1, len(self.catalog) // 50)))
+            sequences = self.encode_items([self.catalog.completions[index] for index in sample])
+            reached = [int(self.trie.to("cpu").walk(torch.tensor(sequence))[-1]) for sequence in sequences]
+            if reached == self.trie.item_nodes[sample].tolist():
+                return
+        raise ValueError(
+            f"`trie` ({self.trie}) does not hold the items of `catalog` ({self.catalog}) in the tokens of this "
+            f"`tokenizer` with conversational={self.conversational}: leave it out, and it is built."
+        )
+
+    def encode_items(self, completions: Sequence[str]) -> list[list[int]]:
+        """Token ids that the model has to write for each item, end token included: see [`encode_items`]."""
+        return encode_items(self.tokenizer, completions, self.conversational, self.chat_template_kwargs)
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """
+        Token ids of prompts of any length, up to where the item begins: see [`encode_prompts`].
+
+        Raises:
+            `ValueError`: if prompts are texts and the template is conversational, or the other way round.
+        """
+        if any(isinstance(prompt, str) == self.conversational for prompt in prompts):
+            expected = "lists of messages" if self.conversational else "texts"
+            raise ValueError(f"`prompts` must be {expected}, as `prompt_template` renders them: make them with it.")
+        return encode_prompts(self.tokenizer, prompts, self.chat_template_kwargs)
+
+    def fit_prompts(self, rows: dict[str, list], room: Sequence[float]) -> list[list[int]]:
+        """Token ids of the prompts of `rows`, shortened to `room` tokens each: see [`fit_prompts`]."""
+        return fit_prompts(self.tokenizer, rows, room, self.prompt_template, self.chat_template_kwargs)
+
+    def ranking_prompts(self, rows: dict[str, list]) -> list[list[int]]:
+        """
+        Token ids of prompts to rank items for: those that leave no room for an item of average length within
+        `max_length` lose the oldest items of their history.
+
+        Args:
+            rows (`dict[str, list]`):
+                `prompt`, and `history` where a prompt is to be shortened, as [`build_rows`] makes them.
+        """
+        limit = float("inf") if self.max_length is None else self.max_length
+        room = [limit - int(self.trie.item_lengths.double().mean())] * len(rows["prompt"])
+        return self.fit_prompts(rows, room)
+
+    def history_labels(self, rows: dict[str, list], lengths: Sequence[int]) -> list[list[int]]:
+        """Labels of the prompts of `rows` that supervise the items of their histories: see [`history_labels`]."""
+        template, kwargs = self.prompt_template, self.chat_template_kwargs
+        return history_labels(self.tokenizer, self.trie, rows, lengths, template, kwargs)
+
+    # ------------------------------------------------------------------ storage
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """
+        Write the task into a folder, usually that of the model: `items.parquet`, `trie.safetensors`, and
+        `recommender.json`, last, with the checksums of the others and the tokenizer's fingerprint. Each file is
+        written whole and then renamed. The tokenizer itself is saved by the trainer and by [`Recommender`].
+        """
+        folder = Path(save_directory)
+        self.catalog.save_pretrained(folder)
+        self.trie.save_pretrained(folder)
+        content = {
+            "format": _FORMAT,
+            "num_items": len(self.catalog),
+            "prompt_template": dataclasses.asdict(self.prompt_template),
+            "max_length": self.max_length,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "decoding": self.decoding,
+            "num_trained": self.num_trained,
+            "withdrawn": sorted(self.withdrawn),
+            "tokenizer_fingerprint": self.fingerprint(),
+            "sha256": {name: _checksum(folder / name) for name in (ITEMS_FILE, TRIE_FILE)},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        }
+        temporary = folder / f".{TASK_FILE}.tmp"
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(folder / TASK_FILE)
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> RankingTask:
+        """
+        Read a task written by [`RankingTask.save_pretrained`].
+
+        Args:
+            save_directory (`str` or `Path`):
+                Its folder.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer to be used with it.
+
+        Raises:
+            `ValueError`: if there is none, a file is damaged, or the tokenizer is not the one that it was made with.
+        """
+        folder = Path(save_directory)
+        try:
+            content = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
+            _check_types(content)
+            for name in (ITEMS_FILE, TRIE_FILE):
+                if content["sha256"].get(name) != _checksum(folder / name):
+                    raise ValueError(f"{name} is damaged, or does not belong to {TASK_FILE}")
+            task = cls(
+                ItemCatalog.from_pretrained(folder),
+                tokenizer,
+                PromptTemplate(**content["prompt_template"]),
+                trie=ItemTrie.from_pretrained(folder),
+                withdrawn=frozenset(content["withdrawn"]),
+                **{name: content[name] for name in ("max_length", "chat_template_kwargs", "decoding", "num_trained")},
+            )
+            if content["num_items"] != len(task.catalog):
+                raise ValueError(f"it counts {content['num_items']} items, {ITEMS_FILE} holds {len(task.catalog)}")
+        except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"`save_directory` = {str(save_directory)!r} holds no readable catalogue ({error}). Save it again, "
+                "with `Recommender.save_pretrained`, or train again."
+            ) from error
+        try:
+            fingerprint = task.fingerprint()
+        except Exception as error:  # a chat template is a program: it may fail in any way
+            raise ValueError(
+                f"`tokenizer` ({tokenizer.name_or_path!r}) can't write the items and the prompt of "
+                f"{str(save_directory)!r} ({type(error).__name__}: {error})."
+            ) from error
+        if fingerprint != content["tokenizer_fingerprint"]:
+            raise ValueError(
+                f"`tokenizer` ({tokenizer.name_or_path!r}) writes other tokens than the one that "
+                f"{str(save_directory)!r} was made with: load the tokenizer that lies beside the model."
+            )
+        return task
+
+    def fingerprint(self) -> str:
+        """
+        SHA-256 of what matters of the tokenizer here: its vocabulary, and the tokens that it makes of up to 200 items
+        and of a prompt, which stand for its normalisation, merges, special tokens and chat template.
+        """
+        items = self.catalog.completions[:: max(1, len(self.catalog) // 200)][:200]
+        made = {
+            "vocabulary": sorted(self.tokenizer.get_vocab().items()),
+            "items": self.encode_items(items),
+            "prompt": self.encode_prompts([self.prompt_template.render(items[:5])]),
+        }
+        return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+    # ------------------------------------------------------------------ a catalogue that changes
+
+    def update(
+        self, add: ItemCatalog | None = None, withdraw: Iterable[str] = (), restore: Iterable[str] = ()
+    ) -> RankingTask:
+        """
+        The task with items added and withdrawn, for the same model.
+
+        An item that is withdrawn keeps its place in the catalogue and the trie: histories may hold it, and the scores
+        and the order of the others stay. An item that is added shares the probability of the tokens before it, so
+        scores of the others fall; see [`RankingTask.shared_prefixes`] for what the model can know of it. An item that
+        is written like one withdrawn stays, with a warning.
+
+        Args:
+            add ([`ItemCatalog`], *optional*):
+                New items. Their texts are written by the template of this task's catalogue.
+            withdraw (`Iterable[str]`, *optional*):
+                Ids of items that are no longer to be recommended.
+            restore (`Iterable[str]`, *optional*):
+                Ids of withdrawn items that may be recommended again.
+
+        Raises:
+            `ValueError`: if an id to add is there already, one to withdraw or restore is not, or one is in both.
+        """
+        withdraw, restore = _ids("withdraw", withdraw), _ids("restore", restore)
+        if both := withdraw & restore:
+            raise ValueError(f"`withdraw` and `restore` both hold {len(both)} id(s), such as {min(both)!r}.")
+        if strangers := restore - self.withdrawn:
+            raise ValueError(f"`restore` holds {len(strangers)} id(s) not withdrawn, such as {sorted(strangers)[:3]}.")
+        updated = dataclasses.replace(
+            self,
+            catalog=self.catalog if add is None else self.catalog.extend(add),
+            trie=self.trie if add is None else None,
+            num_trained=self.num_trained or len(self.catalog),
+            withdrawn=(self.withdrawn - restore) | withdraw,
+        )
+        catalog, withdrawn, leaves = updated.catalog, updated.withdrawn, updated.trie.item_nodes.tolist()
+        gone = {leaves[index] for index in catalog.indices(withdraw)}
+        twins = [item for item, leaf in zip(catalog.ids, leaves) if leaf in gone and item not in withdrawn]
+        if twins:
+            logger.warning(
+                "%d items are written like one that is withdrawn, such as %r, and stay.", len(twins), twins[0]
+            )
+        return updated
+
+    def shared_prefixes(self) -> dict[str, int]:
+        """
+        For each item that the model was not trained with, how many of its first tokens it shares with an item that it
+        was trained with, beyond those that all of these share (an opening quote, say).
+
+        With none in common the item starts by a token that the model has never been asked to choose: how it is ranked
+        then hangs on what the model knew of its title before.
+        """
+        num_trained = self.num_trained or len(self.catalog)
+        trie = self.trie.to("cpu")
+        is_trained = torch.zeros(trie.num_nodes, dtype=torch.bool)
+        for nodes in trie.item_nodes[:num_trained].split(1 << 16):
+            paths = trie.paths(nodes)
+            is_trained[paths[paths >= 0]] = True
+        num_common = 0  # levels at which all trained items are at one node
+        for start, end in trie.levels[1:]:
+            if int(is_trained[start:end].sum()) != 1:
+                break
+            num_common += 1
+        shared = []
+        for nodes in trie.item_nodes[num_trained:].split(1 << 16):
+            paths = trie.paths(nodes)
+            shared += ((paths >= 0) & is_trained[paths]).sum(dim=1).sub(num_common).clamp(min=0).tolist()
+        return dict(zip(self.catalog.ids[num_trained:], shared))
+
+
+def _ids(argument: str, ids: Iterable[Any]) -> frozenset[str]:
+    if isinstance(ids, str):
+        raise ValueError(f"`{argument}` is {ids!r}, whose characters could be ids: pass a list of ids.")
+    return frozenset(map(str, ids))
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_types(content: Any) -> None:
+    """Raise where a file from elsewhere has other keys or types than [`RankingTask.save_pretrained`] writes."""
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        found = content.get("format") if isinstance(content, dict) else content
+        raise ValueError(f"its format is {reprlib.repr(found)}, this version reads {_FORMAT}")
+    expected = {
+        "num_items": int,
+        "prompt_template": dict,
+        "max_length": int | None,
+        "chat_template_kwargs": dict | None,
+        "decoding": dict,
+        "num_trained": int | None,
+        "withdrawn": list,
+        "tokenizer_fingerprint": str,
+        "sha256": dict,
+    }
+    if missing := expected.keys() - content.keys():
+        raise ValueError(f"it lacks {sorted(missing)}")
+    for name, kind in expected.items():
+        if not isinstance(content[name], kind) or isinstance(content[name], bool):
+            raise ValueError(f"its {name!r} is {reprlib.repr(content[name])}")
+    if strange := [item for item in content["withdrawn"] if not isinstance(item, str)]:
+        raise ValueError(f"its 'withdrawn' holds {len(strange)} that are no id, such as {reprlib.repr(strange[0])}")
+
+
+def _check_decoding(decoding: dict[str, Any], num_items: int) -> None:
+    """Raise where arguments of [`recommend`] are none that it takes, or would take memory without end."""
+    if unknown := decoding.keys() - set(_DECODING):
+        raise ValueError(f"`decoding` has {sorted(unknown)}: it may have {', '.join(_DECODING)}.")
+    penalty = decoding.get("length_penalty", 0.0)
+    is_valid = {
+        "mode": decoding.get("mode", "exact") in ("exact", "beam"),  # `generate` leaves nobody's history out
+        "normalize": decoding.get("normalize", "trie") in ("trie", "vocab"),
+        "num_beams": decoding.get("num_beams") is None or _is_whole(decoding["num_beams"], 1, num_items),
+        "max_expansions": _is_whole(decoding.get("max_expansions", 1), 1, 1 << 31),
+        "length_penalty": isinstance(penalty, int | float) and abs(penalty) <= 10,
+    }
+    is_beam = decoding.get("mode") == "beam"
+    for name in ("max_expansions",) if is_beam else ("num_beams", "normalize", "length_penalty"):
+        is_valid[name] = is_valid[name] and name not in decoding
+    for name, is_fine in is_valid.items():
+        if not is_fine:
+            raise ValueError(
+                f"`decoding` has {reprlib.repr(decoding[name])} as {name!r}: pass what `recommend` takes with mode "
+                f"'exact' or 'beam', and no more beams than the {num_items} items."
+            )
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What beam search keeps of each user of a batch: the beams and the finished items, by the rules of `generate`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..trie import CompressedTrie, pad_rows, ragged_arange
+from .item_keys import NO_ITEM, best_keys, item_keys
+from .restriction import Restriction
+
+
+class Beams:
+    """
+    Beams and finished items of each user of a batch. They stop, and score what is finished, as the beam search of
+    transformers' `generate` does with `early_stopping=False`.
+
+    Args:
+        tree ([`CompressedTrie`]):
+            Trie of the catalogue.
+        restriction ([`Restriction`]):
+            Which items each user may get.
+        num_beams (`int`):
+            Beam width.
+        length_penalty (`float`):
+            Power of the number of tokens by which the score of a finished item is divided.
+        root_scores (`torch.Tensor` of shape `(num_users,)`, fp32):
+            Log-probability of the tokens that all items begin with.
+
+    Attributes (a row for each user that still searches):
+        users (`torch.Tensor` of shape `(num_users,)`, int64):
+            User of each row.
+        nodes, steps, scores (`torch.Tensor` of shape `(num_users, num_beams)`, int64, int64 and fp32):
+            Node of each beam, index of its last token in the node's chain, and log-probability; best first, `-inf`
+            where there is no beam.
+        finished_nodes, finished_scores (`torch.Tensor` of shape `(num_users, num_beams)`, int64 and fp32):
+            Finished items by their node, and scores; best first, `-inf` where there is none.
+        expansions, rounds (`torch.Tensor` of shape `(num_users,)`, int64):
+            Number of positions whose next tokens were scored, and how many times some were.
+    """
+
+    def __init__(
+        self,
+        tree: CompressedTrie,
+        restriction: Restriction,
+        num_beams: int,
+        length_penalty: float,
+        root_scores: Tensor,
+    ):
+        shape, device = (len(root_scores), num_beams), tree.device
+        self.tree = tree
+        self.restriction = restriction
+        self.length_penalty = length_penalty
+        self.length = int(tree.chain_start[1])
+        self.users = torch.arange(len(root_scores), device=device)
+        self.nodes = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.steps = torch.full(shape, self.length - 1, device=device)
+        self.scores = torch.full(shape, -torch.inf, device=device)
+        self.finished_nodes = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.finished_scores = torch.full(shape, -torch.inf, device=device)
+        self.expansions = torch.zeros_like(self.users)
+        self.rounds = torch.zeros_like(self.users)
+        if tree.num_children[0] > 0:
+            self.scores[:, 0] = root_scores
+        else:  # all items are the same tokens
+            self.finished_scores[:, 0] = root_scores / self.length**length_penalty
+
+    @property
+    def is_alive(self) -> Tensor:
+        """Which beams there are, bool of shape `(num_users, num_beams)`."""
+        return self.scores > -torch.inf
+
+    @property
+    def is_choosing(self) -> Tensor:
+        """Which beams stand at the end of their chain, where they have a choice."""
+        return self.is_alive & (self.steps == self.tree.chain_length(self.nodes) - 1)
+
+    @property
+    def is_done(self) -> Tensor:
+        """Whose beams can't improve on what is finished, bool of shape `(num_users,)`."""
+        best_possible = self.scores[:, 0] / max(self.length, 1) ** self.length_penalty
+        return (best_possible <= self.finished_scores[:, -1]) | ~self.is_alive.any(1)
+
+    def continuations(self) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Every token that some beam may write next.
+
+        Returns:
+            `tuple` of three int64 `torch.Tensor` of shape `(total,)`: row of the beam when all users' beams stand in a
+            row, node and index in the node's chain of the token.
+        """
+        tree, choosing = self.tree, self.is_choosing.reshape(-1)
+        nodes, steps = self.nodes.reshape(-1), self.steps.reshape(-1)
+        counts = torch.where(choosing, tree.num_children[nodes], self.is_alive.reshape(-1).int())
+        rows, offset = ragged_arange(counts.long())
+        choosing = choosing[rows]
+        next_nodes = torch.where(choosing, tree.first_child[nodes[rows]] + offset, nodes[rows])
+        next_steps = torch.where(choosing, 0, steps[rows] + 1)
+        return rows, next_nodes, next_steps
+
+    def advance(self, rows: Tensor, nodes: Tensor, steps: Tensor, log_probs: Tensor) -> None:
+        """
+        Write the best tokens.
+
+        Args:
+            rows, nodes, steps (`torch.Tensor` of shape `(total,)`, int64):
+                What [`~Beams.continuations`] gave.
+            log_probs (`torch.Tensor` of shape `(total,)`, fp32):
+                Log-probability of each token after its beam.
+        """
+        num_users, num_beams = self.nodes.shape
+        users = rows // num_beams
+        tree = self.tree
+        allowed = self.restriction.count(self.users[users], tree.item_start[nodes], tree.item_end[nodes]) > 0
+        users, nodes, steps = users[allowed], nodes[allowed], steps[allowed]
+        scores = self.scores.reshape(-1)[rows[allowed]] + log_probs[allowed]
+        scores = pad_rows(users, scores, num_users, fill=-torch.inf)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        nodes = pad_rows(users, nodes, num_users, fill=0).gather(1, order)
+        steps = pad_rows(users, steps, num_users, fill=0).gather(1, order)
+        self.length += 1
+        is_finished = (tree.num_children[nodes] == 0) & (steps == tree.chain_length(nodes) - 1)
+
+        # Only those among the best `num_beams` count as finished, as in `generate`
+        finished = torch.where(is_finished, scores / self.length**self.length_penalty, -torch.inf)[:, :num_beams]
+        finished = torch.cat([self.finished_scores, finished], dim=1)
+        self.finished_scores, best = finished.sort(dim=1, descending=True, stable=True)
+        self.finished_scores, best = self.finished_scores[:, :num_beams], best[:, :num_beams]
+        self.finished_nodes = torch.cat([self.finished_nodes, nodes[:, :num_beams]], dim=1).gather(1, best)
+
+        scores = torch.where(is_finished, -torch.inf, scores)
+        missing = max(0, num_beams - scores.shape[1])
+        scores, nodes, steps = (
+            torch.nn.functional.pad(values, (0, missing), value=fill)
+            for values, fill in ((scores, -torch.inf), (nodes, 0), (steps, 0))
+        )
+        self.scores, best = scores.topk(num_beams, dim=1, sorted=True)
+        self.nodes, self.steps = nodes.gather(1, best), steps.gather(1, best)
+
+    def count_expansions(self, is_expanded: Tensor) -> None:
+        """Count the beams that are expanded, bool of shape `(num_users, num_beams)`."""
+        self.expansions = self.expansions + is_expanded.sum(1)
+        self.rounds = self.rounds + is_expanded.any(1)
+
+    @property
+    def is_exact(self) -> Tensor:
+        """Beam search is never certain."""
+        return torch.zeros_like(self.users, dtype=torch.bool)
+
+    def best_items(self, top_k: int) -> Tensor:
+        """Keys of each user's best finished items, int64 of shape `(num_users, top_k)`."""
+        rows, columns = (self.finished_scores > -torch.inf).nonzero(as_tuple=True)
+        scores = self.finished_scores[rows, columns]
+        nodes = self.finished_nodes[rows, columns]
+        start, end = self.tree.item_start[nodes], self.tree.item_end[nodes]
+        index, items = self.restriction.first_items(self.users[rows], start, end, limit=top_k)
+        keys = pad_rows(rows[index], item_keys(scores[index], items), len(self.users), fill=NO_ITEM)
+        none = keys.new_full((len(keys), top_k), NO_ITEM)
+        return best_keys(torch.cat([keys, none], dim=1), top_k)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only some users, given by their row."""
+        for name in ("users", "nodes", "steps", "scores", "finished_nodes", "finished_scores", "expansions", "rounds"):
+            setattr(self, name, getattr(self, name)[rows])

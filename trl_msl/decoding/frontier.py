@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What best-first search keeps of each user of a batch: the open nodes and the best items so far."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..trie import CompressedTrie, pad_rows
+from .item_keys import NO_ITEM, best_keys, item_keys, key_scores
+from .restriction import Restriction
+
+
+class Frontier:
+    """
+    Open nodes and best items of each user of a batch.
+
+    Args:
+        tree ([`CompressedTrie`]):
+            Trie of the catalogue.
+        restriction ([`Restriction`]):
+            Which items each user may get.
+        num_users, top_k (`int`):
+            Number of users of the batch, and of items to find for each.
+        max_expansions (`int`):
+            Number of nodes that may be expanded for each user.
+
+    Attributes (a row for each user that still searches):
+        users (`torch.Tensor` of shape `(num_users,)`, int64):
+            User of each row.
+        keys (`torch.Tensor` of shape `(num_users, top_k)`, int64):
+            Best items, see [`item_keys`].
+        nodes, scores (`torch.Tensor` of shape `(num_users, num_open)`, int64 and fp32):
+            Open nodes, best first, and their log-probabilities; `-inf` where there is none.
+        expansions, rounds (`torch.Tensor` of shape `(num_users,)`, int64):
+            Number of nodes expanded, and number of rounds in which some were.
+        best_dropped (`torch.Tensor` of shape `(num_users,)`, fp32):
+            Best score of the nodes that were not kept, since too few may still be expanded to get to them.
+    """
+
+    def __init__(
+        self, tree: CompressedTrie, restriction: Restriction, num_users: int, top_k: int, max_expansions: int
+    ):
+        device = tree.device
+        self.tree = tree
+        self.restriction = restriction
+        self.users = torch.arange(num_users, device=device)
+        self.keys = torch.full((num_users, top_k), NO_ITEM, device=device)
+        self.nodes = torch.empty(num_users, 0, dtype=torch.int64, device=device)
+        self.scores = torch.empty(num_users, 0, device=device)
+        self.max_expansions = max_expansions
+        self.expansions = torch.zeros_like(self.users)
+        self.rounds = torch.zeros_like(self.users)
+        self.best_dropped = torch.full((num_users,), -torch.inf, device=device)
+        self.add(self.users, torch.zeros_like(self.users), torch.zeros(num_users, device=device))
+
+    @property
+    def threshold(self) -> Tensor:
+        """Score of each user's K-th best item, fp32 of shape `(num_users,)`; `-inf` where there are fewer."""
+        return key_scores(self.keys[:, -1])
+
+    def add(self, rows: Tensor, nodes: Tensor, scores: Tensor) -> None:
+        """
+        Add nodes that were reached: the items that end in them, and what may be found below them.
+
+        Args:
+            rows (`torch.Tensor` of shape `(num_reached,)`, int64):
+                Row of each node's user, ascending.
+            nodes (`torch.Tensor` of shape `(num_reached,)`, int64):
+                Nodes.
+            scores (`torch.Tensor` of shape `(num_reached,)`, fp32):
+                Their log-probabilities.
+        """
+        tree, num_users = self.tree, len(self.users)
+        promising = scores >= self.threshold[rows]  # an equal score may win by its index
+        rows, nodes, scores = rows[promising], nodes[promising], scores[promising]
+
+        top_k = self.keys.shape[1]
+        below = tree.item_start[nodes] + tree.num_own_items[nodes]
+        index, items = self.restriction.first_items(self.users[rows], tree.item_start[nodes], below, limit=top_k)
+        found = pad_rows(rows[index], item_keys(scores[index], items), num_users, fill=NO_ITEM)
+        self.keys = best_keys(torch.cat([self.keys, found], dim=1), top_k)
+
+        is_open = (tree.num_children[nodes] > 0) & (scores >= self.threshold[rows])
+        is_open &= self.restriction.count(self.users[rows], below, tree.item_end[nodes]) > 0
+        rows, nodes, scores = rows[is_open], nodes[is_open], scores[is_open]
+        scores = torch.cat([self.scores, pad_rows(rows, scores, num_users, fill=-torch.inf)], dim=1)
+        nodes = torch.cat([self.nodes, pad_rows(rows, nodes, num_users, fill=-1)], dim=1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        num_promising = ((scores >= self.threshold[:, None]) & (scores > -torch.inf)).sum(1).max()
+        width = int(torch.minimum(num_promising, self.max_expansions - self.expansions.min()))
+        if width < scores.shape[1]:
+            self.best_dropped = torch.maximum(self.best_dropped, scores[:, width])
+        self.scores, self.nodes = scores[:, :width], nodes.gather(1, order[:, :width])
+
+    def take(self, num_nodes: int) -> tuple[Tensor, Tensor]:
+        """
+        Take out each user's best open nodes, as far as they may lead to one of the K best items.
+
+        Returns:
+            `tuple` of two `torch.Tensor` of shape `(num_users, num_taken)`: nodes, int64, `-1` where there is none,
+            and their scores, fp32.
+        """
+        scores, nodes = self.scores[:, :num_nodes], self.nodes[:, :num_nodes]
+        column = torch.arange(scores.shape[1], device=scores.device)
+        taken = (scores >= self.threshold[:, None]) & (scores > -torch.inf)
+        taken &= column < self.max_expansions - self.expansions[:, None]
+        self.expansions = self.expansions + taken.sum(1)
+        self.rounds = self.rounds + taken.any(1)
+        self.scores = torch.cat([scores.masked_fill(taken, -torch.inf), self.scores[:, num_nodes:]], dim=1)
+        return torch.where(taken, nodes, -1), scores
+
+    def best_items(self, top_k: int) -> Tensor:
+        """Keys of each user's best items, int64 of shape `(num_users, top_k)`."""
+        return self.keys[:, :top_k]
+
+    @property
+    def is_exact(self) -> Tensor:
+        """Whether each user's items beat whatever may be found below an open node, bool of shape `(num_users,)`."""
+        best_open = torch.cat([self.best_dropped[:, None], self.scores], dim=1).amax(1)
+        return (best_open < self.threshold) | (best_open == -torch.inf)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only some users, given by their row."""
+        for name in ("users", "keys", "nodes", "scores", "expansions", "rounds", "best_dropped"):
+            setattr(self, name, getattr(self, name)[rows])

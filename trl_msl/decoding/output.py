@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a search returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class DecodingOutput:
+    """
+    Ranked items of some users, on the CPU.
+
+    Args:
+        items (`torch.Tensor` of shape `(num_users, top_k)`, int64):
+            Item indices, best first, those with equal scores by index; `-1` where there is none.
+        scores (`torch.Tensor` of shape `(num_users, top_k)`, fp32):
+            Log-probability of each item; `-inf` where there is none.
+        exact (`torch.Tensor` of shape `(num_users,)`, bool):
+            Whether these are certainly the best items there are. Beam search can't tell.
+        expansions (`torch.Tensor` of shape `(num_users,)`, int64):
+            Number of nodes whose children were scored.
+        rounds (`torch.Tensor` of shape `(num_users,)`, int64):
+            Number of forward passes whose logits were used for the user.
+    """
+
+    items: Tensor
+    scores: Tensor
+    exact: Tensor
+    expansions: Tensor
+    rounds: Tensor
+
+    @classmethod
+    def empty(cls, num_users: int, top_k: int) -> DecodingOutput:
+        """Output in which nothing has been found."""
+        return cls(
+            items=torch.full((num_users, top_k), -1),
+            scores=torch.full((num_users, top_k), -torch.inf),
+            exact=torch.zeros(num_users, dtype=torch.bool),
+            expansions=torch.zeros(num_users, dtype=torch.int64),
+            rounds=torch.zeros(num_users, dtype=torch.int64),
+        )

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recommending: ranked items for prompts, by exact search, beam search, or `generate`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, is_peft_model
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitNormalization, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import Prompt, RankingTask
+from ..model import check_whole, evaluating
+from ..trie import ItemTrie
+from .decoder import TrieDecoder
+from .logits_processor import TrieLogitsProcessor
+from .output import DecodingOutput
+from .restriction import check_restrictions, is_shared
+
+
+logger = logging.getLogger(__name__)
+
+_DEAD_BEAM = -1e8  # transformers gives -1e9 or -inf to beams that search made up
+
+
+MODES = ("exact", "beam", "generate")
+
+
+@dataclass
+class Recommendations:
+    """
+    Ranked items of some users.
+
+    Args:
+        items (`numpy.ndarray` of shape `(num_users, top_k)`, int64):
+            Item indices, best first; `-1` where there is none.
+        scores (`numpy.ndarray` of shape `(num_users, top_k)`, fp32):
+            Log-probability of each item's text; `-inf` where there is none.
+        exact (`numpy.ndarray` of shape `(num_users,)`, bool):
+            Whether these are certainly the best items there are.
+        expansions (`numpy.ndarray` of shape `(num_users,)`, int64):
+            Number of trie nodes whose children were scored; `0` from `generate`.
+        rounds (`numpy.ndarray` of shape `(num_users,)`, int64):
+            Number of forward passes that the user took part in; `0` from `generate`.
+        invalid_rate (`float`):
+            Share of sequences decoded that are no item. Constrained decoding makes none.
+        target_ranks (`numpy.ndarray` of shape `(num_users,)`, fp64, *optional*):
+            From [`evaluate_recommendations`]: rank of each target, as [`ranks_of_targets`] gives it.
+    """
+
+    items: np.ndarray
+    scores: np.ndarray
+    exact: np.ndarray
+    expansions: np.ndarray
+    rounds: np.ndarray
+    invalid_rate: float = 0.0
+    target_ranks: np.ndarray | None = None
+
+
+def recommend(
+    model: PreTrainedModel,
+    task: RankingTask,
+    prompts: Sequence[Prompt] | Sequence[list[int]],
+    top_k: int = 10,
+    mode: str = "exact",
+    exclude: Sequence[Sequence[int]] | None = None,
+    allowed: Sequence[int] | torch.Tensor | Sequence[Sequence[int]] | None = None,
+    max_expansions: int = 1024,
+    num_beams: int | None = None,
+    normalize: str = "trie",
+    length_penalty: float = 0.0,
+    batch_size: int = 16,
+) -> Recommendations:
+    """
+    Rank the catalogue's items for each prompt.
+
+    Under `accelerate launch` each process takes a share of the prompts, and all get the whole result. Items with the
+    same text share a score and follow each other in catalogue order. To answer one request after the other make a
+    [`TrieDecoder`] once: making it includes a check of the model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model, PEFT-wrapped or not. Its `generation_config` is not used.
+        task ([`RankingTask`]):
+            The items and the model's tokenizer.
+        prompts (`Sequence`):
+            Texts or lists of messages, as in the `prompt` column, or their token ids.
+        top_k (`int`, *optional*, defaults to `10`):
+            Number of items to rank.
+        mode (`str`, *optional*, defaults to `"exact"`):
+            `"exact"`, the best items there are, by [`TrieDecoder.search`]; `"beam"`, what beam search finds, by
+            [`TrieDecoder.beam_search`]; or `"generate"`, the same by `model.generate`, slowly, for models that
+            [`TrieDecoder`] can't run.
+        exclude (`Sequence[Sequence[int]]`, *optional*):
+            Item indices that each user must not get, such as the history. Not with `"generate"`.
+        allowed (`Sequence[int]`, `torch.Tensor` or `Sequence[Sequence[int]]`, *optional*):
+            Item indices that all users, or each of them, may get. Not with `"generate"`.
+        max_expansions (`int`, *optional*, defaults to `1024`):
+            With `"exact"`, the number of trie nodes to expand for a user at most.
+        num_beams (`int`, *optional*):
+            With beams, their number. Defaults to `top_k`.
+        normalize (`str`, *optional*, defaults to `"trie"`):
+            With beams, as for [`TrieLogitsProcessor`].
+        length_penalty (`float`, *optional*, defaults to `0.0`):
+            With beams, as for `generate`. Its own default of 1.0 favours long titles, whose last tokens are forced and
+            free.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Prompts per process at a time.
+
+    Raises:
+        `ValueError`: if `top_k` exceeds the number of items, an argument has no meaning with `mode`, or the model or
+            the trie is not fit for it.
+    """
+    trie = task.trie
+    beam_arguments = {"num_beams": num_beams, "normalize": normalize, "length_penalty": length_penalty}
+    _check_mode(mode, beam_arguments, max_expansions, exclude, allowed)
+    if not 0 < top_k <= trie.num_items:
+        raise ValueError(f"`top_k` is {top_k}: it must lie between 1 and the number of items, {trie.num_items}.")
+    if len(prompts) == 0:
+        raise ValueError("`prompts` is empty: there is nobody to recommend to.")
+    check_restrictions(len(prompts), trie.num_items, exclude, allowed)
+    process = PartialState()
+    is_encoded = not isinstance(prompts[0], str) and not (len(prompts[0]) > 0 and isinstance(prompts[0][0], dict))
+    encoded = prompts if is_encoded else task.encode_prompts(prompts)
+    mine = range(process.process_index, len(encoded), process.num_processes)
+    arguments = {"prompts": [encoded[user] for user in mine], "top_k": top_k, "batch_size": batch_size}
+    num_invalid = 0
+    if mode == "generate":
+        check_whole(model)
+        found, num_invalid = _generate_items(model, task.tokenizer, trie, **arguments, **beam_arguments)
+    else:
+        arguments["exclude"] = None if exclude is None else [exclude[user] for user in mine]
+        is_per_user = allowed is not None and not is_shared(allowed)
+        arguments["allowed"] = [allowed[user] for user in mine] if is_per_user else allowed
+        decoder = TrieDecoder(model, trie)
+        if len(mine) == 0:  # more processes than prompts
+            found = DecodingOutput.empty(0, top_k)
+        elif mode == "exact":
+            found = decoder.search(max_expansions=max_expansions, **arguments)
+        else:
+            found = decoder.beam_search(**beam_arguments, **arguments)
+    results = {name: getattr(found, name).numpy() for name in DecodingOutput.__annotations__}
+    if process.num_processes > 1:
+        shares = gather_object([results])
+        users = np.concatenate([np.arange(rank, len(encoded), len(shares)) for rank in range(len(shares))])
+        results = {name: np.concatenate([share[name] for share in shares])[users.argsort()] for name in results}
+        num_invalid = sum(gather_object([num_invalid]))
+    recommendations = Recommendations(**results, invalid_rate=num_invalid / (len(encoded) * (num_beams or top_k)))
+    if process.is_main_process:
+        _report(recommendations, mode)
+    return recommendations
+
+
+def _check_mode(mode: str, beam_arguments: dict[str, Any], max_expansions: int, exclude, allowed) -> None:
+    if mode not in MODES:
+        raise ValueError(f"`mode` is {mode!r}: it must be one of {', '.join(map(repr, MODES))}.")
+    defaults = {"num_beams": None, "normalize": "trie", "length_penalty": 0.0}
+    given = [name for name, value in beam_arguments.items() if value != defaults[name]]
+    if mode == "exact" and given:
+        raise ValueError(f"`{given[0]}` is {beam_arguments[given[0]]!r}, but exact search has none: pass mode='beam'.")
+    if mode != "exact" and max_expansions != 1024:
+        raise ValueError(f"`max_expansions` is {max_expansions}, but only exact search has a bound: leave it out.")
+    if mode == "generate" and not (exclude is None and allowed is None):
+        raise ValueError("`exclude` and `allowed` have no effect on `generate`: pass mode='exact' or mode='beam'.")
+
+
+def _report(found: Recommendations, mode: str) -> None:
+    """Say for how many users the result is less than was asked for."""
+    num_short, num_inexact = int((found.items[:, -1] < 0).sum()), int((~found.exact).sum())
+    if num_short:
+        remedy = "there are no more that they may get" if mode == "exact" else "raise `num_beams`"
+        logger.warning("%d of %d users got fewer than `top_k` items: %s.", num_short, len(found.items), remedy)
+    if mode == "exact" and num_inexact:
+        logger.warning(
+            "%d of %d users reached `max_expansions` before their items were certain to be the best: raise it.",
+            num_inexact,
+            len(found.items),
+        )
+
+
+# ---------------------------------------------------------------------- by `generate`
+
+
+def _generate_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trie: ItemTrie,
+    prompts: list[list[int]],
+    top_k: int,
+    batch_size: int,
+    num_beams: int | None,
+    normalize: str,
+    length_penalty: float,
+) -> tuple[DecodingOutput, int]:
+    """Items by `generate`, and the number of sequences that are no item."""
+    num_beams = num_beams or top_k
+    if num_beams < top_k:
+        raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
+    trie = trie.to("cpu")
+    by_length = sorted(range(len(prompts)), key=lambda user: -len(prompts[user]))
+    pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    config = GenerationConfig(
+        num_beams=num_beams,
+        num_return_sequences=num_beams,
+        max_new_tokens=trie.depth,
+        length_penalty=length_penalty,
+        do_sample=False,
+        eos_token_id=_end_tokens(trie),
+        pad_token_id=pad_token,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    output, num_invalid = DecodingOutput.empty(len(prompts), top_k), 0
+    starts = range(0, len(by_length), batch_size)
+    is_silent = len(starts) < 2 or not PartialState().is_local_main_process
+    with _ready_to_generate(model):
+        for start in tqdm(starts, desc="Recommending", disable=is_silent):
+            users = by_length[start : start + batch_size]
+            sequences, scores = _generate(model, trie, [prompts[u] for u in users], pad_token, config, normalize)
+            scores = scores.view(len(users), num_beams).cpu()
+            nodes = trie.reached(sequences.cpu()).view(len(users), num_beams)
+            is_item, alive = trie.is_leaf(nodes), scores > _DEAD_BEAM
+            num_invalid += int((~is_item & alive).sum())
+            ranked = _expand_leaves(trie, nodes.where(is_item & alive, -1), scores, top_k)
+            for user, (user_items, user_scores) in zip(users, ranked):
+                output.items[user], output.scores[user] = torch.tensor(user_items), torch.tensor(user_scores)
+    return output, num_invalid
+
+
+@contextlib.contextmanager
+def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Evaluation mode, no gradient, a cache, and none of the model's own generation settings: `generate` takes from them
+    whatever a config leaves unset, and a repetition penalty or top-k breaks constrained search silently.
+    """
+    base = model.get_base_model() if is_peft_model(model) else model
+    before = base.generation_config, model.generation_config
+    base.generation_config = model.generation_config = GenerationConfig()
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        base.generation_config, model.generation_config = before
+
+
+def _generate(
+    model: PreTrainedModel,
+    trie: ItemTrie,
+    prompts: list[list[int]],
+    pad_token: int,
+    config: GenerationConfig,
+    normalize: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens written for left-padded prompts, `(rows, length)`, and their scores, `(rows,)`."""
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[pad_token] * (longest - len(p)) + p for p in prompts], device=model.device)
+    attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    processors = [TrieLogitsProcessor(trie, longest, normalize, inplace=True)]
+    if config.num_beams == 1:  # greedy search hands over logits, beam search log-probabilities
+        processors.insert(0, LogitNormalization())
+    output = model.generate(
+        input_ids=input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=processors
+    )
+    written = output.sequences[:, longest:]
+    if config.num_beams > 1:
+        return written, output.sequences_scores
+    steps = torch.stack(output.scores, dim=1).gather(-1, written.unsqueeze(-1)).squeeze(-1)
+    return written, steps.nan_to_num(neginf=0.0).sum(dim=1)  # greedy search: its padding has no score
+
+
+def _expand_leaves(
+    trie: ItemTrie, nodes: torch.Tensor, scores: torch.Tensor, top_k: int
+) -> Iterator[tuple[list[int], list[float]]]:
+    """Per user, the items at the leaves found, best first, ties and shared leaves by index; filled up by -1, -inf."""
+    for user_nodes, user_scores in zip(nodes.tolist(), scores.tolist()):
+        items = [(-s, item) for node, s in zip(user_nodes, user_scores) if node >= 0 for item in trie.items(node)]
+        items = sorted(items)[:top_k]
+        items += [(float("inf"), -1)] * (top_k - len(items))
+        yield [item for _, item in items], [-score for score, _ in items]
+
+
+def _end_tokens(trie: ItemTrie) -> list[int]:
+    """Tokens that end items, by which `generate` knows that a beam is finished."""
+    end_tokens = trie.tokens(trie.item_nodes).unique()
+    inner_nodes = torch.arange(1, trie.num_nodes)[~trie.is_leaf(torch.arange(1, trie.num_nodes))]
+    if not trie.is_leaf(trie.item_nodes.long()).all() or torch.isin(trie.tokens(inner_nodes), end_tokens).any():
+        raise ValueError(
+            "`trie` has items that do not end with a token of their own, so `generate` can't know when one is "
+            "finished: append an end token to every sequence, as `ItemCatalog.build_trie` does."
+        )
+    return end_tokens.tolist()

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A tokenizer trained on the catalogue and a small causal language model made from a config.
+
+They stand in for a pretrained pair where there is no hub to download one from. Both are plain `transformers` objects:
+save them with `save_pretrained` into one folder, and `AutoTokenizer` and `AutoModelForCausalLM` load them from it.
+"""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from ..data import ItemCatalog, PromptTemplate
+
+
+@dataclass
+class ScratchArguments:
+    """
+    What a small tokenizer and model are made of, where there is no `model_name_or_path`.
+
+    Parameters:
+        scratch_tokens (`str`, *optional*, defaults to `"text"`):
+            What a token is: part of a `text`, by byte pairs; or a whole `item`, for which `item_text: id`,
+            `separate_items: true`, `prompt_text: "{history}"` and no pretraining steps.
+        scratch_vocab_size (`int`, *optional*, defaults to `2000`):
+            Most tokens of text.
+        scratch_hidden_size, scratch_num_layers (`int`, *optional*, defaults to `128` and `2`):
+            Sizes of the Llama.
+        scratch_pretrain_steps (`int`, *optional*, defaults to `200`):
+            Steps in which it first learns to write items, in random order. (`pretrain.py` has options of its own.)
+    """
+
+    scratch_tokens: str = field(
+        default="text", metadata={"help": "What a token is: part of a text, or an item.", "choices": ["text", "item"]}
+    )
+    scratch_vocab_size: int = field(default=2000, metadata={"help": "Vocabulary of the small tokenizer."})
+    scratch_hidden_size: int = field(default=128, metadata={"help": "Hidden size of the small model."})
+    scratch_num_layers: int = field(default=2, metadata={"help": "Layers of the small model."})
+    scratch_pretrain_steps: int = field(default=200, metadata={"help": "Steps in which it learns to write items."})
+
+
+BOS, EOS, PAD, UNKNOWN = "<|bos|>", "<|eos|>", "<|pad|>", "<|unknown|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+
+# Llama 3's split into words. A punctuation mark joins the word after it (`"The`), so that a trie of quoted titles has
+# the shape it has with Llama 3's tokenizer: broad at the root, instead of a lone quote.
+WORD_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+    r"""
+    Train a byte-level BPE tokenizer: any text without special tokens in it decodes to exactly what was encoded.
+
+    It adds a BOS token at the start, as Llama's tokenizers do, unless called with `add_special_tokens=False`. Its chat
+    template is ChatML: a turn is `<|im_start|>role\ncontent<|im_end|>\n`, without BOS. So a chat turn ends with
+    `<|im_end|>`, while `eos_token` is `<|eos|>`.
+
+    Args:
+        texts (`Iterable[str]`):
+            Texts in the form that the model will see, such as titles with their quotes.
+        vocab_size (`int`, *optional*, defaults to `2000`):
+            Most tokens to have, at least 261: the 256 bytes and 5 special tokens. Fewer if the texts have no more to
+            merge, so size the model by `len(tokenizer)`.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerFast`]: The tokenizer.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special_tokens = [BOS, EOS, PAD, TURN_START, TURN_END]
+    smallest = len(alphabet) + len(special_tokens)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"`vocab_size` must be at least {smallest}, for {len(alphabet)} bytes and {len(special_tokens)} special "
+            f"tokens; got {vocab_size}. Raise it: with fewer tokens some texts could not be encoded."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[TURN_START, TURN_END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def item_tokenizer(items: Iterable[str]) -> PreTrainedTokenizerFast:
+    """
+    A tokenizer with one token for each of the `items`, which stand in a text as `", "` separates them.
+
+    Items that are written alike share a token. It adds BOS and knows nothing else: any other text is an unknown token.
+    """
+    items = list(items)
+    if ambiguous := [item for item in items if ", " in item]:
+        raise ValueError(
+            f"`items` holds {len(ambiguous)} with a comma, which separates items, such as {ambiguous[0]!r}: use ids."
+        )
+    words = {word: token for token, word in enumerate(dict.fromkeys([BOS, EOS, PAD, UNKNOWN, *items]))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(", ", behavior="removed")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, words[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN
+    )
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    max_position_embeddings: int = 512,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """
+    Build a small Llama with random weights for a tokenizer.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
+            Tokenizer that gives the vocabulary size and the ids of the BOS, EOS and padding tokens.
+        hidden_size (`int`, *optional*, defaults to `128`):
+            Size of the hidden states; the MLP's is four times that.
+        num_layers (`int`, *optional*, defaults to `2`):
+            Number of layers.
+        num_heads (`int`, *optional*, defaults to `4`):
+            Number of attention heads. Rotary embeddings need `hidden_size / num_heads` to be an even whole number.
+        max_position_embeddings (`int`, *optional*, defaults to `512`):
+            Longest sequence, in tokens.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The global random state is left as it was.
+
+    Returns:
+        [`~transformers.LlamaForCausalLM`]: The model, in `float32`, with input and output embeddings of its own.
+    """
+    if hidden_size % (2 * num_heads):
+        raise ValueError(
+            f"`hidden_size` must be a multiple of twice `num_heads`, {2 * num_heads}, for heads of an even size; got "
+            f"{hidden_size}. Choose {hidden_size - hidden_size % (2 * num_heads) + 2 * num_heads}, or other heads."
+        )
+    token_ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=False,
+        **token_ids,
+    )
+    with torch.random.fork_rng(devices=[]):  # the weights are made on the CPU
+        torch.default_generator.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config.update(**token_ids)
+    return model
+
+
+def make_base_model(
+    catalog: ItemCatalog, texts: Iterable[str], args: ScratchArguments, seed: int = 0
+) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+    """A tokenizer, of `texts` or of the catalogue's items, and a model with random weights for it."""
+    if args.scratch_tokens == "item":
+        tokenizer = item_tokenizer(catalog.completions)
+    else:
+        tokenizer = train_tokenizer(texts, args.scratch_vocab_size)
+    num_heads = max(2, args.scratch_hidden_size // 32)
+    return tokenizer, build_model(tokenizer, args.scratch_hidden_size, args.scratch_num_layers, num_heads, seed=seed)
+
+
+def write_base_model(
+    path: Path, catalog: ItemCatalog, template: PromptTemplate, args: ScratchArguments, seed: int = 0
+) -> None:
+    """
+    Make a base model that can write the catalogue's items but knows nothing of its users, and save it as a pair.
+
+    It is trained with the usual language modeling loss on prompts filled with random items, and a random item after
+    them: what an LLM that was pretrained on text would bring along. No interaction is seen. To be called by every
+    process of a distributed run.
+
+    Args:
+        path (`Path`):
+            Folder to write the model and the tokenizer into.
+        catalog ([`ItemCatalog`]), template ([`PromptTemplate`]):
+            What prompts are made of.
+        args ([`ScratchArguments`]), seed (`int`):
+            The sizes, and the number of optimizer steps, of 32 texts each.
+    """
+    rng = random.Random(seed)
+    text_template = PromptTemplate(template.text, template.separator)
+
+    def text() -> str:
+        *history, target = rng.choices(catalog.completions, k=rng.randint(2, 5))
+        return text_template.render(history) + target
+
+    if args.scratch_tokens == "item" and (args.scratch_pretrain_steps or template.text != "{history}"):
+        raise ValueError(
+            "`scratch_tokens` = 'item' knows no texts: set `scratch_pretrain_steps` 0 and `prompt_text` '{history}'."
+        )
+    tokenizer, model = make_base_model(catalog, [*catalog.completions, *(text() for _ in range(100))], args, seed)
+    steps = args.scratch_pretrain_steps
+    if steps:
+        config = SFTConfig(
+            str(path), max_steps=steps, per_device_train_batch_size=32, learning_rate=2e-3,
+            lr_scheduler_type="cosine", gradient_checkpointing=False, bf16=False, report_to="none", save_strategy="no",
+            logging_steps=max(1, steps // 4), seed=seed,
+        )  # fmt: skip
+        rows = Dataset.from_dict({"text": [text() for _ in range(32 * steps)]})
+        trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        trainer.save_model()  # also where FSDP or ZeRO-3 has sharded the model
+    elif PartialState().is_main_process:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    PartialState().wait_for_everyone()

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LM head as a function of hidden states, and trees of tokens in one forward."""
+
+from .evaluating import evaluating
+from .head import check_head, head_projection
+from .tree_cache import TreeCache, prefill_prefix
+from .tree_support import USE_GENERATE, check_length, check_tree_attention, check_whole, is_sharded, sliding_window
+
+
+__all__ = [
+    "TreeCache",
+    "USE_GENERATE",
+    "check_head",
+    "check_length",
+    "check_tree_attention",
+    "check_whole",
+    "evaluating",
+    "head_projection",
+    "is_sharded",
+    "prefill_prefix",
+    "sliding_window",
+]

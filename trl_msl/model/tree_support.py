@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models can run a tree of tokens in one forward pass: found out by trying."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..trie import CompressedTrie, ItemTrie
+from .head import head_projection
+from .tree_cache import TreeCache, prefill_prefix
+
+
+USE_GENERATE = "decode with `model.generate` and `TrieLogitsProcessor` instead (`recommend(..., mode='generate')`)"
+
+
+def check_length(backbone: PreTrainedModel, prompt_length: int, item_length: int) -> None:
+    """Raise a `ValueError` if some layer sees less than the longest prompt and item, or has no positions for them."""
+    lengths = f"`prompts` of up to {prompt_length} tokens with an item of up to {item_length}"
+    window = sliding_window(backbone.config.get_text_config())
+    if window is not None and prompt_length + item_length > window:
+        raise ValueError(
+            f"{lengths} don't fit the model's sliding window of {window}: shorten the prompts, or {USE_GENERATE}."
+        )
+    limit = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    tables = {module for module in backbone.modules() if isinstance(module, nn.Embedding)}
+    tables.discard(backbone.get_input_embeddings())
+    # Learned positions are a table of their own; OPT's has two rows more
+    is_learned = any(limit is not None and table.num_embeddings in (limit, limit + 2) for table in tables)
+    if is_learned and prompt_length + item_length > limit:
+        raise ValueError(f"{lengths} exceed the model's {limit} positions: shorten the prompts.")
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """Number of tokens that some layer of the model sees at most, if there is a limit."""
+    layer_types = getattr(config, "layer_types", None)
+    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    if layer_types is None and getattr(config, "use_sliding_window", True):
+        layer_types = ["sliding_attention"]
+    sizes = [getattr(config, name, None) for kind, name in windows.items() if kind in (layer_types or [])]
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """
+    Whether processes hold a part of the model's weights each (FSDP2, ZeRO-3). Such a model can be trained, not
+    decoded with: each process searches at its own pace.
+    """
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` if `model` is sharded."""
+    if is_sharded(model):
+        raise ValueError(
+            f"`model`, a {type(model).__name__}, is sharded over processes, each of which decodes at its own pace: "
+            "save it and decode with the whole model (`recipes/evaluate.py`)."
+        )
+
+
+def check_tree_attention(model: PreTrainedModel) -> None:
+    """
+    Run a small tree through the model and compare some of its logits with those of its paths.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model, not PEFT-wrapped.
+
+    Raises:
+        `ValueError`: if they differ, or the model can't do it at all.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"`model` uses {config._attn_implementation!r} attention, which takes no mask of a tree: call "
+            f"`model.set_attn_implementation('sdpa')` if the model allows it, or {USE_GENERATE}."
+        )
+    check_whole(model)
+    # GPT-Neo counts slots of the cache as if they were positions
+    if "local" in getattr(config, "attention_layers", []):
+        raise ValueError(f"`model`, a {name}, has local attention, which takes no mask of a tree: {USE_GENERATE}.")
+    try:
+        error = _compare_tree(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as exception:
+        raise ValueError(
+            f"`model`, a {name}, can't run a tree of tokens ({exception!r}): {USE_GENERATE}."
+        ) from exception
+    if error > 0:
+        raise ValueError(
+            f"`model`, a {name}, gives other logits for a tree of tokens than for its paths (off by {error:.2g}), as "
+            f"models with recurrent layers do: {USE_GENERATE}."
+        )
+
+
+def _compare_tree(model: PreTrainedModel) -> float:
+    """
+    How far the logits at the ends of a tree's paths are from those after the paths alone, beyond what rounding
+    explains; or these from those of the model's own forward, which may run in bf16 by autocast.
+    """
+    backbone, project, device = model.base_model, head_projection(model), model.device
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    one, two, end = (vocab_size * part // 5 for part in (1, 2, 3))
+    rows = torch.tensor([one, two, end])
+    paths = [[x, y, z, end] for x in (one, two) for y in (one, two) for z in (one, two)]
+    tree = CompressedTrie(ItemTrie.from_sequences(paths, vocab_size).to(device))
+    prompts = [[one, end, two, two, one], [one, two, end]]
+    cache = TreeCache(backbone, tree, prompts, prefill_prefix(backbone, [one], device))
+    cache.append(torch.tensor([[1, 2]] * 2, device=device))
+    ends = cache.append(torch.tensor([[3, 4, 5, 6]] * 2, device=device))
+    found = project(ends, rows=rows).cpu()
+
+    paths = ([one, one], [one, two], [two, one], [two, two])
+    inputs = [torch.tensor([prompt + path for path in paths], device=device) for prompt in prompts]
+    states = [backbone(input_ids=input_ids, use_cache=False).last_hidden_state[:, -1] for input_ids in inputs]
+    expected = project(torch.cat(states), rows=rows).cpu()
+    own = [model(input_ids=input_ids, use_cache=False).logits[:, -1].float().cpu()[:, rows] for input_ids in inputs]
+
+    scale = expected.abs().max()
+    error = (found - expected).abs().max() - max(8 * torch.finfo(ends.dtype).eps, 1e-4) * scale
+    own_error = (torch.cat(own) - expected).abs().max() - 8 * torch.finfo(torch.bfloat16).eps * scale
+    return torch.maximum(error, own_error).clamp(min=0).item()

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of prompts with several completions each, which may share their prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..trie import ItemTrie
+
+
+@dataclass
+class DataCollatorForSoftmaxPreference:
+    """
+    Batches of prompts with their completions.
+
+    A *segment* is a completion after the last token of its prompt, which is repeated at its start, so that its hidden
+    state predicts the completion's first token. With `share_prompt` a row is a prompt followed by its segments, none
+    of which is to see another one (see [`segment_mask`]): N completions cost one prompt. Otherwise each segment has a
+    row, and a prompt, of its own.
+
+    Args:
+        trie ([`ItemTrie`]):
+            Trie of the catalogue.
+        pad_token_id (`int`):
+            Token that fills rows up.
+        share_prompt (`bool`, *optional*, defaults to `True`):
+            Whether completions of a prompt share it.
+        skip_forced (`bool`, *optional*, defaults to `False`):
+            Whether to leave out the tokens at an item's end that are forced: among the valid tokens they cost nothing.
+        num_rejected (`int`, *optional*, defaults to `0`):
+            Fewest columns of rejected completions, so that all batches are alike.
+        pad_to_multiple_of (`int`, *optional*):
+            Number of which the length of rows is a multiple.
+
+    Returns of a call, for `num_examples` examples, all of shape `(num_rows, length)` and int64 unless said otherwise:
+
+    - `input_ids`, `position_ids`;
+    - `labels`: trie nodes of the completions, `-100` elsewhere;
+    - `segments`: 0 on what comes before all completions, 1 on the chosen one, 2 and so on on the rejected ones, `-1`
+      on padding;
+    - `examples`, of shape `(num_rows,)`: the example that a row belongs to;
+    - `rejected_mask`, bool of shape `(num_examples, num_rejected)`: which rejected completions there are;
+    - `ref_chosen_logps` and `ref_rejected_logps`, fp32, if the examples have them.
+    """
+
+    trie: ItemTrie
+    pad_token_id: int
+    share_prompt: bool = True
+    skip_forced: bool = False
+    num_rejected: int = 0
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        paths = iter(self._paths([ids for e in examples for ids in (e["chosen_ids"], *e["rejected_ids"])]))
+        rows, owners = [], []
+        for number, example in enumerate(examples):
+            *shared, last = example["prompt_ids"]
+            completions = [example["chosen_ids"], *example["rejected_ids"]]
+            segments = []
+            for place, ids in enumerate(completions, start=1):
+                nodes = next(paths)
+                segments.append(([last, *ids[: len(nodes)]], [-100, *nodes], place))
+            for group in [segments] if self.share_prompt else [[segment] for segment in segments]:
+                rows.append(_row(shared, group))
+                owners.append(number)
+        columns = ("input_ids", "position_ids", "labels", "segments")
+        fills = (self.pad_token_id, 0, -100, -1)
+        batch = {
+            name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=fill)
+            for name, fill in zip(columns, fills)
+        }
+        missing = -batch["input_ids"].shape[1] % (self.pad_to_multiple_of or 1)
+        batch = {n: torch.nn.functional.pad(batch[n], (0, missing), value=fill) for n, fill in zip(columns, fills)}
+        counts = torch.tensor([len(example["rejected_ids"]) for example in examples])
+        width = max(self.num_rejected, int(counts.max()))
+        batch["examples"] = torch.tensor(owners)
+        batch["rejected_mask"] = torch.arange(width) < counts[:, None]
+        if "ref_chosen_logps" in examples[0]:
+            batch["ref_chosen_logps"] = torch.tensor([example["ref_chosen_logps"] for example in examples])
+            # Precomputed for batches that can have been wider, or narrower; what there is not does not count
+            padded = [(example["ref_rejected_logps"] + [0.0] * width)[:width] for example in examples]
+            batch["ref_rejected_logps"] = torch.tensor(padded)
+        return batch
+
+    def _paths(self, items: list[list[int]]) -> list[list[int]]:
+        """Trie nodes of each item's tokens, up to the last one that was a choice if forced ones are to be skipped."""
+        trie = self.trie.to("cpu")
+        paths = trie.paths(trie.find(items))
+        lengths = (paths >= 0).sum(dim=1)
+        if self.skip_forced:
+            is_choice = (trie.num_valid_tokens(paths.clamp(min=0)) > 1) & (paths >= 0)
+            lengths = ((torch.arange(paths.shape[1]) + 1) * is_choice).amax(dim=1)
+        return [path[:length] for path, length in zip(paths.tolist(), lengths.tolist())]
+
+
+def _row(shared: list[int], segments: list[tuple[list[int], list[int], int]]) -> dict[str, list[int]]:
+    """One row of a batch: the shared beginning and the segments after it."""
+    row = {
+        "input_ids": list(shared),
+        "position_ids": list(range(len(shared))),
+        "labels": [-100] * len(shared),
+        "segments": [0] * len(shared),
+    }
+    for ids, labels, place in segments:
+        row["input_ids"] += ids
+        row["position_ids"] += range(len(shared), len(shared) + len(ids))
+        row["labels"] += labels
+        row["segments"] += [place] * len(ids)
+    return row
+
+
+def segment_mask(segments: Tensor) -> Tensor:
+    """
+    Which positions see which: those before them of their own segment, and of what all segments share.
+
+    Args:
+        segments (`torch.Tensor` of shape `(num_rows, length)`, int64):
+            As [`DataCollatorForSoftmaxPreference`] makes them.
+
+    Returns:
+        `torch.Tensor` of shape `(num_rows, length, length)`, bool: rows see columns. Padding sees itself.
+    """
+    same = segments[:, :, None] == segments[:, None, :]
+    is_shared = (segments == 0)[:, None, :]
+    return (same | is_shared).tril()

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl import DPOTrainer
+from trl.data_utils import get_dataset_column_names
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import global_then_local_main_first, use_adapter
+
+from ..data import RankingTask
+from ..model import check_tree_attention, sliding_window
+from ..training import TaskTrainerMixin, add_sparse_lm_head, masked_softmax_loss, softmax_dpo_loss
+from .collator import DataCollatorForSoftmaxPreference, segment_mask
+from .config import SoftmaxDPOConfig
+from .preferences import check_preferences, gather_rejected, tokenize_preferences
+
+
+logger = logging.getLogger(__name__)
+
+
+class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
+    """
+    Trainer for Direct Preference Optimization with several rejected completions for each prompt, from the paper [On
+    Softmax Direct Preference Optimization for Recommendation](https://huggingface.co/papers/2406.09215) (S-DPO).
+
+    TRL's `SDPOTrainer` is another method, Self-Distillation Policy Optimization.
+
+    It differs from [`~trl.DPOTrainer`] in four ways, and in nothing else:
+
+    - `rejected` is a list of items, or one, or stands in columns `rejected1` ... `rejectedN`;
+    - the loss is [`softmax_dpo_loss`], which for one rejected item is DPO's;
+    - an item's log-probability is taken among the tokens that continue some item of the catalogue
+      (`normalize="trie"`), through the sparse LM head, or over the whole vocabulary (`"vocab"`), as published;
+    - items of a prompt share it where the model can run a tree of tokens: N of them cost one prompt.
+
+    The reference model is TRL's: the model before the training, by switching its adapter off or to a copy
+    (`peft_config=`, or a `PeftModel`), precomputed (`precompute_ref_log_probs=True`), or given (`ref_model=`).
+
+    Logged besides TRL's `num_tokens`: `rewards/chosen`, `rewards/rejected` and `logps/rejected` (means over the
+    rejected items), `logps/chosen`, `rewards/margins`, and `rewards/accuracies`, how often the chosen item has the
+    highest reward of all.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, as for [`~trl.DPOTrainer`].
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference model, as for [`~trl.DPOTrainer`].
+        args ([`SoftmaxDPOConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        task ([`RankingTask`]):
+            What is ranked, as for [`MSLTrainer`].
+        **kwargs:
+            All other arguments of [`~trl.DPOTrainer`]. Datasets hold `prompt`, `chosen` and `rejected`, standard or
+            conversational.
+
+    Raises:
+        `ValueError`: if `task` does not fit the model or the rows, or an argument has no meaning here.
+
+    Example:
+
+    ```python
+    from trl_msl import SoftmaxDPOConfig, SoftmaxDPOTrainer
+
+    trainer = SoftmaxDPOTrainer(
+        model=AutoPeftModelForCausalLM.from_pretrained("outputs/msl", is_trainable=True),
+        args=SoftmaxDPOConfig(output_dir="out"),
+        train_dataset=preferences,  # prompt, chosen, rejected (a list)
+        task=task,
+    )
+    trainer.train()
+    ```
+    """
+
+    _config_class = SoftmaxDPOConfig
+    _unsupported = dict.fromkeys(("compute_metrics", "data_collator"), "leave it out")
+    _tag_names = ["trl", "softmax-dpo"]
+    _name = "Softmax DPO"
+    _paper = {
+        "title": "On Softmax Direct Preference Optimization for Recommendation",
+        "id": "2406.09215",
+        "citation": """\
+            @inproceedings{chen2024softmax,
+                title        = {{On Softmax Direct Preference Optimization for Recommendation}},
+                author       = {Yuxin Chen and Junfei Tan and An Zhang and Zhengyi Yang and Leheng Sheng and Enzhi Zhang and Xiang Wang and Tat-Seng Chua},
+                year         = 2024,
+                booktitle    = {Advances in Neural Information Processing Systems 37},
+                eprint       = {2406.09215},
+            }""",  # fmt: skip # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        ref_model: PreTrainedModel | None = None,
+        args: SoftmaxDPOConfig | None = None,
+        *,
+        task: RankingTask,
+        **kwargs: Any,
+    ):
+        args = self._set_task(task, model, args, kwargs)
+        self._collator = DataCollatorForSoftmaxPreference(task.trie, 0, False, args.normalize == "trie")
+        self._is_set_up = False
+        super().__init__(model, ref_model, args, data_collator=self._collator, **kwargs)
+        if self.aux_loss_enabled:
+            raise ValueError("`router_aux_loss_coef`: the load-balancing loss is not supported here: set it to 0.0.")
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """What needs the model, and is needed before its first forward: the heads, and the form of batches."""
+        if self._is_set_up:
+            return
+        self._is_set_up = True
+        model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        add_sparse_lm_head(model, self.trie)
+        if self.ref_model is not None:
+            add_sparse_lm_head(self.accelerator.unwrap_model(self.ref_model), self.trie)
+        self._collator.pad_token_id = self._tokenizer.pad_token_id
+        self._collator.pad_to_multiple_of = self.args.pad_to_multiple_of
+        is_prompted = is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning
+        models = [model] if self.ref_model is None else [model, self.accelerator.unwrap_model(self.ref_model)]
+        self._collator.share_prompt = not is_prompted and all(can_share(m, self.args.max_length) for m in models)
+
+    def _prepare_dataset(self, dataset: Dataset | IterableDataset, processing_class, args, dataset_name):
+        if "prompt_ids" not in get_dataset_column_names(dataset):
+            map_kwargs = {}
+            if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
+                map_kwargs = {"desc": f"Tokenizing {dataset_name} dataset", "num_proc": args.dataset_num_proc}
+            with global_then_local_main_first():
+                dataset = gather_rejected(dataset)
+                dataset = dataset.map(
+                    tokenize_preferences,
+                    batched=True,
+                    remove_columns=get_dataset_column_names(dataset),
+                    fn_kwargs={"task": self.task},
+                    **map_kwargs,
+                )
+        elif isinstance(dataset, Dataset):
+            for batch in dataset.iter(batch_size=10_000):
+                check_preferences(batch, self.task, dataset_name)
+        else:
+            check = {"task": self.task, "dataset_name": dataset_name}
+            dataset = dataset.map(check_preferences, batched=True, fn_kwargs=check)
+        if isinstance(dataset, Dataset):  # precomputed log-probabilities of all batches are put together
+            self._collator.num_rejected = max(self._collator.num_rejected, *map(len, dataset["rejected_ids"]))
+        return dataset
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        self._set_up()
+        if isinstance(dataset, Dataset):
+            # What is cached depends on more than rows and model, by which TRL names it
+            dataset = copy.copy(dataset)
+            form = (dataset._fingerprint, self.args.normalize, self._collator.num_rejected, self.trie)
+            dataset._fingerprint = Hasher.hash(form)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _log_probs(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        """Log-probability of each completion, chosen first, fp32 of shape `(num_examples, 1 + num_rejected)`."""
+        segments, labels = inputs["segments"], inputs["labels"]
+        attention_mask = (segments >= 0).long()
+        if self._collator.share_prompt:
+            attention_mask = segment_mask(segments)[:, None]
+            unwrapped = self.accelerator.unwrap_model(model)
+            if unwrapped.config.get_text_config()._attn_implementation == "eager":  # it adds its mask to the scores
+                hidden, least = ~attention_mask, torch.finfo(unwrapped.dtype).min
+                attention_mask = torch.zeros_like(hidden, dtype=unwrapped.dtype).masked_fill_(hidden, least)
+        output = model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            attention_mask=attention_mask,
+            labels=labels,
+            **({"sparse_lm_head": True} if self.args.normalize == "trie" else {"vocab_lm_head": True}),
+        )
+        row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        if self.args.normalize == "trie":
+            losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
+            nodes = labels[row, column + 1]
+            branching = self.trie.to(nodes.device).num_valid_tokens(nodes) > 1
+            row, column = row[branching], column[branching]
+        else:
+            losses = output.vocab_losses
+        num_examples, num_rejected = inputs["rejected_mask"].shape
+        completion = inputs["examples"][row] * (1 + num_rejected) + segments[row, column + 1] - 1
+        log_probs = losses.new_zeros(num_examples * (1 + num_rejected)).index_add(0, completion, -losses)
+        return log_probs.view(num_examples, 1 + num_rejected)
+
+    def compute_ref_log_probs(self, model, inputs) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the reference model, `(num_examples,)` and `(num_examples, num_rejected)`."""
+        adapter = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            adapter,
+            self.accelerator.autocast(),
+        ):
+            log_probs = self._log_probs(model, inputs)
+        return log_probs[:, 0], log_probs[:, 1:]
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        log_probs = self._log_probs(model, inputs)
+        chosen, rejected, mask = log_probs[:, 0], log_probs[:, 1:], inputs["rejected_mask"]
+        if self.precompute_ref_logps:
+            ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
+        loss = softmax_dpo_loss(chosen_ratios, rejected_ratios, self.beta, mask).mean()
+        self._store_metrics(inputs, chosen, rejected, chosen_ratios, rejected_ratios)
+        return (loss, {"log_probs": log_probs}) if return_outputs else loss
+
+    @torch.no_grad()
+    def _store_metrics(
+        self,
+        inputs: dict[str, Tensor],
+        chosen: Tensor,
+        rejected: Tensor,
+        chosen_ratios: Tensor,
+        rejected_ratios: Tensor,
+    ) -> None:
+        """Means over the examples of all ranks, to be logged by `log`."""
+        mask = inputs["rejected_mask"]
+        best_rejected = rejected_ratios.masked_fill(~mask, -torch.inf).amax(dim=1)
+        sums = {
+            "examples": torch.tensor(len(chosen)),
+            "tokens": (inputs["segments"] >= 0).sum() if self.model.training else torch.tensor(0),
+            "rewards/chosen": self.beta * chosen_ratios.sum(),
+            "rewards/rejected": self.beta * _mean(rejected_ratios, mask).sum(),
+            "rewards/accuracies": (chosen_ratios > best_rejected).sum(),
+            "logps/chosen": chosen.sum(),
+            "logps/rejected": _mean(rejected, mask).sum(),
+        }
+        values = torch.stack([value.to(chosen.device, torch.float32) for value in sums.values()])
+        sums = dict(zip(sums, self.accelerator.reduce(values, "sum").tolist()))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        self._total_train_tokens += int(sums["tokens"])
+        metrics["num_tokens"] = [self._total_train_tokens]
+        means = {name: value / sums["examples"] for name, value in sums.items() if "/" in name}
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        for name, value in means.items():
+            metrics[name].append(value)
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of each row's values where the mask is set."""
+    return (values * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def can_share(model: PreTrainedModel, max_length: int | None) -> bool:
+    """Whether completions of a prompt can share it; tried, and reported if not."""
+    window = sliding_window(model.config.get_text_config())
+    if window is not None and (max_length is None or max_length > window):
+        logger.warning(
+            "Each completion is run with a prompt of its own: some layers see %d tokens, and `max_length` is %s.",
+            window,
+            max_length,
+        )
+        return False
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            check_tree_attention(model)
+    except ValueError as error:
+        logger.warning("Each completion is run with a prompt of its own: %s", error)
+        return False
+    finally:
+        model.train(was_training)
+    return True

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+
+@dataclass
+class MSLConfig(SFTConfig):
+    r"""
+    Configuration class for the [`MSLTrainer`].
+
+    It adds the parameters of the masked softmax loss to [`~trl.SFTConfig`]. Defaults are those of the code that the
+    authors of the [MSL paper](https://huggingface.co/papers/2504.04178) released.
+
+    Parameters:
+        temperature (`float` or `str`, *optional*, defaults to `"adaptive"`):
+            Temperature τ of the loss: a positive number, or `"adaptive"` for the adaptive temperature strategy (ATS),
+            which starts at `temperature_init`.
+        temperature_eta (`float`, *optional*, defaults to `0.25`):
+            Probability η that ATS aims to give the target.
+        temperature_init (`float`, *optional*, defaults to `1.5`):
+            First value of the adaptive temperature.
+        temperature_min (`float`, *optional*, defaults to `1.5`):
+            Lower bound on each new estimate of the adaptive temperature.
+        temperature_max (`float`, *optional*, defaults to `5.0`):
+            Upper bound on each new estimate of the adaptive temperature.
+        temperature_ema (`float`, *optional*, defaults to `0.05`):
+            Weight of a new estimate in the exponential moving average, updated once per optimizer step.
+        temperature_warmup_steps (`int`, *optional*, defaults to `0`):
+            Optimizer steps during which the adaptive temperature stays at `temperature_init`.
+        temperature_positions (`str`, *optional*, defaults to `"first"`):
+            Positions that the estimate is made from: `"first"`, where items begin to differ, as in the released code;
+            or `"all"`, the product over an item's tokens, as in Eq. 12 of the paper.
+        normalize (`str`, *optional*, defaults to `"trie"`):
+            What a target's probability is normalised over: `"trie"`, the tokens that continue some item (MSL), or
+            `"vocab"`, the whole vocabulary. The latter is the usual language modeling loss (LML), as of
+            [`~trl.SFTTrainer`], with a fixed `temperature` (1 for the usual one).
+        supervise_history (`bool`, *optional*, defaults to `False`):
+            Whether each item of the history but the first is a target of the training, too, given the ones before it,
+            in the same forward. Needs rows with a `history` and a `prompt_template` with `separate_items`.
+        num_negatives (`int`, *optional*):
+            Where more than so many wrong tokens are valid, draw so many of them at random, uniformly with replacement
+            (a token that comes twice counts once), in place of all. Not with the adaptive temperature.
+        negative_scale (`float`, *optional*, defaults to `1.0`):
+            Factor on the sum over the negatives that were drawn, as in the scaled cross-entropy (SCE) of
+            [Xu et al.](https://huggingface.co/papers/2408.14238).
+        log_lml_parts (`bool`, *optional*, defaults to `False`):
+            Whether to log the language modeling loss (LML) of the titles and its two parts (Eq. 2-4): `lml1`, minus
+            the log-probability of the valid tokens, and `lml2`, the masked softmax loss at τ = 1. Costs a projection
+            on the whole vocabulary, without gradient, at each step.
+        max_length (`int`, *optional*):
+            Most tokens of a prompt and an item together. Defaults to that of the [`RankingTask`], where it is set; a
+            different value here is an error.
+    """
+
+    # `None` stands in the annotation only because the argument parser takes `float | str | None` as a string
+    temperature: float | str | None = field(
+        default="adaptive",
+        metadata={"help": "Temperature of the loss: a positive number, or 'adaptive'."},
+    )
+    temperature_eta: float = field(
+        default=0.25,
+        metadata={"help": "Probability that the adaptive temperature aims to give the target."},
+    )
+    temperature_init: float = field(
+        default=1.5,
+        metadata={"help": "First value of the adaptive temperature."},
+    )
+    temperature_min: float = field(
+        default=1.5,
+        metadata={"help": "Lower bound on each new estimate of the adaptive temperature."},
+    )
+    temperature_max: float = field(
+        default=5.0,
+        metadata={"help": "Upper bound on each new estimate of the adaptive temperature."},
+    )
+    temperature_ema: float = field(
+        default=0.05,
+        metadata={"help": "Weight of a new estimate in the exponential moving average."},
+    )
+    temperature_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps during which the adaptive temperature stays at `temperature_init`."},
+    )
+    temperature_positions: str = field(
+        default="first",
+        metadata={
+            "help": "Positions that the adaptive temperature is estimated from: 'first', where items begin to differ "
+            "(the released code), or 'all' tokens of an item (Eq. 12 of the paper).",
+            "choices": ["first", "all"],
+        },
+    )
+    normalize: str = field(
+        default="trie",
+        metadata={
+            "help": "What a target's probability is normalised over: the tokens that continue some item ('trie', MSL) "
+            "or the whole vocabulary ('vocab', the usual loss).",
+            "choices": ["trie", "vocab"],
+        },
+    )
+    supervise_history: bool = field(
+        default=False,
+        metadata={"help": "Whether each item of the history is a target, too, given the ones before it."},
+    )
+    num_negatives: int | None = field(
+        default=None,
+        metadata={"help": "Number of wrong valid tokens to draw where there are more, in place of all."},
+    )
+    negative_scale: float = field(
+        default=1.0,
+        metadata={"help": "Factor on the sum over the negatives that were drawn (scaled cross-entropy)."},
+    )
+    log_lml_parts: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to log the language modeling loss and its two parts, at the cost of a projection on the "
+            "whole vocabulary at each step."
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a prompt and an item together. Defaults to that of the task."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature != "adaptive":
+            self.temperature = _positive("temperature", self.temperature, " or 'adaptive'")
+        for name in ("temperature_init", "temperature_min", "temperature_max"):
+            setattr(self, name, _positive(name, getattr(self, name)))
+        if self.temperature_min > self.temperature_max:
+            raise ValueError(
+                f"`temperature_min` = {self.temperature_min} is above `temperature_max` = {self.temperature_max}."
+            )
+        if not 0 < self.temperature_eta < 1:
+            raise ValueError(f"`temperature_eta` is {self.temperature_eta}: it must lie between 0 and 1.")
+        if not 0 < self.temperature_ema <= 1:
+            raise ValueError(f"`temperature_ema` is {self.temperature_ema}: it must be above 0 and at most 1.")
+        if self.temperature_positions not in ("first", "all"):
+            raise ValueError(
+                f"`temperature_positions` is {self.temperature_positions!r}: it must be 'first' or 'all'."
+            )
+        self._check_loss()
+        self._reject_unsupported()
+
+    def _check_loss(self) -> None:
+        if self.normalize not in ("trie", "vocab"):
+            raise ValueError(f"`normalize` is {self.normalize!r}: it must be 'trie' or 'vocab'.")
+        if self.num_negatives is not None and not (isinstance(self.num_negatives, int) and self.num_negatives > 0):
+            raise ValueError(
+                f"`num_negatives` is {self.num_negatives!r}: it must be a whole number above 0, or `None` for all."
+            )
+        self.negative_scale = _positive("negative_scale", self.negative_scale)
+        if self.num_negatives is None and self.negative_scale != 1:
+            raise ValueError(f"`negative_scale` = {self.negative_scale} is for drawn negatives: set `num_negatives`.")
+        if self.temperature == "adaptive":
+            for name, value in (("normalize", self.normalize != "trie"), ("num_negatives", self.num_negatives)):
+                if value:
+                    raise ValueError(
+                        f"`temperature` = 'adaptive' is estimated from all valid tokens, and `{name}` = "
+                        f"{getattr(self, name)!r} takes others: pass a number, such as 1.0."
+                    )
+        if self.normalize == "vocab" and (self.num_negatives or (self.log_lml_parts and self.temperature != 1)):
+            raise ValueError(
+                "`normalize` = 'vocab' takes no `num_negatives`, and `log_lml_parts` only with `temperature` = 1."
+            )
+        if self.num_negatives and self.log_lml_parts:
+            raise ValueError("`log_lml_parts` is of all valid tokens: leave it out with `num_negatives`.")
+
+    def _reject_unsupported(self) -> None:
+        """Options of SFT that would change, or silently not change, what the loss means."""
+        reasons = {
+            "loss_type": (
+                self.loss_type in ("nll", "chunked_nll"),
+                "the loss is the masked softmax loss: leave it out",
+            ),
+            "label_smoothing_factor": (self.label_smoothing_factor == 0, "it is not defined for this loss: use 0"),
+            "completion_only_loss": (self.completion_only_loss is not False, "only items are supervised: use True"),
+            "assistant_only_loss": (not self.assistant_only_loss, "use conversational prompt/completion rows"),
+            "dataset_kwargs": (
+                not (self.dataset_kwargs or {}).get("skip_prepare_dataset"),
+                "rows must be checked; map `tokenize_rows` yourself instead",
+            ),
+            "truncation_mode": (self.truncation_mode == "keep_start", "rows are shortened at their oldest item"),
+        }
+        for name, (supported, remedy) in reasons.items():
+            if not supported:
+                raise ValueError(f"`{name}` = {getattr(self, name)!r} is not supported by `MSLConfig`: {remedy}.")
+
+
+def _positive(name: str, value: float | str, alternative: str = "") -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise ValueError(f"`{name}` is {value!r}: it must be a positive number{alternative}.")
+    return number

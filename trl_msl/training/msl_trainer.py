@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import global_then_local_main_first
+
+from ..data import RankingTask, tokenize_rows
+from ..trie import ItemTrie
+from .losses import masked_softmax_loss
+from .msl_config import MSLConfig
+from .sparse_head import SparseCausalLMOutput, add_sparse_lm_head
+from .task_trainer import TaskTrainerMixin
+from .temperature import TemperatureCallback
+
+
+class MSLTrainer(TaskTrainerMixin, SFTTrainer):
+    """
+    Trainer for Masked Softmax Loss (MSL), from the paper [MSL: Not All Tokens Are What You Need for Tuning LLM as a
+    Recommender](https://huggingface.co/papers/2504.04178).
+
+    It differs from [`~trl.SFTTrainer`] in three ways, and in nothing else:
+
+    - rows are tokenised by [`tokenize_rows`]: the labels are nodes of the catalogue's trie;
+    - the model gets a sparse LM head ([`add_sparse_lm_head`]), which computes only the logits of valid tokens, only
+      where several tokens are valid;
+    - the loss is [`masked_softmax_loss`], averaged over those positions, with a fixed or an adaptive temperature. As
+      τ moves, so does the scale of the training loss; `eval_loss` is taken at τ = 1 and stays comparable. With
+      `normalize="vocab"` it is the usual loss instead, over the vocabulary, of every token of a title.
+
+    With `supervise_history` that is so for every item of a history, in training; evaluation is of the targets alone.
+
+    Logged besides TRL's `num_tokens`: `temperature`; over positions where several tokens are valid,
+    `valid_token_accuracy`, how often the right token has the highest logit among the valid ones, and
+    `target_probability`, its mean probability among them (τ = 1; in training with `num_negatives` among those drawn);
+    with `log_lml_parts=True`, `lml`, `lml1` and `lml2` per title token.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, as for [`~trl.SFTTrainer`].
+        args ([`MSLConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        task ([`RankingTask`]):
+            What is ranked: catalogue, tokenizer, prompt, `max_length`. It is saved beside the model, in each
+            checkpoint and on the Hub, for [`Recommender.from_pretrained`].
+        **kwargs:
+            All other arguments of [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `peft_config`, `callbacks`
+            and so on. `processing_class` defaults to the task's tokenizer. Datasets hold `prompt` and `completion`,
+            standard or conversational, or what [`tokenize_rows`] made of them.
+
+    Raises:
+        `ValueError`: if `task` does not fit the model or the rows, or an argument has no meaning here.
+
+    Example:
+
+    ```python
+    from trl_msl import MSLConfig, MSLTrainer, RankingTask, build_rows
+
+    task = RankingTask(catalog, tokenizer, template)
+    trainer = MSLTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=MSLConfig(output_dir="out"),
+        task=task,
+        train_dataset=build_rows(windows, task),
+        peft_config=LoraConfig(),
+    )
+    trainer.train()
+    ```
+    """
+
+    _config_class = MSLConfig
+    _unsupported = dict.fromkeys(
+        ("compute_loss_func", "compute_metrics", "formatting_func", "preprocess_logits_for_metrics"),
+        "full logits are never built. Rank items with `RecommendationCallback`; subclass to change the loss",
+    )
+    _tag_names = ["trl", "msl"]
+    _name = "MSL"
+    _paper = {
+        "title": "MSL: Not All Tokens Are What You Need for Tuning LLM as a Recommender",
+        "id": "2504.04178",
+        "citation": """\
+            @inproceedings{wang2025msl,
+                title        = {{MSL: Not All Tokens Are What You Need for Tuning LLM as a Recommender}},
+                author       = {Bohao Wang and Feng Liu and Jiawei Chen and Xingyu Lou and Changwang Zhang and Jun Wang and Yuegang Sun and Yan Feng and Chun Chen and Can Wang},
+                year         = 2025,
+                booktitle    = {Proceedings of the 48th International ACM SIGIR Conference on Research and Development in Information Retrieval},
+                eprint       = {2504.04178},
+            }""",  # fmt: skip # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: MSLConfig | None = None,
+        *,
+        task: RankingTask,
+        **kwargs: Any,
+    ):
+        args = self._set_task(task, model, args, kwargs)
+        super().__init__(model, args, **kwargs)
+        if self._is_vision_dataset:
+            raise ValueError("`train_dataset` holds images, which `MSLTrainer` does not support: leave them out.")
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and parallelism.sp_enabled:
+            raise ValueError("Sequence parallelism (`sp_size` > 1) is not supported: it reduces the model's own loss.")
+        add_sparse_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model, task.trie)
+        self.add_callback(TemperatureCallback.from_config(args))
+        # The loss is divided by the count of the whole accumulated batch, whatever the model's forward accepts
+        self.model_accepts_loss_kwargs = True
+
+    @property
+    def temperature(self) -> float:
+        """Current temperature τ."""
+        return self._temperature_callback.value
+
+    @property
+    def _temperature_callback(self) -> TemperatureCallback:
+        # Looked up each time: `Trainer` replaces callbacks when it restores their states
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, TemperatureCallback))
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class,
+        args: MSLConfig,
+        packing,
+        formatting_func,
+        dataset_name,
+    ):
+        supervise_history = args.supervise_history and dataset_name == "train"
+        columns = get_dataset_column_names(dataset)
+        if "input_ids" not in columns:
+            map_kwargs = {}
+            if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
+                map_kwargs = {"desc": f"Tokenizing {dataset_name} dataset", "num_proc": args.dataset_num_proc}
+            with global_then_local_main_first():
+                dataset = dataset.map(
+                    tokenize_rows,
+                    batched=True,
+                    remove_columns=columns,
+                    fn_kwargs={"task": self.task, "supervise_history": supervise_history},
+                    **map_kwargs,
+                )
+        elif "labels" not in columns:
+            raise ValueError(
+                f"The {dataset_name} dataset has `input_ids` but no `labels`: map `tokenize_rows` over "
+                "prompt/completion rows, which makes both."
+            )
+        elif isinstance(dataset, Dataset):
+            num_targets = 0
+            for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=10_000):
+                _check_tokenized(batch, self.trie, args.max_length, dataset_name)
+                nodes = torch.from_numpy(np.concatenate(batch["labels"]))
+                parents = self.trie.to("cpu").parents(nodes[nodes != -100])
+                num_targets += int((parents == self.trie.first_branching_node).sum())
+            if supervise_history and num_targets <= len(dataset):
+                raise ValueError(
+                    f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
+                    f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
+                )
+        else:
+            dataset = dataset.map(
+                _check_tokenized,
+                batched=True,
+                fn_kwargs={"trie": self.trie, "max_length": args.max_length, "dataset_name": dataset_name},
+            )
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        if self.args.normalize == "vocab":
+            return super()._get_num_items_in_batch(batch_samples, device)
+        # Forced positions have no loss, and no part in its mean
+        counted = []
+        for batch in batch_samples:
+            for name in ("labels", "shift_labels"):
+                if name in batch:
+                    nodes = batch[name]
+                    trie = self.trie.to(nodes.device)
+                    branching = (nodes != -100) & (trie.num_valid_tokens(nodes.clamp(min=0)) > 1)
+                    batch = {**batch, name: nodes.where(branching, -100)}
+            counted.append(batch)
+        return super()._get_num_items_in_batch(counted, device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        # Evaluated at τ = 1, where the loss is what ranks, and comparable while τ moves; and over all valid tokens
+        temperature = self.temperature if self.model.training else 1.0
+        over_vocab = self.args.normalize == "vocab"
+        output = model(
+            **inputs,
+            sparse_lm_head=True,
+            vocab_lm_head=over_vocab,
+            vocab_temperature=temperature,
+            num_negatives=self.args.num_negatives if self.model.training else None,
+            output_vocab_losses=self.args.log_lml_parts,
+        )
+        if over_vocab:
+            losses = output.vocab_losses
+        else:
+            scale = (
+                None if output.is_sampled is None else torch.where(output.is_sampled, self.args.negative_scale, 1.0)
+            )
+            losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets, temperature, scale)
+        num_items = len(losses) if num_items_in_batch is None else num_items_in_batch
+        # Clamped so that a batch without branching positions gives a finite zero rather than `0 / 0`
+        loss = losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1)
+        # As in TRL: `num_items_in_batch` counts the positions of every rank, and DDP averages the gradients
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
+        if self.model.training:
+            self._temperature_callback.observe(output, self.trie.first_branching_node)
+        self._store_metrics(inputs, output)
+        return (loss, output) if return_outputs else loss
+
+    @torch.no_grad()
+    def _store_metrics(self, inputs: dict[str, Any], output: SparseCausalLMOutput) -> None:
+        """Means over the positions of all ranks, to be logged by `log`."""
+        losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
+        best = output.logits.masked_fill(~output.valid_mask, -torch.inf)
+        num_correct = (best.argmax(dim=-1) == output.targets).sum() if len(losses) else losses.sum()
+        num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        sums = {
+            "tokens": num_tokens if self.model.training else 0,
+            "positions": len(losses),
+            "valid_token_accuracy": num_correct,
+            "target_probability": losses.neg().exp().sum(),
+        }
+        if self.args.log_lml_parts:
+            lml, lml2 = output.vocab_losses.sum(), losses.sum()
+            sums |= {"supervised": len(output.vocab_losses), "lml": lml, "lml1": lml - lml2, "lml2": lml2}
+        values = torch.stack([torch.as_tensor(v, device=losses.device).float() for v in sums.values()])
+        sums = dict(zip(sums, self.accelerator.reduce(values, "sum").tolist()))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        self._total_train_tokens += int(sums["tokens"]) // self.get_tp_size()
+        metrics["num_tokens"] = [self._total_train_tokens]
+        metrics["temperature"].append(self.temperature)
+        for name in ("valid_token_accuracy", "target_probability"):
+            metrics[name].append(sums[name] / max(sums["positions"], 1))
+        for name in ("lml", "lml1", "lml2") if "lml" in sums else ():
+            metrics[name].append(sums[name] / max(sums["supervised"], 1))
+
+
+def _check_tokenized(
+    batch: dict[str, list], trie: ItemTrie, max_length: int | None, dataset_name: str
+) -> dict[str, list]:
+    """Rows that the user tokenised: labels must be nodes of this trie, and no title may be cut."""
+    ids, nodes = (torch.from_numpy(np.concatenate(batch[name])) for name in ("input_ids", "labels"))
+    is_last = torch.zeros(len(nodes), dtype=torch.bool)
+    is_last[np.cumsum([len(row) for row in batch["labels"]]) - 1] = True
+    labelled = nodes != -100
+    ids, nodes, is_last = ids[labelled], nodes[labelled], is_last[labelled]
+    trie, on_trie = trie.to("cpu"), (nodes > 0) & (nodes < trie.num_nodes)
+    # Behind an item of the history something else may stand where it should end
+    is_right = (trie.tokens(nodes * on_trie) == ids) | (torch.isin(nodes, trie.item_nodes) & ~is_last)
+    num_wrong = int((~on_trie | ~is_right).sum())
+    if num_wrong:
+        raise ValueError(
+            f"The {dataset_name} dataset has {num_wrong} label(s) that are no node of the task's trie with the token "
+            "that stands there: map `tokenize_rows` with this very task."
+        )
+    too_long = sum(max_length is not None and len(row) > max_length for row in batch["input_ids"])
+    if too_long:
+        raise ValueError(
+            f"`max_length` = {max_length}: {too_long} row(s) of the {dataset_name} dataset are longer, and would "
+            "lose the end of their title. Map `tokenize_rows` with this very task."
+        )
+    return batch

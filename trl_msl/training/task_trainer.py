@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the trainers of this package share: a task that is saved beside the model, and runs that survive a kill."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.utils import get_config_model_id
+
+from ..data import RankingTask
+from ..trie import ItemTrie
+from .model_card import describe_recommender
+
+
+logger = logging.getLogger(__name__)
+
+
+class TaskTrainerMixin:
+    """For a [`~transformers.Trainer`] of TRL, which stands after it among the bases."""
+
+    _config_class: type[TrainingArguments]
+    _unsupported: dict[str, str]  # arguments of TRL's trainer that have no meaning here, and why
+
+    def _set_task(
+        self, task: RankingTask, model: str | PreTrainedModel, args: TrainingArguments | None, kwargs: dict[str, Any]
+    ) -> TrainingArguments:
+        """
+        Check a trainer's arguments before its `__init__`, complete `kwargs` by the task's tokenizer, and return the
+        configuration to train with.
+        """
+        config_class = self._config_class
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '')}")
+        if not isinstance(args, config_class):
+            raise ValueError(f"`args` is a {type(args).__name__}: it must be a `{config_class.__name__}`.")
+        for name, reason in self._unsupported.items():
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"`{name}` is not supported by `{type(self).__name__}`: {reason}.")
+        if not isinstance(task, RankingTask):
+            raise ValueError(f"`task` is a {type(task).__name__}: pass a `RankingTask`.")
+        if task.trie.first_branching_node < 0:
+            raise ValueError(f"`task` has items that are all written alike ({task.trie}): there is nothing to learn.")
+        given = kwargs.get("processing_class")
+        if given is None:
+            kwargs["processing_class"] = task.tokenizer
+        elif getattr(given, "tokenizer", given).get_vocab() != task.tokenizer.get_vocab():
+            raise ValueError("`processing_class` has another vocabulary than the task's tokenizer: leave it out.")
+        if args.max_length not in (None, task.max_length):
+            raise ValueError(
+                f"`max_length` is {args.max_length} in `args` and {task.max_length} in `task`, by which rows are made "
+                "and ranked: set it in the task, and leave it out of `args`."
+            )
+        args = copy.copy(args)
+        args.max_length = task.max_length
+        self.task = task
+        return args
+
+    @property
+    def trie(self) -> ItemTrie:
+        """The task's trie, whose nodes are the labels."""
+        return self.task.trie
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """
+        As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last checkpoint in `output_dir`
+        that was written to its end, so that a run may be killed at any moment.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # with DeepSpeed and FSDP all ranks come here
+            self.task.save_pretrained(output_dir or self.args.output_dir)
+
+    def predict(self, *args, **kwargs):
+        raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        evaluations = [entry for entry in self.state.log_history if any("@" in name for name in entry)]
+        best = [entry for entry in evaluations if entry["step"] == self.state.best_global_step]
+        metrics = (best or evaluations or [{}])[-1]
+        num_rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
+        path = Path(self.args.output_dir) / "README.md"
+        card = ModelCard.load(path)
+        introduction, _, rest = card.text.partition("## Quick start")  # TRL's, for a model that chats
+        procedure = rest[rest.index("## Training procedure") :]
+        # TRL's template has no word for a base model that is not on the Hub
+        base = f"`{get_config_model_id(self.model.config)}`"
+        introduction = introduction.replace("[None](https://huggingface.co/None)", base)
+        model_id = self.hub_model_id or str(self.args.output_dir)
+        card.text = introduction + describe_recommender(model_id, self.task, num_rows, metrics) + procedure
+        card.save(path)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str:
+    """
+    Folder of the last checkpoint whose `trainer_state.json`, which is written last, is whole.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    steps = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+        except (OSError, TypeError, ValueError):
+            logger.warning("%s was not written to its end: it is left out.", path)
+        else:
+            steps[state.global_step] = path
+    if not steps:
+        raise ValueError(f"`resume_from_checkpoint`: {str(output_dir)!r} has no checkpoint written to its end.")
+    return str(steps[max(steps)])

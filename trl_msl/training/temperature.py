@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The temperature of the loss over the course of training, alike on all ranks."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .losses import adaptive_temperature, temperature_statistics
+from .msl_config import MSLConfig
+from .sparse_head import SparseCausalLMOutput
+
+
+class TemperatureCallback(TrainerCallback, ExportableState):
+    """
+    Holds the temperature τ of the loss and, if it is adaptive (ATS), updates it after each optimizer step from what
+    all the step's micro-batches and ranks saw. Stored in `trainer_state.json`.
+
+    A step is taken with the τ that the steps before it left, so that gradient accumulation changes nothing. The
+    released code uses each micro-batch's estimate at once; with a moving average of weight 0.05 that differs little.
+
+    Args:
+        temperature, eta, init, min, max, ema, warmup_steps, positions:
+            As the parameters `temperature` and `temperature_*` of [`MSLConfig`].
+    """
+
+    def __init__(
+        self,
+        temperature: float | str,
+        eta: float,
+        init: float,
+        min: float,
+        max: float,
+        ema: float,
+        warmup_steps: int,
+        positions: str,
+    ):
+        self.settings = {
+            "temperature": temperature,
+            "eta": eta,
+            "init": init,
+            "min": min,
+            "max": max,
+            "ema": ema,
+            "warmup_steps": warmup_steps,
+            "positions": positions,
+        }
+        self.adaptive = temperature == "adaptive"
+        self.value: float = init if self.adaptive else temperature
+        self._observed: Tensor | None = None
+
+    @classmethod
+    def from_config(cls, config: MSLConfig) -> TemperatureCallback:
+        """Callback with the settings of an [`MSLConfig`]."""
+        names = ("eta", "init", "min", "max", "ema", "warmup_steps", "positions")
+        return cls(config.temperature, **{name: getattr(config, f"temperature_{name}") for name in names})
+
+    def observe(self, output: SparseCausalLMOutput, first_branching_node: int) -> None:
+        """Add what one micro-batch tells about τ."""
+        if not self.adaptive:
+            return
+        first = output.parents == first_branching_node
+        rows = first if self.settings["positions"] == "first" else torch.ones_like(first)
+        statistics = temperature_statistics(output.logits[rows], output.valid_mask[rows], output.targets[rows])
+        # Every item passes the first branching node once: their number counts items
+        observed = torch.cat([statistics, first.sum().view(1)])
+        self._observed = observed if self._observed is None else self._observed + observed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._observed = None  # of a step that was interrupted
+        if not self.adaptive:
+            return
+        if state.global_step == 0:
+            self.value = self.settings["init"]
+        # Not left to `restore_callback_states_from_checkpoint`, which is off by default
+        elif type(self).__name__ in state.stateful_callbacks:
+            self.value = state.stateful_callbacks[type(self).__name__]["attributes"]["value"]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._observed is None:
+            return
+        *statistics, num_items = reduce(self._observed, "sum").cpu()  # every rank joins, whatever it has seen
+        self._observed = None
+        if num_items == 0 or state.global_step <= self.settings["warmup_steps"]:
+            return
+        pooled = self.settings["positions"] == "first"
+        estimate = adaptive_temperature(
+            torch.stack(statistics), self.settings["eta"], num_items=None if pooled else num_items
+        )
+        if estimate.isnan():  # logits overflowed: fp16's scaler skips such a step, too
+            return
+        estimate = float(estimate.clamp(self.settings["min"], self.settings["max"]))
+        self.value += self.settings["ema"] * (estimate - self.value)
+
+    def state(self) -> dict:
+        return {"args": self.settings, "attributes": {"value": self.value}}

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trie of a catalogue's token sequences. This room knows only integers."""
+
+from .arrays import TRIE_FILE
+from .compressed import CompressedTrie
+from .item_trie import ItemTrie
+from .ragged import logsumexp_by_row, pad_rows, ragged_arange
+
+
+__all__ = ["CompressedTrie", "ItemTrie", "TRIE_FILE", "logsumexp_by_row", "pad_rows", "ragged_arange"]
