@@ -1,54 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Merge a trained adapter into its base model, with the catalogue beside it: for serving, and for scripts that take whole
-models, such as TRL's own DPO script.
+Merge a trained adapter into its base model: `trl_msl.scripts.merge`.
 
 ```bash
 python recipes/merge_adapter.py --model_name_or_path outputs/quickstart/msl --output_dir outputs/merged
 ```
 """
 
-import shutil
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser
-
-from trl_msl import Bundle, Recommender
-
-
-@dataclass
-class MergeArguments:
-    """
-    Arguments of this recipe, besides those of the model.
-
-    Parameters:
-        output_dir (`str`):
-            Folder to write, which must not exist.
-    """
-
-    output_dir: str = field(metadata={"help": "Folder to write, which must not exist."})
-
-
-def main(args: MergeArguments, model_args: ModelConfig) -> None:
-    output_dir, name = Path(args.output_dir), model_args.model_name_or_path
-    if output_dir.exists():
-        raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=False)
-    folder = name if Path(name).is_dir() else snapshot_download(name, revision=model_args.model_revision)
-    bundle = Bundle.from_pretrained(folder, tokenizer)
-    adapted = AutoPeftModelForCausalLM.from_pretrained(
-        name, revision=model_args.model_revision, dtype="auto", trust_remote_code=False
-    )
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    Recommender(adapted.merge_and_unload(), tokenizer, bundle).save_pretrained(temporary)
-    temporary.replace(output_dir)
-    print(output_dir)
+from trl_msl.scripts.merge import run
 
 
 if __name__ == "__main__":
-    main(*TrlParser((MergeArguments, ModelConfig)).parse_args_and_config())
+    run()

@@ -1,108 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Add items to a trained model's catalogue and withdraw others, without training.
+Add items to a trained model's catalogue and withdraw others: `trl_msl.scripts.update_catalog`.
 
 ```bash
 python recipes/update_catalog.py --model_name_or_path outputs/quickstart/msl \
     --add new_items.csv --withdraw 17 204 --output_dir outputs/updated
 ```
-
-`add` is a JSON file that maps ids to texts, or a CSV or Parquet file with columns `item_id` and `title`. All options
-can stand in a YAML file: `--config`. What the model can know of each new item, the number of first tokens that it
-shares with items of the training, is printed and left in `new_items.csv`.
 """
 
-import logging
-import shutil
-from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import pandas as pd
-from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer
-from trl import TrlParser
-
-from trl_msl import Bundle, read_items
-
-
-@dataclass
-class UpdateArguments:
-    """
-    Arguments of this recipe.
-
-    Parameters:
-        model_name_or_path (`str`):
-            Folder or repository with a model or an adapter and its catalogue.
-        output_dir (`str`):
-            Folder to write, which must not exist.
-        add (`str`, *optional*):
-            Items to add.
-        withdraw, restore (`list[str]`, *optional*):
-            Ids of items that are no longer to be recommended, or are to be again.
-        item_column, text_column (`str`, *optional*):
-            Columns of `add`.
-        empty_texts, html_entities (`str`, *optional*):
-            As for [`ItemCatalog`], and as they were for the items of the training.
-    """
-
-    model_name_or_path: str = field(metadata={"help": "Folder or repository of a model with its catalogue."})
-    output_dir: str = field(metadata={"help": "Folder to write, which must not exist."})
-    add: str | None = field(default=None, metadata={"help": "Items to add: JSON, CSV or Parquet."})
-    withdraw: list[str] = field(default_factory=list, metadata={"help": "Ids of items to withdraw."})
-    restore: list[str] = field(default_factory=list, metadata={"help": "Ids of withdrawn items to restore."})
-    item_column: str = field(default="item_id", metadata={"help": "Id column of `add`."})
-    text_column: str = field(default="title", metadata={"help": "Text column of `add`."})
-    empty_texts: str = field(default="error", metadata={"help": "Items without text: 'error', 'keep' or 'id'."})
-    html_entities: str = field(default="keep", metadata={"help": "HTML entities in texts: 'keep' or 'decode'."})
-
-
-def main(args: UpdateArguments) -> None:
-    output_dir = Path(args.output_dir)
-    if output_dir.exists():
-        raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
-    folder = Path(args.model_name_or_path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(args.model_name_or_path))
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # left out, it would ask
-    bundle = Bundle.from_pretrained(folder, tokenizer)
-    policies = {"empty_texts": args.empty_texts, "html_entities": args.html_entities}
-    added = read_items(args.add, args.item_column, args.text_column, **policies) if args.add else None
-    updated = bundle.update(tokenizer, added, args.withdraw, args.restore)
-
-    # Whole, then renamed
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns("checkpoint-*"))
-    updated.save_pretrained(temporary, tokenizer)
-    shared = updated.shared_prefixes()
-    if shared:
-        texts = updated.catalog.texts[updated.num_trained :]
-        table = pd.DataFrame({"item_id": shared.keys(), "title": texts, "shared_tokens": shared.values()})
-        table.to_csv(temporary / "new_items.csv", index=False)
-    temporary.replace(output_dir)
-    print(describe(updated, shared))
-    print(output_dir)
-
-
-def describe(bundle: Bundle, shared: dict[str, int]) -> str:
-    """What the catalogue holds now, and how near the items that the model has not seen are to those that it has."""
-    total, withdrawn = len(bundle.catalog), len(bundle.withdrawn)
-    lines = [
-        f"{total:,} items: {bundle.num_trained:,} that the model was trained with, {len(shared):,} added since, "
-        f"{withdrawn:,} withdrawn."
-    ]
-    for tokens, count in sorted(Counter(min(tokens, 3) for tokens in shared.values()).items()):
-        of_them = [item for item, number in shared.items() if min(number, 3) == tokens]
-        number = ("no token", "1 token", "2 tokens", "3 tokens or more")[tokens]
-        lines.append(f"{count:>7,} share {number} with an item of the training, such as {of_them[:3]}")
-    if 0 in shared.values():
-        lines.append(
-            "Those that share none begin as nothing does that the model has learned to rank: train anew soon."
-        )
-    return "\n".join(lines)
+from trl_msl.scripts.update_catalog import run
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
-    main(*TrlParser((UpdateArguments,)).parse_args_and_config())
+    run()

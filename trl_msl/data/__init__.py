@@ -3,7 +3,7 @@
 
 from .catalog import ItemCatalog
 from .fit_prompts import fit_prompts, ranking_prompts
-from .interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
+from .interactions import k_core, read_interactions, read_table, read_windows, sliding_windows, split_by_time
 from .item_tokens import describe_end, encode_items
 from .options import DataArguments, read_data, read_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
@@ -30,6 +30,7 @@ __all__ = [
     "read_data",
     "read_interactions",
     "read_items",
+    "read_table",
     "read_windows",
     "sliding_windows",
     "split_by_time",

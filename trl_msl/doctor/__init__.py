@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known to go wrong, looked for in data, tokenizer and model."""
 
-__all__ = []
+from .checks import Finding
+from .diagnose import diagnose
+
+
+__all__ = ["Finding", "diagnose"]

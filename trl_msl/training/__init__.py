@@ -5,7 +5,7 @@ from .losses import adaptive_temperature, masked_softmax_loss, softmax_dpo_loss,
 from .msl_config import MSLConfig
 from .msl_trainer import MSLTrainer
 from .sparse_head import SparseCausalLMOutput, add_sparse_lm_head
-from .task_trainer import TaskTrainerMixin
+from .task_trainer import TaskTrainerMixin, last_complete_checkpoint, warn_of_missing_state
 from .temperature import TemperatureCallback
 
 
@@ -17,7 +17,9 @@ __all__ = [
     "TemperatureCallback",
     "adaptive_temperature",
     "add_sparse_lm_head",
+    "last_complete_checkpoint",
     "masked_softmax_loss",
     "softmax_dpo_loss",
     "temperature_statistics",
+    "warn_of_missing_state",
 ]

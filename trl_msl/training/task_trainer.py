@@ -123,4 +123,20 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
             steps[state.global_step] = path
     if not steps:
         raise ValueError(f"`resume_from_checkpoint`: {str(output_dir)!r} has no checkpoint written to its end.")
-    return str(steps[max(steps)])
+    last = str(steps[max(steps)])
+    warn_of_missing_state(last)
+    return last
+
+
+def warn_of_missing_state(checkpoint: str | Path) -> None:
+    """Warn of what a checkpoint lacks to go on as if nothing had happened: `Trainer` does without, silently."""
+    # FSDP and DeepSpeed write the optimizer under names of their own, DeepSpeed together with the schedule
+    expected = {
+        "the optimizer's state": ("optimizer*", "global_step*"),
+        "the learning rate's schedule": ("scheduler.pt", "global_step*"),
+        "the random state": ("rng_state*.pth",),
+    }
+    folder = Path(checkpoint)
+    missing = [what for what, patterns in expected.items() if not any(any(folder.glob(p)) for p in patterns)]
+    if missing:
+        logger.warning("%s lacks %s: training goes on with a new one.", checkpoint, " and ".join(missing))

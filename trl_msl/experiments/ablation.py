@@ -1,18 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only ablations need: a loss with a constant factor, and a look into the loss as training goes on."""
+"""
+One row of an ablation: a training by [`MSLTrainer`] with a constant factor on the loss, and a look into the loss as
+training goes on. The rows of the table in docs/baselines.md:
 
+```bash
+accelerate launch -m trl_msl.experiments.ablation --config recipes/configs/ablation/msl-ats.yaml \
+    --data_dir data/Book --empty_texts keep --model_name_or_path outputs/book/base --output_dir outputs/book
+```
+
+It leaves what `trl-msl train` leaves in a folder `run_name` in `output_dir`, so that `trl-msl report` compares many.
+Without `model_name_or_path` a small model is made there first.
+"""
+
+import dataclasses
 import json
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from recipe_outputs import write_json
 from torch import Tensor
 from transformers import TrainerCallback
+from trl import ModelConfig, TrlParser
 
-from trl_msl import MSLTrainer, is_sharded, masked_softmax_loss
+from ..data import DataArguments
+from ..model import is_sharded
+from ..scripts.outputs import finish, format_table, plot_training, write_json
+from ..scripts.train import make_trainer, reported
+from ..scripts.train_and_evaluate import DecodingArguments, train_and_evaluate
+from ..training import MSLConfig, MSLTrainer, masked_softmax_loss
+from .compare_losses import prepare
+from .from_scratch import ScratchArguments
+
+
+@dataclass
+class AblationArguments(DecodingArguments):
+    """
+    Arguments of an ablation, besides those of the data, the trainer and the model.
+
+    Parameters:
+        loss_scale (`float`, *optional*, defaults to `1.0`):
+            Constant factor on the loss.
+        probe_steps (`int`, *optional*):
+            Measure the parts of the loss and their gradients every `probe_steps` steps, and write `probe.json`.
+    """
+
+    loss_scale: float = field(default=1.0, metadata={"help": "Constant factor on the loss."})
+    probe_steps: int | None = field(default=None, metadata={"help": "Steps between measurements of the loss's parts."})
+
+
+def main(
+    args: AblationArguments,
+    data_args: DataArguments,
+    scratch_args: ScratchArguments,
+    config: MSLConfig,
+    model_args: ModelConfig,
+) -> None:
+    folder = Path(config.output_dir, config.run_name or "")
+    data, task = prepare(folder, data_args, scratch_args, config, model_args)
+    config = dataclasses.replace(config, output_dir=str(folder))
+    trainer = make_trainer(task, data, config, model_args, ScaledLossTrainer)
+    trainer.loss_scale = args.loss_scale
+    if args.probe_steps:
+        trainer.add_callback(LossProbe(trainer, folder / "probe.json", args.probe_steps))
+    arguments = {**reported(config), "loss_scale": args.loss_scale}
+    metrics = train_and_evaluate(trainer, task, data, args, {"arguments": arguments})
+    if trainer.is_world_process_zero():
+        name = config.run_name or "MSL"
+        plot_training({name: trainer.state.log_history}, folder / "training.png")
+        print(f"\nTest, {len(data.windows['test'])} users\n{format_table({name: metrics})}\n\n{folder}")
+    finish()
 
 
 class ScaledLossTrainer(MSLTrainer):
@@ -155,3 +214,12 @@ def _norm(gradients: list[Tensor]) -> float:
 
 def _histogram(values: np.ndarray, edges: np.ndarray) -> dict[str, list]:
     return {"edges": edges.tolist(), "counts": np.histogram(values, edges)[0].tolist()}
+
+
+def run(arguments: list[str] | None = None) -> None:
+    parser = TrlParser((AblationArguments, DataArguments, ScratchArguments, MSLConfig, ModelConfig))
+    main(*parser.parse_args_and_config(arguments))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What recipes leave behind: JSON, plots, tables, and recommendations to read."""
+"""What commands leave behind: JSON, tables, the plot of a training, recommendations to read."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
+from accelerate import PartialState
+from datasets import Dataset
+
+from ..data import ItemCatalog
+from ..decoding import Recommendations
 
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-from datasets import Dataset  # noqa: E402
-
-from trl_msl import ItemCatalog, Recommendations
+logger = logging.getLogger(__name__)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -30,6 +30,14 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def write_parquet(path: Path, table: pd.DataFrame | Dataset) -> None:
+    """Write whole, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    table.to_parquet(str(temporary), **({"index": False} if isinstance(table, pd.DataFrame) else {}))
+    temporary.replace(path)
+
+
 def write_results(
     folder: Path,
     metrics: dict[str, Any],
@@ -40,7 +48,7 @@ def write_results(
     seen: set[str] | None = None,
 ) -> None:
     """
-    What `report.py` compares systems by: `metrics.json`, and `rankings.parquet` with a row per test case.
+    What [`report`] compares systems by: `metrics.json`, and `rankings.parquet` with a row per test case.
 
     Args:
         folder (`Path`):
@@ -57,16 +65,14 @@ def write_results(
         ranks (`np.ndarray` of shape `(num_rows,)`, integer):
             As `ranks_of_targets` gives them.
         seen (`set[str]`, *optional*):
-            Ids of the items that training has seen: [`RecipeData.seen_items`]. Other targets are cold.
+            Ids of the items that training has seen: [`Data.seen_items`]. Other targets are cold.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     ids = [[catalog.ids[item] for item in row if item >= 0] for row in items.tolist()]
     rankings = pd.DataFrame({"item_id": targets, "recommended": ids, "rank": ranks.astype(int)})
     if seen is not None:
         rankings["is_cold"] = ~rankings["item_id"].isin(seen)
         metrics = {**metrics, "cold_targets": int(rankings["is_cold"].sum())}
-    rankings.to_parquet(folder / "rankings.tmp")
-    (folder / "rankings.tmp").replace(folder / "rankings.parquet")
+    write_parquet(folder / "rankings.parquet", rankings)
     write_json(folder / "metrics.json", metrics)
 
 
@@ -85,7 +91,13 @@ def format_table(results: dict[str, dict[str, float]], columns: tuple[str, ...] 
 
 
 def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Training loss, temperature τ and validation NDCG@10 over steps, a line per system."""
+    """Training loss, temperature τ and validation NDCG@10 over steps, a line per system. Needs matplotlib."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        logger.warning('%s was left out, as matplotlib is not installed: pip install "trl_msl[recipes]".', path)
+        return
+    plt.switch_backend("Agg")
     panels = {"loss": "training loss", "temperature": "temperature τ", "eval_ndcg@10": "validation NDCG@10"}
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True)
     for axis, (key, label) in zip(axes, panels.items()):
@@ -116,3 +128,9 @@ def describe_recommendations(rows: Dataset, catalog: ItemCatalog, found: Recomme
         ]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
+
+
+def finish() -> None:
+    """Wait for the other processes: one that exits while others still communicate is aborted."""
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

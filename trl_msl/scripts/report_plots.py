@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plots of `report.py`. A system has the same colour in all of them."""
+"""The plots of [`report`]. A system has the same colour in all of them."""
 
 import json
 from collections.abc import Callable
@@ -14,8 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
-from recipe_outputs import plot_training
 
+from .outputs import plot_training
+
+
+plt.switch_backend("Agg")
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that white paper swallows
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -42,7 +45,7 @@ def write_plots(output_dir: Path, rows: Rows, reference: str, runs: Path) -> lis
         output_dir (`Path`):
             Folder to write into.
         rows (`dict[str, dict[str, Any]]`):
-            What `report.py` knows of each system.
+            What the report knows of each system.
         reference (`str`):
             The system that the others are compared with.
         runs (`Path`):

@@ -3,21 +3,22 @@
 Evaluate a trained recommender: a folder or Hub repository with a model or a LoRA adapter.
 
 ```bash
-accelerate launch recipes/evaluate.py --model_name_or_path outputs/quickstart/msl
+accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path outputs/quickstart/msl
 ```
 
-The data options are those of `sft_msl.py`, and so is the generated data without them. Several ways of decoding are
-compared on the same users, with the difference of each to the first:
+The windows are those of the data options, or the quickstart's without them; prompt and catalogue are those that the
+model was trained with. Several ways of decoding are compared on the same users, with the difference of each to the
+first:
 
 ```bash
-accelerate launch recipes/evaluate.py --model_name_or_path outputs/quickstart/msl --decoding exact beam beam-vocab
+accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path outputs/quickstart/msl \
+    --decoding exact beam beam-vocab
 ```
 
 Writes `metrics.json` and `recommendations.txt` into `--output_dir`.
 """
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,19 +26,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from recipe_data import check_template, load_recipe_data, with_quickstart_data
-from recipe_evaluation import DECODINGS, evaluate_decodings
-from recipe_outputs import describe_recommendations, format_table, write_json
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
-from trl_msl import DataArguments, Recommendations, bootstrap_interval, per_user_metrics
+from ..data import DataArguments
+from ..decoding import Recommendations
+from ..evaluation import bootstrap_interval, per_user_metrics
+from .decodings import DECODINGS, evaluate_decodings
+from .loading import load_data, load_task, with_generated_data
+from .outputs import describe_recommendations, finish, format_table, write_json, write_text
 
 
 @dataclass
 class EvaluationArguments:
     """
-    Arguments of this recipe, besides those of the data and the model.
+    Arguments of this command, besides those of the data and the model.
 
     Parameters:
         output_dir (`str`, *optional*, defaults to `"outputs/evaluate"`):
@@ -59,9 +62,7 @@ class EvaluationArguments:
         batch_size (`int`, *optional*, defaults to `16`):
             Users per process that are decoded at a time.
         max_length (`int`, *optional*):
-            As in training: longer prompts lose their oldest history items.
-        chat_template_kwargs (`dict`, *optional*):
-            As in training, JSON.
+            Most tokens of a prompt and an item together, where no task lies beside the model.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the model.
     """
@@ -77,7 +78,6 @@ class EvaluationArguments:
     match: str = field(default="id", metadata={"help": "What counts as a hit.", "choices": ["id", "text"]})
     batch_size: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
     max_length: int | None = field(default=None, metadata={"help": "Longer prompts lose their oldest items."})
-    chat_template_kwargs: str | None = field(default=None, metadata={"help": "As in training, JSON."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
 
@@ -87,46 +87,32 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
     if args.decoding == ["exact"] and (args.num_beams or args.length_penalty):
         raise ValueError("`num_beams` and `length_penalty` mean nothing to exact search: add beam to `--decoding`.")
     process = PartialState(cpu=not torch.accelerator.is_available())
-    data = load_recipe_data(data_args)
-    check_template(model_args.model_name_or_path, data.template)
-    loading = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **loading)
+    data = load_data(data_args)
+    task = load_task(model_args, data_args, data.catalog, args.max_length, args.trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
+        revision=model_args.model_revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
-        **loading,
+        trust_remote_code=args.trust_remote_code,
     ).to(process.device)
-    chat_template_kwargs = json.loads(args.chat_template_kwargs) if args.chat_template_kwargs else None
-    trie = data.catalog.build_trie(tokenizer, data_args.conversational, chat_template_kwargs)
-    rows = data.rows[args.split]
+    rows = data.rows(args.split, task)
     ks = sorted({min(5, args.top_k), args.top_k})
-    settings = {
-        "ks": ks,
-        "match": args.match,
-        "batch_size": args.batch_size,
-        "max_length": args.max_length,
-        "prompt_template": data.template,
-        "chat_template_kwargs": chat_template_kwargs,
-    }
+    settings = {"ks": ks, "match": args.match, "batch_size": args.batch_size}
     beams = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
-    results, found = evaluate_decodings(
-        args.decoding, model, tokenizer, trie, data.catalog, rows, beam_settings=beams, **settings
-    )
+    results, found = evaluate_decodings(args.decoding, model, task, rows, beam_settings=beams, **settings)
     first, *others = found
     differences = {f"{other} - {first}": compare(found[other], found[first], ks) for other in others}
     if process.is_main_process:
-        text = describe_recommendations(rows, data.catalog, found[first])
+        text = describe_recommendations(rows, task.catalog, found[first])
         report = {**results, "differences": differences, "arguments": dataclasses.asdict(args)}
         write_json(Path(args.output_dir) / "metrics.json", report)
-        (Path(args.output_dir) / "recommendations.txt").write_text(text, encoding="utf-8")
+        write_text(Path(args.output_dir) / "recommendations.txt", text)
         columns = tuple(f"{name}@{k}" for k in ks for name in ("ndcg", "hr"))
         print(f"{text}\n{model_args.model_name_or_path}, {len(rows)} users\n{format_table(results, columns)}")
         if differences:
             print(f"\nDifference, with its interval\n{format_table(differences, (*columns, 'same_items'))}")
-    # A rank that exits while others still talk, or with the group's threads alive, is aborted
-    process.wait_for_everyone()
-    process.destroy_process_group()
+    finish()
 
 
 def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> dict[str, float]:
@@ -143,6 +129,11 @@ def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> di
     return difference
 
 
-if __name__ == "__main__":
+def run(arguments: list[str] | None = None) -> None:
     parser = TrlParser((EvaluationArguments, DataArguments, ModelConfig))
-    main(*parser.parse_args_and_config(with_quickstart_data(sys.argv[1:])))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    main(*parser.parse_args_and_config(with_generated_data(arguments)))
+
+
+if __name__ == "__main__":
+    run()

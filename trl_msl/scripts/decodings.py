@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluating one model by several ways of decoding."""
+"""Evaluating one model by one or several ways of decoding."""
 
 import time
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from trl_msl import ItemCatalog, ItemTrie, Recommendations, evaluate_recommendations
+from ..data import RankingTask
+from ..decoding import Recommendations
+from ..evaluation import evaluate_recommendations
 
 
 DECODINGS = {
@@ -21,9 +23,7 @@ DECODINGS = {
 def evaluate_decodings(
     decodings: list[str],
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    trie: ItemTrie,
-    catalog: ItemCatalog,
+    task: RankingTask,
     rows: Dataset,
     beam_settings: dict[str, Any] | None = None,
     **settings: Any,
@@ -35,10 +35,10 @@ def evaluate_decodings(
     results, found = {}, {}
     for name in decodings:
         started = time.time()
+        beams = {} if name == "exact" else beam_settings or {}
         results[name], found[name] = evaluate_recommendations(
-            model, tokenizer, trie, catalog, rows, return_recommendations=True,
-            **settings, **({} if name == "exact" else beam_settings or {}), **DECODINGS[name],
-        )  # fmt: skip
+            model, task, rows, return_recommendations=True, **settings, **beams, **DECODINGS[name]
+        )
         results[name]["test_seconds"] = round(time.time() - started, 1)
         for counter in ("expansions", "rounds"):
             counts = getattr(found[name], counter)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Make a small base model that can write a catalogue's items and has read its training histories.
+
+A masked softmax is meant for a model that can write already. Where there is no LLM at hand this makes a stand-in: a
+tokenizer and a Llama from scratch, trained with the plain next-token loss on each item's text and on each user's items
+of the training split, in time order. Every loss can then start from the same backbone:
+
+```bash
+accelerate launch -m trl_msl.experiments.pretrain --config recipes/configs/pretrain.yaml \
+    --data_dir data/Book --empty_texts keep --output_dir outputs/book/base
+trl-msl train --model_name_or_path outputs/book/base --data_dir data/Book --empty_texts keep --output_dir outputs/msl
+```
+
+With `--num_train_epochs 0` the weights stay random: the same start for runs from scratch.
+"""
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from ..data import DataArguments, PromptTemplate, fit_prompts
+from ..scripts.loading import Data, checkpoint_to_resume, load_data
+from ..scripts.outputs import finish
+from .from_scratch import ScratchArguments, make_base_model
+
+
+def main(data_args: DataArguments, scratch_args: ScratchArguments, config: SFTConfig) -> None:
+    data, template = load_data(data_args), data_args.prompt_template
+    histories = read_histories(data)
+    texts = [*data.catalog.completions, *(template.separator.join(items) for items in histories)]
+    tokenizer, model = make_base_model(data.catalog, texts, scratch_args, config.seed)
+    rows = Dataset.from_dict({"input_ids": tokenize(histories, tokenizer, data, template)})
+    trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+    if config.num_train_epochs > 0:
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(config))
+    trainer.save_model()
+    PartialState().print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(rows)} texts")
+    finish()
+
+
+def read_histories(data: Data) -> list[list[str]]:
+    """The items of each user's training windows in time order, as they are written."""
+    histories: dict[str, dict[str, None]] = {}
+    for window in data.windows["train"]:
+        histories.setdefault(window["user_id"], {}).update(dict.fromkeys(window["item_ids"]))
+    completions = data.catalog.completions
+    return [[completions[index] for index in data.catalog.indices(list(items))] for items in histories.values()]
+
+
+def tokenize(
+    histories: list[list[str]], tokenizer: PreTrainedTokenizerBase, data: Data, template: PromptTemplate
+) -> list[list[int]]:
+    """Each item by itself and then the histories, with an end token, in the tokens that prompts and titles have."""
+    template = PromptTemplate("{history}", template.separator, separate_items=template.separate_items)
+    rows = {"prompt": [template.render(items) for items in histories], "history": histories}
+    written = fit_prompts(tokenizer, rows, [float("inf")] * len(histories), template)
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    items = tokenizer(data.catalog.completions, add_special_tokens=False)["input_ids"]
+    return [ids + [tokenizer.eos_token_id] for ids in [*(start + item for item in items), *written]]
+
+
+def run(arguments: list[str] | None = None) -> None:
+    main(*TrlParser((DataArguments, ScratchArguments, SFTConfig)).parse_args_and_config(arguments))
+
+
+if __name__ == "__main__":
+    run()

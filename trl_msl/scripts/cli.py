@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+`trl-msl <command> [options]`. A command's module is imported when it is chosen, so the list of commands comes at once.
+
+On several GPUs, or with an `accelerate` config, launch the module: `accelerate launch -m trl_msl.scripts.train`.
+"""
+
+import importlib
+import sys
+
+
+COMMANDS = {
+    "quickstart": ("trl_msl.experiments.quickstart", "Compare losses on generated data, offline, in a few minutes"),
+    "doctor": ("trl_msl.scripts.doctor", "Check data, tokenizer and model before training"),
+    "train": ("trl_msl.scripts.train", "Fine-tune a model with the masked softmax loss, and evaluate it"),
+    "dpo": ("trl_msl.scripts.dpo", "Train a recommender further by softmax DPO, and evaluate it"),
+    "preferences": ("trl_msl.scripts.preferences", "Write preference rows, also for TRL's own DPO script"),
+    "evaluate": ("trl_msl.scripts.evaluate", "Evaluate a trained model, by one or several ways of decoding"),
+    "recommend": ("trl_msl.scripts.recommend", "Recommend items to the users of a file"),
+    "update-catalog": ("trl_msl.scripts.update_catalog", "Add and withdraw items of a trained model"),
+    "merge": ("trl_msl.scripts.merge", "Merge an adapter into its base model"),
+    "baselines": ("trl_msl.scripts.baselines", "Train SASRec, BERT4Rec, item-kNN or popularity on the same data"),
+    "report": ("trl_msl.scripts.report", "Compare evaluated systems: a table with paired tests, and plots"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int | None:
+    """Run the command that the first argument names with the others; returns its exit code."""
+    name, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"trl-msl: {name!r} is not a command.\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[name][0])
+    sys.argv = [f"trl-msl {name}", *options]
+    return module.run()
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: trl-msl <command> [options]\n\ncommands:",
+            *lines,
+            "\n`trl-msl <command> --help` lists the options of a command; --config takes them from a YAML file.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

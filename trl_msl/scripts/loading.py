@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command's options name, loaded: the data, the task, a model's folder, the checkpoint to resume from."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from datasets import Dataset, DatasetDict
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, TrainingArguments
+from trl import ModelConfig
+
+from ..data import TASK_FILE, TASK_FILES, DataArguments, ItemCatalog, RankingTask, build_rows, read_data
+from ..experiments.synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
+from ..training import last_complete_checkpoint, warn_of_missing_state
+
+
+logger = logging.getLogger(__name__)
+
+QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.yaml"
+
+
+@dataclass
+class Data:
+    """The items and the windows by split; where the data is generated, also the best metrics possible on test."""
+
+    catalog: ItemCatalog
+    windows: DatasetDict
+    best_possible: dict[str, float] | None = None
+
+    def rows(self, split: str, task: RankingTask) -> Dataset:
+        return build_rows(self.windows[split], task)
+
+    @property
+    def seen_items(self) -> set[str]:
+        """Ids of the items in the training windows."""
+        return {item for window in self.windows["train"]["item_ids"] for item in window}
+
+
+def load_data(args: DataArguments) -> Data:
+    """Read what `args` name; without `data_dir` and `interactions`, generate the data of the quickstart."""
+    if args.data_dir or args.interactions:
+        return Data(*read_data(args))
+    titles = generate_catalog()
+    texts = list(titles) if args.item_text == "id" else list(titles.values())
+    transitions = generate_transitions(titles)
+    windows = generate_windows(transitions)
+    for split, most in (("validation", args.max_validation_users), ("test", args.max_test_users)):
+        windows[split] = windows[split].select(range(min(most or len(windows[split]), len(windows[split]))))
+    catalog = ItemCatalog(list(titles), texts, template=args.item_template)
+    return Data(catalog, windows, best_possible(transitions, windows["test"]))
+
+
+def names_data(arguments: list[str]) -> bool:
+    """Whether a command line names data of its own."""
+    return bool({"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments})
+
+
+def with_generated_data(arguments: list[str]) -> list[str]:
+    """A command's arguments, after the data options of the quickstart if they name no data of their own."""
+    if names_data(arguments):
+        return arguments
+    names = {f.name for f in dataclasses.fields(DataArguments)}
+    config = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    options = [part for name, value in config.items() if name in names for part in (f"--{name}", str(value))]
+    return [*options, *arguments]
+
+
+def make_task(
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    catalog: ItemCatalog,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> RankingTask:
+    """The task that the options describe, with the model's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+    )
+    kwargs = {"chat_template_kwargs": data_args.chat_template_kwargs}
+    if max_length is not None:
+        kwargs["max_length"] = max_length
+    return RankingTask(catalog, tokenizer, data_args.prompt_template, **kwargs)
+
+
+def load_task(
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    catalog: ItemCatalog,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> RankingTask:
+    """
+    The task that lies beside the model, or, where there is none, the one that the options describe.
+
+    Raises:
+        `ValueError`: if the task beside the model differs from what the options say or from the items of the data.
+    """
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    folder = find_folder(name, revision, allow_patterns=TASK_FILES)
+    if not (folder / TASK_FILE).is_file():
+        return make_task(model_args, data_args, catalog, max_length, trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    task = RankingTask.from_pretrained(folder, tokenizer)
+    _check_options(task, data_args, max_length, name)
+    known = dict(zip(task.catalog.ids, task.catalog.texts))
+    others = [item for item, text in zip(catalog.ids, catalog.texts) if known.get(item) != text]
+    if others:
+        text = catalog.texts[catalog.index_of_id[others[0]]]
+        raise ValueError(
+            f"The catalogue differs from the one that {name} was trained with, in {len(others)} of {len(catalog)} "
+            f"items, such as {others[0]!r}: (here, there): {(text, known.get(others[0]))}. Pass the data of its "
+            "training, with the same `item_text`, `empty_texts` and `html_entities`, or update its catalogue."
+        )
+    return task
+
+
+def _check_options(task: RankingTask, args: DataArguments, max_length: int | None, name: str) -> None:
+    """Options left at their defaults follow the task; others must agree with it."""
+    default = DataArguments()
+    has_text = args.prompt_text is not None or args.prompt_words != default.prompt_words
+    given = {
+        "text": args.prompt_template.text if has_text else None,
+        "conversational": args.conversational or None,
+        "separate_items": args.separate_items or None,
+        "item_template": args.item_template if args.item_template != default.item_template else None,
+        "chat_template_kwargs": args.chat_template_kwargs,
+        "max_length": max_length,
+    }
+    trained = dataclasses.asdict(task.prompt_template) | {
+        "item_template": task.catalog.template,
+        "chat_template_kwargs": task.chat_template_kwargs,
+        "max_length": task.max_length,
+    }
+    different = {key: (v, trained[key]) for key, v in given.items() if v is not None and v != trained[key]}
+    if different:
+        raise ValueError(
+            f"The prompt differs from the one that {name} was trained with, in (here, there): {different}. Leave "
+            "these options out: those of its training are then used."
+        )
+
+
+def find_folder(name: str, revision: str | None = None, **kwargs) -> Path:
+    """A folder, or where the snapshot of a repository on the Hub lies."""
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, revision=revision, **kwargs))
+
+
+def checkpoint_to_resume(config: TrainingArguments) -> str | None:
+    """
+    The checkpoint that `resume_from_checkpoint` names. `last` is the last one that was written to its end, and none,
+    with a note in the log, where there is none yet: so one command line starts a run and resumes it.
+    """
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint == "last":
+        try:
+            return last_complete_checkpoint(config.output_dir)
+        except ValueError:
+            logger.warning("%s has no complete checkpoint yet: training starts from the beginning.", config.output_dir)
+            return None
+    if checkpoint is not None:
+        warn_of_missing_state(checkpoint)
+    return checkpoint

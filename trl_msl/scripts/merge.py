@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Merge a trained adapter into its base model, with the catalogue beside it: for serving, and for scripts that take whole
+models, such as TRL's own DPO script.
+
+```bash
+trl-msl merge --model_name_or_path outputs/quickstart/msl --output_dir outputs/merged
+```
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser
+
+from ..data import RankingTask
+from ..recommender import Recommender
+from .loading import find_folder
+
+
+@dataclass
+class MergeArguments:
+    """
+    Arguments of this command, besides those of the model.
+
+    Parameters:
+        output_dir (`str`):
+            Folder to write, which must not exist.
+    """
+
+    output_dir: str = field(metadata={"help": "Folder to write, which must not exist."})
+
+
+def main(args: MergeArguments, model_args: ModelConfig) -> None:
+    output_dir, name = Path(args.output_dir), model_args.model_name_or_path
+    if output_dir.exists():
+        raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=False)
+    task = RankingTask.from_pretrained(find_folder(name, model_args.model_revision), tokenizer)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(
+        name, revision=model_args.model_revision, dtype="auto", trust_remote_code=False
+    )
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    Recommender(adapted.merge_and_unload(), task).save_pretrained(temporary)
+    temporary.replace(output_dir)
+    print(output_dir)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    main(*TrlParser((MergeArguments, ModelConfig)).parse_args_and_config(arguments))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Fine-tune an LLM with the masked softmax loss to rank the items of a catalogue, and evaluate it.
+
+A folder of the MSL paper's authors, a model from the Hub, LoRA:
+
+```bash
+accelerate launch -m trl_msl.scripts.train \
+    --data_dir data/Book --train_file train_10000.csv --empty_texts keep --prompt_words book books read \
+    --model_name_or_path meta-llama/Llama-3.2-3B --use_peft --lora_r 8 --lora_alpha 16 \
+    --learning_rate 1e-4 --per_device_train_batch_size 16 --gradient_accumulation_steps 8 \
+    --num_train_epochs 10 --output_dir outputs/book
+```
+
+Your own log, a chat model, on one GPU or CPU:
+
+```bash
+trl-msl train --interactions log.parquet --items items.csv --conversational \
+    --model_name_or_path Qwen/Qwen3-0.6B --use_peft --output_dir outputs/mine
+```
+
+The usual language modeling loss, over the vocabulary: `--normalize vocab --temperature 1`. With
+`--resume_from_checkpoint last` a run that was killed goes on from its last complete checkpoint, or starts if there is
+none. All options can stand in a YAML file: `--config`.
+
+It leaves in `output_dir` the model or the adapter with its catalogue, `metrics.json`, `rankings.parquet`,
+`recommendations.txt`, `log_history.json` and `training.png`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from trl import ModelConfig, TrlParser
+
+from ..data import DataArguments, RankingTask
+from ..training import MSLConfig, MSLTrainer
+from .loading import Data, load_data, make_task
+from .outputs import finish, format_table, plot_training
+from .train_and_evaluate import DecodingArguments, model_options, train_and_evaluate, trainer_options
+
+
+REPORTED = (
+    "normalize", "temperature", "learning_rate", "num_train_epochs", "max_steps", "supervise_history", "num_negatives",
+    "negative_scale",
+)  # fmt: skip
+
+
+def main(args: DecodingArguments, data_args: DataArguments, config: MSLConfig, model_args: ModelConfig) -> None:
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing: pass the model to fine-tune.")
+    if not (data_args.data_dir or data_args.interactions):
+        raise ValueError(
+            "`data_dir` and `interactions` are both missing: pass one of them. `trl-msl quickstart` needs no data."
+        )
+    data = load_data(data_args)
+    task = make_task(model_args, data_args, data.catalog, config.max_length, config.trust_remote_code)
+    trainer = make_trainer(task, data, config, model_args)
+    metrics = train_and_evaluate(trainer, task, data, args, {"arguments": reported(config)})
+    if trainer.is_world_process_zero():
+        plot_training({"MSL": trainer.state.log_history}, Path(config.output_dir) / "training.png")
+        num_users = len(data.windows["test"])
+        print(f"\nTest, {num_users} users, {len(data.catalog)} items\n{format_table({'MSL': metrics})}")
+        print(f"\n{config.output_dir}/metrics.json")
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    finish()
+
+
+def make_trainer(
+    task: RankingTask, data: Data, config: MSLConfig, model_args: ModelConfig, trainer_class: type = MSLTrainer
+) -> MSLTrainer:
+    """An [`MSLTrainer`], or one of a class derived from it, of what the options say."""
+    config.model_init_kwargs = model_options(config, model_args)
+    options = trainer_options(config, model_args, data.rows("train", task), data.rows("validation", task))
+    return trainer_class(args=config, task=task, **options)
+
+
+def reported(config: MSLConfig) -> dict[str, Any]:
+    """The options that tell one training from another, for `metrics.json`."""
+    return {"loss": "msl", **{name: getattr(config, name) for name in REPORTED}}
+
+
+def run(arguments: list[str] | None = None) -> None:
+    parser = TrlParser((DecodingArguments, DataArguments, MSLConfig, ModelConfig))
+    main(*parser.parse_args_and_config(arguments))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model trained, saved, tested on the whole catalogue, and what that leaves in its folder."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+
+from ..data import RankingTask
+from ..evaluation import RecommendationCallback
+from ..model import is_sharded
+from .decodings import DECODINGS, evaluate_decodings
+from .loading import Data, checkpoint_to_resume
+from .outputs import describe_recommendations, write_json, write_results, write_text
+
+
+@dataclass
+class DecodingArguments:
+    """
+    Arguments that say how a trained model is validated and tested.
+
+    Parameters:
+        decoding (`list[str]`, *optional*, defaults to `["exact"]`):
+            How the test finds the best items: `exact`, `beam` (10 beams), `beam-vocab` (by the probability over the
+            vocabulary), or `generate` (as `beam`, for models that the engine can't run). The first one validates.
+        eval_batch_users (`int`, *optional*, defaults to `16`):
+            Users per process that are decoded at a time.
+    """
+
+    decoding: list[str] = field(
+        default_factory=lambda: ["exact"], metadata={"help": "How the test decodes.", "choices": list(DECODINGS)}
+    )
+    eval_batch_users: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
+
+
+def model_options(config: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """`model_init_kwargs` of a trainer, from the model's options."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "trust_remote_code": config.trust_remote_code,
+        **(config.model_init_kwargs or {}),
+    }
+
+
+def trainer_options(config: SFTConfig, model_args: ModelConfig, train: Dataset, validation: Dataset) -> dict[str, Any]:
+    """Arguments of a trainer of TRL, from the options: model, datasets, adapter, quantisation."""
+    return {
+        "model": model_args.model_name_or_path,
+        "train_dataset": train,
+        "eval_dataset": validation if config.eval_strategy != "no" else None,
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
+
+
+def train_and_evaluate(
+    trainer: Trainer, task: RankingTask, data: Data, args: DecodingArguments, costs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """
+    Train a model with validation NDCG@10 at each evaluation, save it, and test it.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer, of any loss.
+        task ([`RankingTask`]), data ([`Data`]):
+            What is ranked.
+        args ([`DecodingArguments`]):
+            How it is validated and tested.
+        costs (`dict[str, Any]`, *optional*):
+            Entries that are added to the metrics.
+
+    Returns:
+        `dict[str, Any]`: the test's metrics, as in `metrics.json`. The trainer's folder has what
+        [`evaluate_and_write`] writes, and `log_history.json`.
+    """
+    config, folder = trainer.args, Path(trainer.args.output_dir)
+    if config.eval_strategy != "no":
+        settings = {"ks": (10,), "batch_size": args.eval_batch_users, **DECODINGS[args.decoding[0]]}
+        trainer.add_callback(RecommendationCallback(trainer, data.rows("validation", task), task, **settings))
+    started = time.time()
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(config))
+    # Callbacks that measure for an experiment say how long that took
+    measuring = sum(getattr(callback, "seconds", 0.0) for callback in trainer.callback_handler.callbacks)
+    seconds = time.time() - started - measuring
+    trainer.save_model()
+    model, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
+    if trainer.is_world_process_zero():
+        write_json(folder / "log_history.json", history)
+    costs = {
+        "train_seconds": round(seconds, 1),
+        "num_trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "seed": config.seed,
+        **(costs or {}),
+    }
+    if validated := {entry["step"]: entry["eval_ndcg@10"] for entry in history if "eval_ndcg@10" in entry}:
+        last = max(validated)
+        kept = trainer.state.best_global_step if config.load_best_model_at_end else last
+        costs["validation_ndcg@10"] = validated.get(kept, validated[last])
+    return evaluate_and_write(model, task, data, args, folder, costs)
+
+
+def evaluate_and_write(
+    model: PreTrainedModel, task: RankingTask, data: Data, args: DecodingArguments, folder: Path, costs: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Test a model, and write `metrics.json`, `rankings.parquet` and `recommendations.txt` into its folder; the results
+    of a second and third way of decoding into folders in it. A sharded model can't be decoded: there are only costs.
+
+    Returns:
+        `dict[str, Any]`: metrics of the first way of decoding, and `costs`.
+    """
+    process = PartialState()
+    costs = {"num_parameters": sum(parameter.numel() for parameter in model.parameters()), **costs}
+    if is_sharded(model):
+        process.print(
+            "The model is sharded, and decoding needs all of it in each process. Evaluate what was saved:\n"
+            f"accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path {folder}"
+        )
+        if process.is_main_process:
+            write_json(folder / "metrics.json", costs)
+        return costs
+    rows = data.rows("test", task)
+    results, found = evaluate_decodings(args.decoding, model, task, rows, batch_size=args.eval_batch_users)
+    first = args.decoding[0]
+    if process.is_main_process:
+        for decoding, result in found.items():
+            # The first way of decoding is the system's own, others are beside it
+            place = folder if decoding == first else folder / decoding
+            metrics = results[decoding] | costs | {"decoding": decoding}
+            ranking = (result.items, result.target_ranks)
+            write_results(place, metrics, task.catalog, rows["item_id"][:], *ranking, data.seen_items)
+        text = describe_recommendations(rows, task.catalog, found[first])
+        write_text(folder / "recommendations.txt", text)
+        print(text)
+    return results[first] | costs

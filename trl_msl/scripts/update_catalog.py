@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Add items to a trained model's catalogue and withdraw others, without training.
+
+```bash
+trl-msl update-catalog --model_name_or_path outputs/quickstart/msl \
+    --add new_items.csv --withdraw 17 204 --output_dir outputs/updated
+```
+
+`add` is a JSON file that maps ids to texts, or a CSV or Parquet file with columns `item_id` and `title`. All options
+can stand in a YAML file: `--config`. How many of its first tokens each new item shares with items of the training,
+which is what the model can know of it, is printed and written to `new_items.csv`.
+"""
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from transformers import AutoTokenizer
+from trl import TrlParser
+
+from ..data import RankingTask, read_items
+from .loading import find_folder
+
+
+@dataclass
+class UpdateArguments:
+    """
+    Arguments of this command.
+
+    Parameters:
+        model_name_or_path (`str`):
+            Folder or repository with a model or an adapter and its catalogue.
+        output_dir (`str`):
+            Folder to write, which must not exist.
+        add (`str`, *optional*):
+            Items to add.
+        withdraw, restore (`list[str]`, *optional*):
+            Ids of items that are no longer to be recommended, or are to be again.
+        item_column, text_column (`str`, *optional*):
+            Columns of `add`.
+        empty_texts, html_entities (`str`, *optional*):
+            As for [`ItemCatalog`], and as they were for the items of the training.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Folder or repository of a model with its catalogue."})
+    output_dir: str = field(metadata={"help": "Folder to write, which must not exist."})
+    add: str | None = field(default=None, metadata={"help": "Items to add: JSON, CSV or Parquet."})
+    withdraw: list[str] = field(default_factory=list, metadata={"help": "Ids of items to withdraw."})
+    restore: list[str] = field(default_factory=list, metadata={"help": "Ids of withdrawn items to restore."})
+    item_column: str = field(default="item_id", metadata={"help": "Id column of `add`."})
+    text_column: str = field(default="title", metadata={"help": "Text column of `add`."})
+    empty_texts: str = field(default="error", metadata={"help": "Items without text: 'error', 'keep' or 'id'."})
+    html_entities: str = field(default="keep", metadata={"help": "HTML entities in texts: 'keep' or 'decode'."})
+
+
+def main(args: UpdateArguments) -> None:
+    output_dir = Path(args.output_dir)
+    if output_dir.exists():
+        raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
+    folder = find_folder(args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # left out, it would ask
+    task = RankingTask.from_pretrained(folder, tokenizer)
+    policies = {"empty_texts": args.empty_texts, "html_entities": args.html_entities}
+    added = read_items(args.add, args.item_column, args.text_column, **policies) if args.add else None
+    updated = task.update(added, args.withdraw, args.restore)
+
+    # Whole, then renamed
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns("checkpoint-*"))
+    updated.save_pretrained(temporary)
+    shared = updated.shared_prefixes()
+    if shared:
+        texts = updated.catalog.texts[updated.num_trained :]
+        table = pd.DataFrame({"item_id": shared.keys(), "title": texts, "shared_tokens": shared.values()})
+        table.to_csv(temporary / "new_items.csv", index=False)
+    temporary.replace(output_dir)
+    print(describe(updated, shared))
+    print(output_dir)
+
+
+def describe(task: RankingTask, shared: dict[str, int]) -> str:
+    """What the catalogue holds now, and how near the items that the model has not seen are to those that it has."""
+    total, withdrawn = len(task.catalog), len(task.withdrawn)
+    lines = [
+        f"{total:,} items: {task.num_trained:,} that the model was trained with, {len(shared):,} added since, "
+        f"{withdrawn:,} withdrawn."
+    ]
+    for tokens, count in sorted(Counter(min(tokens, 3) for tokens in shared.values()).items()):
+        of_them = [item for item, number in shared.items() if min(number, 3) == tokens]
+        number = ("no token", "1 token", "2 tokens", "3 tokens or more")[tokens]
+        lines.append(f"{count:>7,} share {number} with an item of the training, such as {of_them[:3]}")
+    if 0 in shared.values():
+        lines.append(
+            "Those that share none begin with a token that the model has never learned to rank: train again soon."
+        )
+    return "\n".join(lines)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    main(*TrlParser((UpdateArguments,)).parse_args_and_config(arguments))
+
+
+if __name__ == "__main__":
+    run()
