@@ -1,111 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked Softmax Loss for TRL: fine-tune an LLM to rank the items of a catalogue."""
 
-from .data import (
-    DataArguments,
-    ItemCatalog,
-    PromptTemplate,
-    RankingTask,
-    build_rows,
-    encode_items,
-    encode_prompts,
-    fit_prompts,
-    k_core,
-    read_data,
-    read_interactions,
-    read_items,
-    read_windows,
-    sliding_windows,
-    split_by_time,
-    tokenize_rows,
-)
-from .decoding import DecodingOutput, Recommendations, TrieDecoder, TrieLogitsProcessor, recommend
-from .evaluation import (
-    RecommendationCallback,
-    bootstrap_interval,
-    coverage,
-    evaluate_recommendations,
-    per_user_metrics,
-    ranking_metrics,
-    ranks_of_targets,
-)
-from .model import is_sharded
-from .recommender import RecommendedItems, Recommender
-from .softmax_dpo import (
-    DataCollatorForSoftmaxPreference,
-    SoftmaxDPOConfig,
-    SoftmaxDPOTrainer,
-    build_preferences,
-    count_interactions,
-    draw_negatives,
-    model_negatives,
-    split_pairs,
-    tokenize_preferences,
-)
-from .training import (
-    MSLConfig,
-    MSLTrainer,
-    SparseCausalLMOutput,
-    TemperatureCallback,
-    adaptive_temperature,
-    add_sparse_lm_head,
-    masked_softmax_loss,
-    softmax_dpo_loss,
-    temperature_statistics,
-)
-from .trie import CompressedTrie, ItemTrie
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 
-__all__ = [
-    "RankingTask",
-    "CompressedTrie",
-    "DataArguments",
-    "DataCollatorForSoftmaxPreference",
-    "DecodingOutput",
-    "ItemCatalog",
-    "ItemTrie",
-    "MSLConfig",
-    "MSLTrainer",
-    "PromptTemplate",
-    "RecommendationCallback",
-    "Recommendations",
-    "RecommendedItems",
-    "Recommender",
-    "SoftmaxDPOConfig",
-    "SoftmaxDPOTrainer",
-    "SparseCausalLMOutput",
-    "TemperatureCallback",
-    "TrieDecoder",
-    "TrieLogitsProcessor",
-    "adaptive_temperature",
-    "add_sparse_lm_head",
-    "bootstrap_interval",
-    "build_preferences",
-    "build_rows",
-    "count_interactions",
-    "coverage",
-    "draw_negatives",
-    "encode_items",
-    "encode_prompts",
-    "evaluate_recommendations",
-    "fit_prompts",
-    "is_sharded",
-    "k_core",
-    "masked_softmax_loss",
-    "model_negatives",
-    "per_user_metrics",
-    "ranking_metrics",
-    "ranks_of_targets",
-    "read_data",
-    "read_interactions",
-    "read_items",
-    "read_windows",
-    "recommend",
-    "sliding_windows",
-    "softmax_dpo_loss",
-    "split_by_time",
-    "split_pairs",
-    "temperature_statistics",
-    "tokenize_preferences",
-    "tokenize_rows",
-]
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """The public names are imported when the first is asked for, so that `trl-msl --help` need not wait for torch."""
+    if name == "__all__" or not name.startswith("_"):
+        api = import_module(".api", __name__)
+        if name == "__all__" or name in api.__all__:
+            return getattr(api, name)
+        if name in globals():  # a room that the import above has brought
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})
