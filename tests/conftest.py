@@ -11,13 +11,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
 sys.path.insert(0, str(ROOT / "tests"))
 
 import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from helpers import TITLES, make_windows  # noqa: E402
+from helpers import TITLES, make_model, make_windows  # noqa: E402
 
 from trl_msl import ItemCatalog, PromptTemplate, RankingTask  # noqa: E402
 from trl_msl.experiments.from_scratch import train_tokenizer  # noqa: E402
@@ -85,4 +84,13 @@ def folder(tmp_path_factory) -> Path:
                 "timestamp": range(1000, 1000 + rows),
             }
         ).to_csv(path / name, index=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory, tokenizer) -> Path:
+    """A small model with its tokenizer, as from the Hub."""
+    path = tmp_path_factory.mktemp("base")
+    make_model(tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return path

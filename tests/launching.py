@@ -8,11 +8,19 @@ import sys
 from conftest import ROOT
 
 
-TINY = [
-    "--scratch_hidden_size", "32", "--scratch_num_layers", "1", "--scratch_pretrain_steps", "2", "--max_steps", "4",
-    "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--logging_steps", "1",
-    "--report_to", "none", "--bf16", "false", "--gradient_checkpointing", "false", "--use_cpu",
+FEW_STEPS = [
+    "--max_steps", "4", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4",
+    "--logging_steps", "1", "--report_to", "none", "--bf16", "false", "--gradient_checkpointing", "false", "--use_cpu",
 ]  # fmt: skip
+TINY = [
+    "--scratch_hidden_size", "32", "--scratch_num_layers", "1", "--scratch_pretrain_steps", "2", *FEW_STEPS
+]  # fmt: skip
+PROMPT = ["--prompt_text", "The user has read: {history}\nNext: "]
+
+
+def run(module, *arguments) -> int | None:
+    """A command in this process: `run(train, "--data_dir", folder)`."""
+    return module.run([str(argument) for argument in arguments])
 
 
 def launch(script, *arguments, fails: bool = False, num_processes: int = 1, config: str | None = None) -> str:

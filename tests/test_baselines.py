@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from launching import launch
-from trl import TrlParser
 
 from trl_msl import DataArguments, masked_softmax_loss
 
@@ -29,7 +28,7 @@ MODELS = ["popularity", "item-knn", "sasrec-bce", "sasrec-softmax", "sasrec-samp
 def baselines():
     for module in ("rectools", "pytorch_lightning", "implicit"):
         pytest.importorskip(module, reason='needs pip install "trl_msl[baselines]"')
-    return importlib.import_module("baselines")
+    return importlib.import_module("trl_msl.scripts.baselines")
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +58,9 @@ def circle(tmp_path_factory):
 
 
 def run(baselines, circle, output_dir, *arguments):
-    """The recipe in this process: its metrics and rankings."""
-    parser = TrlParser((baselines.BaselineArguments, DataArguments))
+    """The command in this process: its metrics and rankings."""
     arguments = ["--data_dir", circle, "--output_dir", output_dir, *SMALL, *arguments]
-    baselines.main(*parser.parse_args_and_config([str(argument) for argument in arguments]))
+    baselines.run([str(argument) for argument in arguments])
     return json.loads((output_dir / "metrics.json").read_text()), pd.read_parquet(output_dir / "rankings.parquet")
 
 
@@ -206,9 +204,10 @@ def test_what_cannot_be_trained(baselines, circle, tmp_path, monkeypatch, capsys
 
 
 def test_without_rectools_the_extra_is_named(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] in ("rectools", "implicit", "baselines")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("rectools", "implicit")]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "trl_msl.scripts.baselines", raising=False)
     monkeypatch.setitem(sys.modules, "rectools", None)
     monkeypatch.setitem(sys.modules, "implicit", None)
     with pytest.raises(ImportError, match=r'pip install "trl_msl\[baselines\]"'):
-        importlib.import_module("baselines")
+        importlib.import_module("trl_msl.scripts.baselines")

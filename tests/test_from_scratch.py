@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from trl_msl.experiments.from_scratch import build_model, train_tokenizer
 

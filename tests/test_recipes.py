@@ -1,26 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes, run as users run them: by `accelerate launch`."""
+"""The commands, from data to recommendations; those that several processes or the command line matter to, launched."""
 
 import json
 
 import pandas as pd
 import pytest
 import yaml
+from conftest import ROOT
 from helpers import TITLES, make_model, make_windows
-from launching import TINY, launch
+from launching import FEW_STEPS, PROMPT, TINY, launch, run
 
-from trl_msl import RankingTask, ItemCatalog, Recommender
+from trl_msl import ItemCatalog, Recommender
+from trl_msl.experiments import compare_losses
+from trl_msl.scripts import dpo, evaluate, merge, preferences, recommend, train, update_catalog
 
 
 def read(path):
     return json.loads(path.read_text())
 
 
+def test_recipes_shadow_no_package():
+    """Python looks for modules beside the script first: `import evaluate` in a library would find a recipe."""
+    names = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    assert not names & {"evaluate", "datasets", "train", "merge", "trl", "report_plots"}
+    for path in (ROOT / "recipes").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 25, path  # all that they do is in the package
+
+
 def test_quickstart_compares_losses_on_generated_data(tmp_path):
     """Without data options: the embedded default, here with fewer steps and users."""
     output = launch(
         "sft_msl.py", "--output_dir", tmp_path, *TINY, "--eval_steps", 2, "--save_steps", 2, "--max_test_users", 20,
-        "--max_validation_users", 8, "--loss", "untrained", "lml", "msl",
+        "--max_validation_users", 8,
     )  # fmt: skip
     summary = read(tmp_path / "summary.json")
     assert list(summary) == ["untrained", "lml", "msl", "best_possible", "seconds"]
@@ -34,22 +45,23 @@ def test_quickstart_compares_losses_on_generated_data(tmp_path):
     for row in ("untrained", "lml", "msl", "best_possible"):
         assert f"\n{row:>14}" in output
 
-    again = launch("evaluate.py", "--model_name_or_path", tmp_path / "msl", "--output_dir", tmp_path / "evaluation",
-                   "--max_test_users", 20)  # fmt: skip
+    again = launch("evaluate_recommender.py", "--model_name_or_path", tmp_path / "msl", "--output_dir",
+                   tmp_path / "evaluation", "--max_test_users", 20)  # fmt: skip
     assert "ndcg@10" in again
     metrics = read(tmp_path / "evaluation" / "metrics.json")
     assert metrics["exact"]["ndcg@10"] == pytest.approx(summary["msl"]["ndcg@10"])
 
 
-def test_folder_yaml_lora_and_best_checkpoint(tmp_path, folder):
+def test_folder_yaml_lora_and_best_checkpoint(tmp_path, folder, base_model):
     config = tmp_path / "config.yaml"
     options = {
         "data_dir": str(folder),
-        "prompt_words": ["book", "books", "read"],
+        "model_name_or_path": str(base_model),
+        "prompt_text": PROMPT[1],
         "use_peft": True,
         "lora_target_modules": ["all-linear"],
         "temperature": 2.0,
-        "max_length": 400,
+        "max_length": 200,
         "eval_strategy": "steps",
         "eval_steps": 2,
         "save_strategy": "steps",
@@ -58,12 +70,17 @@ def test_folder_yaml_lora_and_best_checkpoint(tmp_path, folder):
         "metric_for_best_model": "eval_ndcg@10",
     }
     config.write_text(yaml.safe_dump(options))
-    launch("sft_msl.py", "--config", config, "--output_dir", tmp_path / "out", *TINY)
-    assert list(read(tmp_path / "out" / "summary.json")) == ["msl", "seconds"]
-    launch(
-        "evaluate.py", "--data_dir", folder, "--prompt_words", "book", "books", "read", "--model_name_or_path",
-        tmp_path / "out" / "msl", "--output_dir", tmp_path / "out", "--match", "text", "--num_beams", 30,
-        "--decoding", "exact", "beam", "beam-vocab", "generate",
+    run(train, "--config", config, "--output_dir", tmp_path / "msl", *FEW_STEPS)
+    for name in ("metrics.json", "rankings.parquet", "log_history.json", "recommendations.txt", "training.png"):
+        assert (tmp_path / "msl" / name).is_file(), name
+    metrics = read(tmp_path / "msl" / "metrics.json")
+    assert metrics["num_rows"] == 6 and metrics["arguments"]["temperature"] == 2
+    assert 0 < metrics["num_trainable_parameters"] < metrics["num_parameters"]
+    assert Recommender.from_pretrained(tmp_path / "msl").task.max_length == 200
+
+    run(
+        evaluate, "--data_dir", folder, "--model_name_or_path", tmp_path / "msl", "--output_dir", tmp_path / "out",
+        "--match", "text", "--num_beams", 30, "--decoding", "exact", "beam", "beam-vocab", "generate",
     )  # fmt: skip
     metrics = read(tmp_path / "out" / "metrics.json")
     assert list(metrics) == ["exact", "beam", "beam-vocab", "generate", "differences", "arguments"]
@@ -76,7 +93,7 @@ def test_folder_yaml_lora_and_best_checkpoint(tmp_path, folder):
     assert vocab["ndcg@10_low"] <= vocab["ndcg@10"] <= vocab["ndcg@10_high"]
 
 
-def test_interaction_log_conversational_full_fine_tuning_and_resume(tmp_path):
+def test_interaction_log_conversational_full_fine_tuning_and_resume(tmp_path, base_model):
     log = tmp_path / "log.parquet"
     windows = make_windows([f"b{index}" for index in range(len(TITLES))], 30)
     events = [
@@ -87,96 +104,144 @@ def test_interaction_log_conversational_full_fine_tuning_and_resume(tmp_path):
     pd.DataFrame({"item_id": [f"b{index}" for index in range(len(TITLES))], "title": TITLES}).to_csv(
         items, index=False
     )
-    arguments = ["--interactions", log, "--items", items, "--min_interactions", 2, "--item_template", "{text}", *TINY]
-    arguments += ["--conversational", "--output_dir", tmp_path / "out", "--save_strategy", "steps", "--save_steps", 2]
-    launch("sft_msl.py", *arguments)
-    first = read(tmp_path / "out" / "summary.json")
-    checkpoint = tmp_path / "out" / "msl" / "checkpoint-2"
-    launch("sft_msl.py", *arguments, "--resume_from_checkpoint", checkpoint)
-    again = read(tmp_path / "out" / "summary.json")
-    assert again["msl"]["ndcg@10"] == first["msl"]["ndcg@10"]
-    assert (tmp_path / "out" / "msl" / "model.safetensors").is_file()
+    arguments = ["--interactions", log, "--items", items, "--min_interactions", 2, "--item_template", "{text}"]
+    arguments += ["--model_name_or_path", base_model, "--conversational", *PROMPT, *FEW_STEPS]
+    arguments += ["--output_dir", tmp_path / "out", "--save_strategy", "steps", "--save_steps", 2]
+    run(train, *arguments)
+    first = read(tmp_path / "out" / "metrics.json")
+    run(train, *arguments, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2")
+    again = read(tmp_path / "out" / "metrics.json")
+    assert again["ndcg@10"] == first["ndcg@10"]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_contradicting_options(tmp_path, folder):
-    output = launch(
-        "sft_msl.py", "--resume_from_checkpoint", "x", "--loss", "lml", "msl", "--output_dir", tmp_path, fails=True
-    )
-    assert "`resume_from_checkpoint` is one run's" in output
-    output = launch(
-        "sft_msl.py", "--data_dir", folder, "--interactions", "log.csv", "--output_dir", tmp_path, fails=True
-    )
-    assert "`data_dir` and `interactions` are both given" in output
-    output = launch("evaluate.py", "--data_dir", folder, fails=True)
-    assert "`model_name_or_path` is missing" in output
+def test_contradicting_options(tmp_path, folder, base_model):
+    model, cpu = ["--model_name_or_path", base_model], ["--output_dir", tmp_path, "--use_cpu", "--bf16", "false"]
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` is for one run"):
+        run(compare_losses, "--resume_from_checkpoint", "x", "--loss", "lml", "msl", *cpu)
+    with pytest.raises(ValueError, match="`data_dir` and `interactions` are both given"):
+        run(train, *model, "--data_dir", folder, "--interactions", "log.csv", *cpu)
+    with pytest.raises(ValueError, match="`data_dir` and `interactions` are both missing.*`trl-msl quickstart`"):
+        run(train, *model, *cpu)
+    for command, options in ((train, cpu), (dpo, cpu), (evaluate, cpu[:2]), (preferences, cpu[:2])):
+        with pytest.raises(ValueError, match="`model_name_or_path` is missing"):
+            run(command, "--data_dir", folder, *options)
+    assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_follow_the_same_course_as_one(tmp_path, folder):
+def test_two_processes_follow_the_same_course_as_one(tmp_path, folder, base_model):
     """Same union of rows in each step: the same losses, temperatures and metrics, and a model on disk."""
-    common = ["--data_dir", folder, *TINY, "--temperature_min", 0.1, "--temperature_ema", 0.3, "--max_grad_norm", 0]
-    common += ["--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "no", "--scratch_pretrain_steps", 0]
-    common += ["--train_sampling_strategy", "sequential"]
-    launch("sft_msl.py", *common, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 8)
-    launch("sft_msl.py", *common, "--output_dir", tmp_path / "two", num_processes=2)
-    one, two = ((read(tmp_path / name / "msl" / "log_history.json")) for name in ("one", "two"))
+    common = ["--data_dir", folder, "--model_name_or_path", base_model, *PROMPT, *FEW_STEPS, "--temperature_min", 0.1]
+    common += ["--temperature_ema", 0.3, "--max_grad_norm", 0, "--train_sampling_strategy", "sequential"]
+    common += ["--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "no"]
+    run(train, *common, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 8)
+    launch("trl_msl.scripts.train", *common, "--output_dir", tmp_path / "two", num_processes=2)
+    one, two = ((read(tmp_path / name / "log_history.json")) for name in ("one", "two"))
     assert len(one) == len(two)
     for entry, other in zip(one, two):
         for name in ("loss", "temperature", "target_probability", "valid_token_accuracy", "eval_ndcg@10"):
             if name in entry:
                 assert other[name] == pytest.approx(entry[name], abs=1e-4), (entry["step"], name)
-    metrics = [read(tmp_path / name / "msl" / "metrics.json") for name in ("one", "two")]
+    metrics = [read(tmp_path / name / "metrics.json") for name in ("one", "two")]
     assert metrics[0]["num_rows"] == metrics[1]["num_rows"] == 6
     assert metrics[0]["ndcg@10"] == pytest.approx(metrics[1]["ndcg@10"], abs=1e-4)
 
 
-def test_recommend_to_the_users_of_a_file(tmp_path, folder):
-    """On two processes; what is there of a killed run is taken up; CSV and Parquet; unknown items."""
-    model = tmp_path / "out" / "msl"
-    launch("sft_msl.py", "--data_dir", folder, "--output_dir", tmp_path / "out", *TINY, "--scratch_pretrain_steps", 0)
-    windows = make_windows([str(index) for index in range(len(TITLES))], 11)["item_ids"][:]
-    users = pd.DataFrame({"user_id": range(11), "item_ids": windows})
-    users.to_parquet(tmp_path / "users.parquet")
-    common = ["--model_name_or_path", model, "--part_size", 4, "--top_k", 3]
-    arguments = [*common, "--users", tmp_path / "users.parquet", "--output", tmp_path / "found.parquet"]
-    launch("recommend.py", *arguments, num_processes=2)
+@pytest.fixture
+def model(tmp_path, tokenizer, task):
+    """A recommender's folder, and a file of users with what they must get."""
+    Recommender(make_model(tokenizer), task).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def users(tmp_path, catalog):
+    windows = make_windows(catalog.ids, 11)["item_ids"][:]
+    pd.DataFrame({"user_id": range(11), "item_ids": windows}).to_parquet(tmp_path / "users.parquet")
+    return tmp_path / "users.parquet"
+
+
+def test_recommend_to_the_users_of_a_file(tmp_path, model, users):
+    """On two processes; what is there of a killed run is taken up."""
+    arguments = ["--model_name_or_path", model, "--part_size", 4, "--top_k", 3, "--users", users, "--output"]
+    launch("trl_msl.scripts.recommend", *arguments, tmp_path / "found.parquet", num_processes=2)
     found = pd.read_parquet(tmp_path / "found.parquet")
-    expected = Recommender.from_pretrained(model).recommend(windows, k=3)
+    expected = Recommender.from_pretrained(model).recommend(pd.read_parquet(users)["item_ids"].tolist(), k=3)
     assert [list(ids) for ids in found["recommended_ids"]] == expected.ids
     assert found["user_id"].tolist() == list(range(11)) and found["exact"].all()
     assert not (tmp_path / "found.parquet.parts").exists()
 
     # As a killed run would have left it: the second of three parts, here with a mark; and one of another run
-    marked = found.iloc[4:8].assign(user_id=-1)
-    arguments[-1] = tmp_path / "again.parquet"
-    (tmp_path / "again.parquet.parts").mkdir()
-    (tmp_path / "again.parquet.parts" / "job.json").write_text("{}")
-    output = launch("recommend.py", *arguments, fails=True)
-    assert "holds parts of a run with other users, output" in output
-    (tmp_path / "again.parquet.parts" / "job.json").unlink()
-    marked.to_parquet(tmp_path / "again.parquet.parts" / "000000000004.parquet")
-    launch("recommend.py", *arguments)
+    marked, parts = found.iloc[4:8].assign(user_id=-1), tmp_path / "again.parquet.parts"
+    parts.mkdir()
+    (parts / "job.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds parts of a run with other users, output"):
+        run(recommend, *arguments, tmp_path / "again.parquet")
+    (parts / "job.json").unlink()
+    marked.to_parquet(parts / "000000000004.parquet")
+    run(recommend, *arguments, tmp_path / "again.parquet")
     again = pd.read_parquet(tmp_path / "again.parquet")
     assert again["user_id"].tolist() == [0, 1, 2, 3, -1, -1, -1, -1, 8, 9, 10]
     assert again["recommended_ids"].map(list).tolist() == expected.ids
 
-    strange = pd.DataFrame({"item_ids": [json.dumps(windows[0]), '["0", "no such item"]', '["nor this"]']})
+
+def test_parts_that_cannot_be_resumed(tmp_path, model, users, task, caplog, monkeypatch):
+    """A part that was cut off, or that is of other users, is made again; weights that have changed are an error."""
+    arguments = ["--model_name_or_path", model, "--part_size", 4, "--top_k", 3, "--users", users, "--output"]
+    run(recommend, *arguments, tmp_path / "whole.parquet")
+    whole, parts = pd.read_parquet(tmp_path / "whole.parquet"), tmp_path / "found.parquet.parts"
+    unpatched = Recommender.recommend
+
+    def killed_in_the_third_part(self, histories, *args, **kwargs):
+        if len(histories) == 3:
+            raise KeyboardInterrupt
+        return unpatched(self, histories, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Recommender, "recommend", killed_in_the_third_part)
+        run(recommend, *arguments, tmp_path / "found.parquet")
+    first, second = sorted(parts.glob("*.parquet"))
+    first.write_bytes(first.read_bytes()[:-50])
+    pd.read_parquet(second).iloc[::-1].to_parquet(second)
+
+    Recommender(make_model(task.tokenizer, seed=1), task).save_pretrained(model)
+    with pytest.raises(ValueError, match="holds parts of a run with other weights_sha256: remove the folder"):
+        run(recommend, *arguments, tmp_path / "found.parquet")
+    Recommender(make_model(task.tokenizer), task.update(withdraw=["b3"])).save_pretrained(model)
+    with pytest.raises(ValueError, match="holds parts of a run with other task_sha256: remove the folder"):
+        run(recommend, *arguments, tmp_path / "found.parquet")
+
+    Recommender(make_model(task.tokenizer), task).save_pretrained(model)
+    run(recommend, *arguments, tmp_path / "found.parquet")
+    assert "000000000000.parquet cannot be read and is made again" in caplog.text
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "found.parquet"), whole)
+
+
+def test_users_with_unknown_items(tmp_path, model, capsys):
+    strange = pd.DataFrame({"item_ids": ['["b0", "b4"]', '["b0", "no such item"]', '["nor this"]']})
     strange.to_csv(tmp_path / "users.csv", index=False)
-    arguments = [*common, "--users", tmp_path / "users.csv", "--output", tmp_path / "csv.parquet"]
-    assert "not in the catalogue" in launch("recommend.py", *arguments, fails=True)
+    arguments = ["--model_name_or_path", model, "--users", tmp_path / "users.csv"]
+    arguments += ["--output", tmp_path / "found.parquet"]
+    with pytest.raises(ValueError, match="not in the catalogue"):
+        run(recommend, *arguments)
     arguments[-1] = tmp_path / "dropped.parquet"
-    output = launch("recommend.py", *arguments, "--unknown_items", "drop")
-    assert "2 unknown items of histories were dropped, and 1 users who had no other" in output
+    run(recommend, *arguments, "--unknown_items", "drop")
+    assert "2 unknown items of histories were dropped, and 1 users who had no other" in capsys.readouterr().out
     assert len(pd.read_parquet(tmp_path / "dropped.parquet")) == 2
 
+    strange.iloc[2:].to_csv(tmp_path / "users.csv", index=False)
+    with pytest.raises(ValueError, match=r"'drop' leaves none of the 1 users: .* such as \['nor this'\]"):
+        run(recommend, *arguments, "--unknown_items", "drop")
 
-def test_update_the_catalogue_of_a_trained_model(tmp_path, tokenizer, catalog, trie, template):
-    recommender = Recommender(make_model(tokenizer), tokenizer, RankingTask(catalog, trie, template))
-    recommender.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "checkpoint-1").mkdir()
+
+def test_update_the_catalogue_of_a_trained_model(tmp_path, model, capsys):
+    recommender = Recommender.from_pretrained(model)
+    (model / "checkpoint-1").mkdir()
     (tmp_path / "new.json").write_text(json.dumps({"n0": "The Silent Wood", "n1": "#42"}))
-    arguments = ["--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "updated"]
+    arguments = ["--model_name_or_path", model, "--output_dir", tmp_path / "updated"]
     arguments += ["--add", tmp_path / "new.json", "--withdraw", "b7", "b3"]
-    output = launch("update_catalog.py", *arguments)
+    run(update_catalog, *arguments)
+    output = capsys.readouterr().out
     assert "14 items: 12 that the model was trained with, 2 added since, 2 withdrawn." in output
     assert "1 share no token with an item of the training, such as ['n1']" in output
     assert pd.read_csv(tmp_path / "updated" / "new_items.csv")["shared_tokens"].tolist()[1] == 0
@@ -185,15 +250,17 @@ def test_update_the_catalogue_of_a_trained_model(tmp_path, tokenizer, catalog, t
     expected = recommender.update(add=new, withdraw=["b3", "b7"]).recommend([["b3", "n0"]], k=14)
     found = Recommender.from_pretrained(tmp_path / "updated").recommend([["b3", "n0"]], k=14)
     assert found.ids == expected.ids and found.scores[0] == pytest.approx(expected.scores[0], abs=1e-5)
-    assert "exists already: name another" in launch("update_catalog.py", *arguments, fails=True)
+    with pytest.raises(ValueError, match="exists already: name another"):
+        run(update_catalog, *arguments)
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory, folder):
+def adapter(tmp_path_factory, folder, base_model):
     """A model trained with MSL, as an adapter on a base model."""
     path = tmp_path_factory.mktemp("msl")
-    launch("sft_msl.py", "--data_dir", folder, "--output_dir", path, *TINY, "--use_peft")
-    return path / "msl"
+    data = ["--data_dir", folder, "--model_name_or_path", base_model, *PROMPT]
+    run(train, *data, "--output_dir", path, *FEW_STEPS, "--use_peft")
+    return path
 
 
 DPO = ["--max_steps", 3, "--report_to", "none", "--bf16", "false", "--use_cpu", "--gradient_checkpointing", "false"]
@@ -201,11 +268,15 @@ DPO += ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_ra
 
 
 @pytest.mark.parametrize(("negatives", "num_processes"), [("model", 2), ("popular", 1)])
-def test_softmax_dpo(negatives, num_processes, tmp_path, folder, adapter):
-    output = launch(
-        "softmax_dpo.py", "--data_dir", folder, "--model_name_or_path", adapter, "--output_dir", tmp_path, *DPO,
-        "--negatives", negatives, "--eval_strategy", "steps", "--eval_steps", 2, num_processes=num_processes,
-    )  # fmt: skip
+def test_softmax_dpo(negatives, num_processes, tmp_path, folder, adapter, capsys):
+    """The prompt is that of the adapter's training."""
+    arguments = ["--data_dir", folder, "--model_name_or_path", adapter, "--output_dir", tmp_path, *DPO]
+    arguments += ["--negatives", negatives, "--eval_strategy", "steps", "--eval_steps", 2]
+    if num_processes == 1:
+        run(dpo, *arguments)
+        output = capsys.readouterr().out
+    else:
+        output = launch("trl_msl.scripts.dpo", *arguments, num_processes=num_processes)
     assert "Each completion is run with a prompt of its own" not in output
     assert read(tmp_path / "metrics.json")["num_rows"] == 6
     history = read(tmp_path / "log_history.json")
@@ -215,17 +286,15 @@ def test_softmax_dpo(negatives, num_processes, tmp_path, folder, adapter):
     assert before.scores != after.scores
 
 
-def test_trls_own_dpo_script_on_a_model_trained_with_msl(tmp_path, folder, adapter):
+def test_trls_own_dpo_script_on_a_model_trained_with_msl(tmp_path, folder, adapter, capsys):
     """As the docs say: preference pairs, the adapter merged, TRL's script, and the catalogue is found."""
     data = ["--data_dir", folder, "--model_name_or_path", adapter]
-    output = launch(
-        "make_preferences.py", *data, "--negatives", "near", "--num_negatives", 2, "--pairs", "--output_dir",
-        tmp_path / "preferences",
-    )  # fmt: skip
-    assert "train: 36 rows, 72 rejected items" in output
+    options = ["--negatives", "near", "--num_negatives", 2, "--pairs", "--output_dir", tmp_path / "preferences"]
+    run(preferences, *data, *options)
+    assert "train: 36 rows, 72 rejected items" in capsys.readouterr().out
     pairs = pd.read_parquet(tmp_path / "preferences" / "train.parquet")
     assert list(pairs.columns) == ["prompt", "chosen", "rejected"] and len(pairs) == 72
-    launch("merge_adapter.py", "--model_name_or_path", adapter, "--output_dir", f"{tmp_path}/merged/")
+    run(merge, "--model_name_or_path", adapter, "--output_dir", f"{tmp_path}/merged/")
     merged = Recommender.from_pretrained(tmp_path / "merged").recommend([["0", "3"]])
     assert merged.ids == Recommender.from_pretrained(adapter).recommend([["0", "3"]]).ids
     for name, options in (("adapter", ["--use_peft"]), ("full", [])):
@@ -233,8 +302,8 @@ def test_trls_own_dpo_script_on_a_model_trained_with_msl(tmp_path, folder, adapt
             "trl.scripts.dpo", "--model_name_or_path", tmp_path / "merged", "--dataset_name", tmp_path / "preferences",
             "--output_dir", tmp_path / name, *DPO, *options,
         )  # fmt: skip
-        source = {} if name == "adapter" else {"bundle_from": tmp_path / "merged"}
+        source = {} if name == "adapter" else {"task_from": tmp_path / "merged"}
         found = Recommender.from_pretrained(tmp_path / name, **source).recommend([["0", "3"]])
         assert len(found.ids[0]) == 10 and found.scores != merged.scores
-    with pytest.raises(ValueError, match="name a folder that has one by `bundle_from`"):
+    with pytest.raises(ValueError, match="name a folder that has one by `task_from`"):
         Recommender.from_pretrained(tmp_path / "full")

@@ -5,14 +5,15 @@ import doctest
 import itertools
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
-import report
-from launching import launch
-from recipe_outputs import write_json, write_results
-from report import ReportArguments, find_systems, format_count, holm, main, sign_flip_p_value
-from report_plots import make_styles
+
+from trl_msl.scripts import report
+from trl_msl.scripts.outputs import write_json, write_results
+from trl_msl.scripts.report import ReportArguments, find_systems, format_count, holm, main, sign_flip_p_value
+from trl_msl.scripts.report_plots import make_styles
 
 
 ALWAYS = ["comparison.png", "report.json", "report.md"]
@@ -223,11 +224,22 @@ def test_plots_that_there_is_data_for(tmp_path, add):
     assert files(tmp_path) == sorted(expected)
 
 
-def test_as_users_run_it(tmp_path, add):
+def test_without_matplotlib(tmp_path, add, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.delitem(sys.modules, "trl_msl.scripts.report_plots")
+    add("msl-ats", [0, 2])
+    assert list(run(tmp_path)) == ["msl-ats"]
+    assert files(tmp_path) == ["report.json", "report.md"]
+    assert 'pip install "trl_msl[recipes]"' in capsys.readouterr().out
+
+
+def test_on_the_command_line(tmp_path, add, capsys):
     add("msl", [0, 2])
     add("popular", [-1, 2])
     arguments = ["--runs", tmp_path, "--reference", "msl", "--output_dir", tmp_path / "out"]
-    output = launch("report.py", *arguments, "--systems", "popular", "msl")
+    report.run([str(argument) for argument in (*arguments, "--systems", "popular", "msl")])
+    output = capsys.readouterr().out
     assert output.index("\n| popular") < output.index("\n| msl")
     for name in ALWAYS:
         assert f"{tmp_path}/out/{name}\n" in output and (tmp_path / "out" / name).is_file()

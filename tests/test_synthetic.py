@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
-import sys
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from trl_msl.experiments.synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
 
