@@ -65,7 +65,7 @@ def test_two_processes_train_as_one(kind, folder):
 
 
 def test_the_recipe_with_a_sharded_model(tmp_path):
-    """It trains and saves; what needs the whole model is refused before the training, or left to `evaluate.py`."""
+    """It trains and saves; what needs the whole model is refused before the training, or left to `evaluate_recommender.py`."""
     arguments = [
         *TINY,
         "--scratch_pretrain_steps",
@@ -83,7 +83,7 @@ def test_the_recipe_with_a_sharded_model(tmp_path):
     output = launch("sft_msl.py", *arguments, num_processes=2, config="fsdp2")
     assert "Evaluate what was saved" in output and "not evaluated" in output
     arguments = ["--model_name_or_path", tmp_path / "msl", "--max_test_users", 8, "--output_dir", tmp_path / "found"]
-    launch("evaluate.py", *arguments)
+    launch("evaluate_recommender.py", *arguments)
     # Preferences that do not come from the model, which is sharded
     rows = ["--preferences", tmp_path / "preferences"]
     source = ["--model_name_or_path", tmp_path / "base_model", "--max_test_users", 8]

@@ -178,7 +178,7 @@ def test_a_model_that_does_not_fit(catalog, tokenizer, template):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "trl_msl.doctor", *map(str, arguments)]
+    command = [sys.executable, "-m", "trl_msl.scripts.doctor", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 

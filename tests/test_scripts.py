@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, and what commands share: the task beside a model, checkpoints to resume from, data options."""
+
+import importlib
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from helpers import TITLES, make_model
+from launching import FEW_STEPS, PROMPT, run
+from transformers import TrainingArguments
+from trl import ModelConfig
+
+from trl_msl import DataArguments, ItemCatalog, RankingTask, Recommender
+from trl_msl.scripts import cli, doctor, train
+from trl_msl.scripts.loading import checkpoint_to_resume, load_data, load_task, with_generated_data
+
+
+class TestCommandLine:
+    def test_help_comes_without_torch(self):
+        code = "import sys; from trl_msl.scripts import cli; cli.main(['--help']); print('torch' in sys.modules)"
+        command = [sys.executable, "-c", code]
+        output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert output.endswith("False\n")
+        for name, (_, summary) in cli.COMMANDS.items():
+            assert re.search(f"^  {name} +{re.escape(summary)}$", output, flags=re.MULTILINE)
+
+    @pytest.mark.parametrize("name", cli.COMMANDS)
+    def test_each_command_is_there(self, name):
+        if name == "baselines":
+            pytest.importorskip("rectools", reason='needs pip install "trl_msl[baselines]"')
+        module = importlib.import_module(cli.COMMANDS[name][0])
+        assert callable(module.run) and module.__doc__
+
+    def test_options_of_a_command(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["trl-msl"])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["train", "--help"])
+        output = capsys.readouterr().out
+        assert exit_.value.code == 0 and "usage: trl-msl train" in output and "--temperature_eta" in output
+
+    def test_no_command(self, capsys):
+        assert cli.main([]) == 0
+        assert cli.main(["fly"]) == 2
+        assert "'fly' is not a command" in capsys.readouterr().err
+
+    def test_exit_code_of_the_doctor(self, tmp_path, base_model, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["trl-msl"])
+        options = ["--data_dir", str(tmp_path / "nowhere"), "--model_name_or_path", str(base_model)]
+        assert cli.main(["doctor", *options]) == 1
+        assert "ERROR Reading the data" in capsys.readouterr().out
+
+
+def test_doctor_takes_chat_template_kwargs_once(folder, base_model, capsys):
+    options = ["--data_dir", folder, "--model_name_or_path", base_model, *PROMPT]
+    run(doctor, *options, "--conversational", "--chat_template_kwargs", '{"enable_thinking": false}')
+    assert "Token that ends an item" in capsys.readouterr().out
+
+
+class TestTaskBesideTheModel:
+    @pytest.fixture
+    def model(self, tmp_path, folder, tokenizer, template):
+        """A recommender of the items of `folder`."""
+        ids = [str(index) for index in range(len(TITLES))]
+        task = RankingTask(ItemCatalog(ids, TITLES, template='"{text}"'), tokenizer, template, max_length=99)
+        Recommender(make_model(tokenizer), task).save_pretrained(tmp_path)
+        return ModelConfig(model_name_or_path=str(tmp_path))
+
+    def test_is_taken_where_the_options_say_nothing(self, model, folder, template):
+        args = DataArguments(data_dir=str(folder))
+        task = load_task(model, args, load_data(args).catalog)
+        assert (task.prompt_template, task.max_length) == (template, 99)
+
+    def test_may_have_been_given_items_since(self, model, folder):
+        recommender = Recommender.from_pretrained(model.model_name_or_path)
+        recommender.update(add=ItemCatalog(["new"], ["News"])).save_pretrained(model.model_name_or_path)
+        args = DataArguments(data_dir=str(folder))
+        assert len(load_task(model, args, load_data(args).catalog).catalog) == len(TITLES) + 1
+
+    def test_other_items(self, model, folder, tmp_path):
+        other = tmp_path / "other"
+        shutil.copytree(folder, other)
+        for items, seen in (
+            ({"0": "Ulysses"}, r"in 1 of 12 items, such as '0': .*\('Ulysses', 'The Silent River'\)"),
+            ({"77": "Ulysses"}, r"in 1 of 13 items, such as '77': .*\('Ulysses', None\)"),
+        ):
+            titles = {**json.loads((folder / "id2name4Rec.json").read_text()), **items}
+            (other / "id2name4Rec.json").write_text(json.dumps(titles))
+            args = DataArguments(data_dir=str(other))
+            with pytest.raises(ValueError, match=f"The catalogue differs from the one that .* {seen}"):
+                load_task(model, args, load_data(args).catalog)
+
+    def test_without_one_the_options_count(self, base_model, folder):
+        args = DataArguments(data_dir=str(folder), prompt_text="Read {history}", separate_items=True)
+        task = load_task(ModelConfig(model_name_or_path=str(base_model)), args, load_data(args).catalog, 77)
+        assert (task.prompt_template, task.max_length) == (args.prompt_template, 77)
+
+
+class TestResuming:
+    @pytest.fixture
+    def complete(self, tmp_path, folder, base_model):
+        """The options of a run with checkpoints 2 and 4, killed before its end."""
+        options = ["--data_dir", folder, "--model_name_or_path", base_model, *PROMPT, *FEW_STEPS]
+        options += ["--save_strategy", "steps", "--save_steps", 2, "--resume_from_checkpoint", "last"]
+        return [*options, "--output_dir", tmp_path]
+
+    def test_the_same_command_starts_and_resumes(self, complete, tmp_path, caplog):
+        """Also where there is nothing but a checkpoint that was cut off."""
+        (tmp_path / "checkpoint-2").mkdir()
+        run(train, *complete)
+        assert f"{tmp_path} has no complete checkpoint yet: training starts from the beginning" in caplog.text
+        weights = (tmp_path / "model.safetensors").read_bytes()
+        shutil.rmtree(tmp_path / "checkpoint-4")
+        caplog.clear()
+        run(train, *complete)
+        assert "starts from the beginning" not in caplog.text
+        assert (tmp_path / "model.safetensors").read_bytes() == weights
+
+        config = TrainingArguments(str(tmp_path), resume_from_checkpoint="last", bf16=False)
+        (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+        (tmp_path / "checkpoint-4" / "rng_state.pth").unlink()
+        assert checkpoint_to_resume(config) == str(tmp_path / "checkpoint-4")
+        assert "checkpoint-4 lacks the optimizer's state and the random state: training goes" in caplog.text
+        caplog.clear()
+        (tmp_path / "checkpoint-2" / "scheduler.pt").unlink()
+        config.resume_from_checkpoint = str(tmp_path / "checkpoint-2")
+        assert checkpoint_to_resume(config) == config.resume_from_checkpoint
+        assert "checkpoint-2 lacks the learning rate's schedule: training goes" in caplog.text
+        config.resume_from_checkpoint = None
+        assert checkpoint_to_resume(config) is None
+
+
+def test_training_without_matplotlib(tmp_path, folder, base_model, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    options = ["--data_dir", folder, "--model_name_or_path", base_model, *PROMPT, *FEW_STEPS]
+    with caplog.at_level(logging.WARNING):
+        run(train, *options, "--output_dir", tmp_path)
+    assert (tmp_path / "metrics.json").is_file() and not (tmp_path / "training.png").exists()
+    assert "training.png was left out, as matplotlib is not installed: pip install" in caplog.text
+
+
+def test_generated_data():
+    options = with_generated_data(["--max_test_users", "7"])
+    assert options[:2] == ["--prompt_text", "The user has read: {history}\nNext: "] and options[-1] == "7"
+    assert with_generated_data(["--data_dir=data"]) == ["--data_dir=data"]
+    data = load_data(DataArguments(max_validation_users=5, max_test_users=10**6))
+    assert [len(split) for split in data.windows.values()] == [4000, 5, 500]
+    assert 0.5 < data.best_possible["ndcg@10"] < 0.7

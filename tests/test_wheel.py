@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel, installed outside the repository: what a user has after `pip install`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+from helpers import TITLES, make_windows
+from launching import FEW_STEPS, PROMPT
+
+from trl_msl import Recommender
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder that the wheel is installed into; built offline, with the setuptools that is here."""
+    path, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source") / "repository"
+    # A copy, so that no `build` folder is left in the repository, or one there gets into the wheel
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    shutil.copytree(ROOT / "trl_msl", source / "trl_msl", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    offline = ["--no-deps", "--no-index"]
+    subprocess.run(
+        [*pip, "wheel", str(source), *offline, "--no-build-isolation", "--wheel-dir", str(path)], check=True
+    )
+    (wheel,) = path.glob("trl_msl-*.whl")
+    subprocess.run([*pip, "install", *offline, "--target", str(path / "site"), str(wheel)], check=True)
+    return path / "site"
+
+
+@pytest.fixture
+def trl_msl(site, tmp_path):
+    """Runs `trl-msl` as it was installed, in another folder, and returns what it printed."""
+
+    def call(*arguments) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(site / "bin" / "trl-msl"), *map(str, arguments)]
+        run = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
+        )
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+        return run.stdout
+
+    return call
+
+
+def test_the_wheel_holds_the_package(site):
+    source, installed = (
+        {str(path.relative_to(root)) for path in root.rglob("*") if path.suffix in (".py", ".yaml", ".typed")}
+        for root in (ROOT / "trl_msl", site / "trl_msl")
+    )
+    assert installed == source and "experiments/quickstart.yaml" in installed
+    code = "import trl_msl; print(trl_msl.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=site.parent, env=environment, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()) == site / "trl_msl" / "__init__.py"
+
+
+def test_from_a_log_to_recommendations(trl_msl, site, tmp_path, base_model):
+    assert "recommend       Recommend items to the users of a file" in trl_msl("--help")
+    windows = make_windows([f"b{index}" for index in range(len(TITLES))], 30)["item_ids"]
+    events = [(user, item, 100 * user + t) for user, ids in enumerate(windows) for t, item in enumerate(ids)]
+    pd.DataFrame(events, columns=["user_id", "item_id", "timestamp"]).to_csv(tmp_path / "log.csv", index=False)
+    items = {"item_id": [f"b{index}" for index in range(len(TITLES))], "title": TITLES}
+    pd.DataFrame(items).to_csv(tmp_path / "items.csv", index=False)
+    data = ["--interactions", "log.csv", "--items", "items.csv", "--min_interactions", 2, *PROMPT]
+    data += ["--model_name_or_path", base_model]
+    assert " checks: 0 errors, " in trl_msl("doctor", *data)
+    trl_msl("train", *data, *FEW_STEPS, "--output_dir", "out")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_rows"] == 3
+    users = pd.DataFrame({"user_id": range(3), "item_ids": [json.dumps(ids) for ids in windows[:3]]})
+    users.to_csv(tmp_path / "users.csv", index=False)
+    trl_msl("recommend", "--model_name_or_path", "out", "--users", "users.csv", "--output", "found.parquet")
+    found = pd.read_parquet(tmp_path / "found.parquet")
+    expected = Recommender.from_pretrained(tmp_path / "out").recommend(windows[:3])
+    assert [list(ids) for ids in found["recommended_ids"]] == expected.ids
