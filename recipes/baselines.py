@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Train a traditional recommender on the same data: `trl_msl.scripts.baselines`.
-
-```bash
 accelerate launch recipes/baselines.py --model sasrec-softmax --output_dir outputs/quickstart/sasrec-softmax
-```
 """
 
 from trl_msl.scripts.baselines import run

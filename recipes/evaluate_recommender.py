@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Evaluate a trained recommender: `trl_msl.scripts.evaluate`.
-
-```bash
 accelerate launch recipes/evaluate_recommender.py --model_name_or_path outputs/quickstart/msl
-```
 """
 
 from trl_msl.scripts.evaluate import run

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Merge a trained adapter into its base model: `trl_msl.scripts.merge`.
-
-```bash
 python recipes/merge_adapter.py --model_name_or_path outputs/quickstart/msl --output_dir outputs/merged
-```
 """
 
 from trl_msl.scripts.merge import run

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Make a small base model that can write a catalogue's items: `trl_msl.experiments.pretrain`.
-
-```bash
 accelerate launch recipes/pretrain.py --config recipes/configs/pretrain.yaml \
     --data_dir data/Book --empty_texts keep --output_dir outputs/book/base
-```
 """
 
 from trl_msl.experiments.pretrain import run

@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Recommend items to the users of a file: `trl_msl.scripts.recommend`.
-
-```bash
-accelerate launch recipes/recommend.py --model_name_or_path outputs/quickstart/msl \
-    --users users.parquet --output recommendations.parquet
-```
+accelerate launch recipes/recommend.py --model_name_or_path outputs/quickstart/msl --users users.parquet
 """
 
 from trl_msl.scripts.recommend import run

@@ -15,7 +15,7 @@ import sys
 
 from trl_msl.experiments import quickstart
 from trl_msl.scripts import train
-from trl_msl.scripts.loading import names_data
+from trl_msl.scripts.command_line import names_data
 
 
 if __name__ == "__main__":

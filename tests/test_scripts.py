@@ -18,7 +18,8 @@ from trl import ModelConfig
 
 from trl_msl import DataArguments, ItemCatalog, RankingTask, Recommender
 from trl_msl.scripts import cli, doctor, train
-from trl_msl.scripts.loading import checkpoint_to_resume, load_data, load_task, with_generated_data
+from trl_msl.scripts.command_line import with_generated_data
+from trl_msl.scripts.loading import checkpoint_to_resume, load_data, load_task
 
 
 class TestCommandLine:

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..data import DataArguments
 from ..model import is_sharded
+from ..scripts.command_line import command
 from ..scripts.outputs import finish, format_table, plot_training, write_json
 from ..scripts.train import make_trainer, reported
 from ..scripts.train_and_evaluate import DecodingArguments, train_and_evaluate
@@ -216,9 +217,7 @@ def _histogram(values: np.ndarray, edges: np.ndarray) -> dict[str, list]:
     return {"edges": edges.tolist(), "counts": np.histogram(values, edges)[0].tolist()}
 
 
-def run(arguments: list[str] | None = None) -> None:
-    parser = TrlParser((AblationArguments, DataArguments, ScratchArguments, MSLConfig, ModelConfig))
-    main(*parser.parse_args_and_config(arguments))
+run = command(main)
 
 
 if __name__ == "__main__":

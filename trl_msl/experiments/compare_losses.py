@@ -22,9 +22,10 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from ..data import DataArguments, RankingTask, tokenize_rows
+from ..scripts.command_line import command
 from ..scripts.loading import Data, load_data, make_task
 from ..scripts.outputs import finish, format_table, plot_training, write_json
 from ..scripts.train import make_trainer, reported
@@ -150,9 +151,7 @@ def as_sft(config: MSLConfig) -> SFTConfig:
     return SFTConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SFTConfig) if f.init})
 
 
-def run(arguments: list[str] | None = None) -> None:
-    parser = TrlParser((ComparisonArguments, DataArguments, ScratchArguments, MSLConfig, ModelConfig))
-    main(*parser.parse_args_and_config(arguments))
+run = command(main)
 
 
 if __name__ == "__main__":

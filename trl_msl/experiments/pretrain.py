@@ -18,9 +18,10 @@ With `--num_train_epochs 0` the weights stay random: the same start for runs fro
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import SFTConfig, SFTTrainer
 
 from ..data import DataArguments, PromptTemplate, fit_prompts
+from ..scripts.command_line import command
 from ..scripts.loading import Data, checkpoint_to_resume, load_data
 from ..scripts.outputs import finish
 from .from_scratch import ScratchArguments, make_base_model
@@ -61,8 +62,7 @@ def tokenize(
     return [ids + [tokenizer.eos_token_id] for ids in [*(start + item for item in items), *written]]
 
 
-def run(arguments: list[str] | None = None) -> None:
-    main(*TrlParser((DataArguments, ScratchArguments, SFTConfig)).parse_args_and_config(arguments))
+run = command(main)
 
 
 if __name__ == "__main__":

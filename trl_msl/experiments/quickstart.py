@@ -12,7 +12,7 @@ Options on the command line go before those of the file.
 
 import sys
 
-from ..scripts.loading import QUICKSTART
+from ..scripts.command_line import QUICKSTART
 from . import compare_losses
 
 

@@ -29,7 +29,6 @@ import dataclasses
 import logging
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,11 +40,11 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers import set_seed
-from trl import TrlParser
 
 from ..data import DataArguments
 from ..evaluation import coverage, ranking_metrics, ranks_of_targets
-from .loading import load_data, with_generated_data
+from .command_line import command
+from .loading import load_data
 from .outputs import format_table, write_results
 
 
@@ -325,10 +324,7 @@ class ItemKNN(CosineRecommender):
         self.scorer = NearestNeighboursScorer(self.similarity)
 
 
-def run(arguments: list[str] | None = None) -> None:
-    parser = TrlParser((BaselineArguments, DataArguments))
-    arguments = sys.argv[1:] if arguments is None else arguments
-    main(*parser.parse_args_and_config(with_generated_data(arguments)))
+run = command(main, generated_data=True)
 
 
 if __name__ == "__main__":

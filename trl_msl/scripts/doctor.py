@@ -17,10 +17,10 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
 from ..data import DataArguments, RankingTask, read_data
 from ..doctor import Finding, diagnose
+from .command_line import command
 
 
 @dataclass
@@ -95,8 +95,7 @@ def _format_row(status: str, what: str, seen: str, advice: str, widths: tuple[in
     )
 
 
-def run(arguments: list[str] | None = None) -> int:
-    return main(*TrlParser((DoctorArguments, DataArguments)).parse_args_and_config(arguments))
+run = command(main)
 
 
 if __name__ == "__main__":

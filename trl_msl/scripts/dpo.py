@@ -22,7 +22,6 @@ is trained further, with a copy of it as the reference; `--use_peft` puts a new 
 `output_dir` what `trl-msl train` does.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -31,11 +30,12 @@ from accelerate.utils import is_peft_model
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import find_adapter_config_file
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import DataArguments
 from ..softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
-from .loading import load_data, load_task, with_generated_data
+from .command_line import command
+from .loading import load_data, load_task
 from .negatives import NegativeArguments, make_preferences
 from .outputs import finish, format_table, plot_training
 from .train_and_evaluate import DecodingArguments, model_options, train_and_evaluate
@@ -83,10 +83,7 @@ def load_policy(model_args: ModelConfig, config: SoftmaxDPOConfig) -> PreTrained
     )
 
 
-def run(arguments: list[str] | None = None) -> None:
-    parser = TrlParser((NegativeArguments, DataArguments, SoftmaxDPOConfig, ModelConfig))
-    arguments = sys.argv[1:] if arguments is None else arguments
-    main(*parser.parse_args_and_config(with_generated_data(arguments)))
+run = command(main, generated_data=True)
 
 
 if __name__ == "__main__":

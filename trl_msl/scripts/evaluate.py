@@ -19,7 +19,6 @@ Writes `metrics.json` and `recommendations.txt` into `--output_dir`.
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,13 +26,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..data import DataArguments
 from ..decoding import Recommendations
 from ..evaluation import bootstrap_interval, per_user_metrics
+from .command_line import command
 from .decodings import DECODINGS, evaluate_decodings
-from .loading import load_data, load_task, with_generated_data
+from .loading import load_data, load_task
 from .outputs import describe_recommendations, finish, format_table, write_json, write_text
 
 
@@ -129,10 +129,7 @@ def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> di
     return difference
 
 
-def run(arguments: list[str] | None = None) -> None:
-    parser = TrlParser((EvaluationArguments, DataArguments, ModelConfig))
-    arguments = sys.argv[1:] if arguments is None else arguments
-    main(*parser.parse_args_and_config(with_generated_data(arguments)))
+run = command(main, generated_data=True)
 
 
 if __name__ == "__main__":

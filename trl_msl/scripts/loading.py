@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from datasets import Dataset, DatasetDict
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, TrainingArguments
@@ -18,8 +17,6 @@ from ..training import last_complete_checkpoint, warn_of_missing_state
 
 
 logger = logging.getLogger(__name__)
-
-QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.yaml"
 
 
 @dataclass
@@ -51,21 +48,6 @@ def load_data(args: DataArguments) -> Data:
         windows[split] = windows[split].select(range(min(most or len(windows[split]), len(windows[split]))))
     catalog = ItemCatalog(list(titles), texts, template=args.item_template)
     return Data(catalog, windows, best_possible(transitions, windows["test"]))
-
-
-def names_data(arguments: list[str]) -> bool:
-    """Whether a command line names data of its own."""
-    return bool({"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments})
-
-
-def with_generated_data(arguments: list[str]) -> list[str]:
-    """A command's arguments, after the data options of the quickstart if they name no data of their own."""
-    if names_data(arguments):
-        return arguments
-    names = {f.name for f in dataclasses.fields(DataArguments)}
-    config = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
-    options = [part for name, value in config.items() if name in names for part in (f"--{name}", str(value))]
-    return [*options, *arguments]
 
 
 def make_task(

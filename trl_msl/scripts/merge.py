@@ -14,10 +14,11 @@ from pathlib import Path
 
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..data import RankingTask
 from ..recommender import Recommender
+from .command_line import command
 from .loading import find_folder
 
 
@@ -50,8 +51,7 @@ def main(args: MergeArguments, model_args: ModelConfig) -> None:
     print(output_dir)
 
 
-def run(arguments: list[str] | None = None) -> None:
-    main(*TrlParser((MergeArguments, ModelConfig)).parse_args_and_config(arguments))
+run = command(main)
 
 
 if __name__ == "__main__":

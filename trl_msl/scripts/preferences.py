@@ -16,18 +16,18 @@ trl-msl evaluate --model_name_or_path outputs/dpo
 Without `--pairs`, `rejected` is a list, as `trl-msl dpo` takes it by `--preferences`, or makes it by itself.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..data import DataArguments
 from ..softmax_dpo import split_pairs
-from .loading import load_data, load_task, with_generated_data
+from .command_line import command
+from .loading import load_data, load_task
 from .negatives import NegativeArguments, make_preferences
 from .outputs import finish, write_parquet
 
@@ -83,10 +83,7 @@ def main(args: PreferenceArguments, data_args: DataArguments, model_args: ModelC
     finish()
 
 
-def run(arguments: list[str] | None = None) -> None:
-    parser = TrlParser((PreferenceArguments, DataArguments, ModelConfig))
-    arguments = sys.argv[1:] if arguments is None else arguments
-    main(*parser.parse_args_and_config(with_generated_data(arguments)))
+run = command(main, generated_data=True)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ import pyarrow as pa
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..data import read_table
 from ..recommender import Recommender
+from .command_line import command
 from .outputs import finish, write_json, write_parquet
 
 
@@ -202,8 +203,7 @@ def is_complete(path: Path, users: pd.DataFrame) -> bool:
     return histories == users["item_ids"].tolist()
 
 
-def run(arguments: list[str] | None = None) -> None:
-    main(*TrlParser((RecommendArguments, ModelConfig)).parse_args_and_config(arguments))
+run = command(main)
 
 
 if __name__ == "__main__":

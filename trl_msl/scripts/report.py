@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from trl import TrlParser
 
 from ..evaluation import bootstrap_interval, per_user_metrics
+from .command_line import command
 from .outputs import write_json, write_text
 
 
@@ -340,8 +340,7 @@ def describe_statistics(rows: dict[str, dict[str, Any]], reference: str) -> str:
     return text
 
 
-def run(arguments: list[str] | None = None) -> None:
-    main(*TrlParser((ReportArguments,)).parse_args_and_config(arguments))
+run = command(main)
 
 
 if __name__ == "__main__":

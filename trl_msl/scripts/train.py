@@ -30,10 +30,11 @@ It leaves in `output_dir` the model or the adapter with its catalogue, `metrics.
 from pathlib import Path
 from typing import Any
 
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..data import DataArguments, RankingTask
 from ..training import MSLConfig, MSLTrainer
+from .command_line import command
 from .loading import Data, load_data, make_task
 from .outputs import finish, format_table, plot_training
 from .train_and_evaluate import DecodingArguments, model_options, train_and_evaluate, trainer_options
@@ -80,9 +81,7 @@ def reported(config: MSLConfig) -> dict[str, Any]:
     return {"loss": "msl", **{name: getattr(config, name) for name in REPORTED}}
 
 
-def run(arguments: list[str] | None = None) -> None:
-    parser = TrlParser((DecodingArguments, DataArguments, MSLConfig, ModelConfig))
-    main(*parser.parse_args_and_config(arguments))
+run = command(main)
 
 
 if __name__ == "__main__":

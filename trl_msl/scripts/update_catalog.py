@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pandas as pd
 from transformers import AutoTokenizer
-from trl import TrlParser
 
 from ..data import RankingTask, read_items
+from .command_line import command
 from .loading import find_folder
 
 
@@ -100,8 +100,7 @@ def describe(task: RankingTask, shared: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-def run(arguments: list[str] | None = None) -> None:
-    main(*TrlParser((UpdateArguments,)).parse_args_and_config(arguments))
+run = command(main)
 
 
 if __name__ == "__main__":

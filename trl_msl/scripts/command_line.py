@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a command line to the arguments of a command's `main`, and the generated data where it names none."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+from ..data import DataArguments
+
+
+QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.yaml"
+
+
+def command(main: Callable[..., Any], generated_data: bool = False) -> Callable[..., Any]:
+    """
+    A function that takes the dataclasses of `main` from a list of options, those of the command line by default.
+
+    Args:
+        main (`Callable`):
+            Function of dataclasses, by which its parameters are annotated.
+        generated_data (`bool`, *optional*, defaults to `False`):
+            Whether options that name no data mean the quickstart's.
+    """
+
+    def run(arguments: list[str] | None = None) -> Any:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if generated_data:
+            arguments = with_generated_data(arguments)
+        kinds = [kind for name, kind in get_type_hints(main).items() if name != "return"]
+        return main(*TrlParser(kinds).parse_args_and_config(arguments))
+
+    return run
+
+
+def names_data(arguments: list[str]) -> bool:
+    """Whether a command line names data of its own."""
+    return bool({"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments})
+
+
+def with_generated_data(arguments: list[str]) -> list[str]:
+    """A command's arguments, after the data options of the quickstart if they name no data of their own."""
+    if names_data(arguments):
+        return arguments
+    names = {f.name for f in dataclasses.fields(DataArguments)}
+    config = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    options = [part for name, value in config.items() if name in names for part in (f"--{name}", str(value))]
+    return [*options, *arguments]
