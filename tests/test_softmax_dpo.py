@@ -251,9 +251,9 @@ def test_conversational_rows(catalog, chat_task, chat_trie):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rejected": [["Ulysses"]]}, "1 of the 2 completions read are no item of the catalogue, such as .'Ulysses'"),
+        ({"rejected": [["Ulysses"]]}, "1 of the 2 completions read are not items of the catalogue, such as .'Uly"),
         ({"rejected": [[]]}, "1 of the 1 rows read have no rejected"),
-        ({"rejected": [['"Dune"']]}, "1 of the 1 rows read reject what they have chosen"),
+        ({"rejected": [['"Dune"']]}, "1 of the 1 rows read reject their chosen item"),
     ],
 )
 def test_bad_rows(change, message, task):
@@ -307,7 +307,7 @@ def test_another_dataset_is_no_preference_data(tmp_path, task, tokenizer):
 
 def test_precomputed_references_of_one_form_are_not_taken_for_another(tmp_path, task, tokenizer):
     """TRL caches them beside the files of the data, by rows and model."""
-    make_preferences(task).to_parquet(tmp_path / "rows.parquet")
+    make_preferences(task, ragged=True).to_parquet(tmp_path / "rows.parquet")
     make_model(tokenizer).save_pretrained(tmp_path / "base")
     for normalize in ("trie", "vocab"):
         rows = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
@@ -349,10 +349,12 @@ def test_rows_that_the_user_tokenised(tmp_path, task, tokenizer):
     with pytest.raises(ValueError, match="`predict` is not supported"):
         trainer.predict(tokenized)
     cut = tokenized.map(lambda row: {"chosen_ids": row["chosen_ids"][:-1]})
+    none = tokenized.map(lambda row, index: {"rejected_ids": row["rejected_ids"][: 1 - index % 2]}, with_indices=True)
     flat = tokenized.map(lambda row: {"rejected_ids": row["rejected_ids"][0]})
     for wrong, message, other_task in (
         (cut, r"has 40 completion\(s\) that are not items of the task", task),
-        (flat, "but not `chosen_ids`, tokens, and `rejected_ids`", task),
+        (flat, "but not in each row `chosen_ids`, a list of tokens, and `rejected_ids`", task),
+        (none, "but not in each row `chosen_ids`, a list of tokens, and `rejected_ids`", task),
         (tokenized, r"`max_length` = 20: 40 row\(s\) of the train dataset are longer", replace(task, max_length=20)),
     ):
         with pytest.raises(ValueError, match=message):
@@ -377,3 +379,30 @@ def test_virtual_tokens_and_padding(tmp_path, task, tokenizer, trie):
     collator = DataCollatorForSoftmaxPreference(trie, 0, pad_to_multiple_of=64)
     batch = collator([trainer.train_dataset[0]])
     assert batch["input_ids"].shape[1] % 64 == 0 and batch["segments"][0, -1] == -1
+
+
+@pytest.mark.parametrize("is_tokenized", [False, True])
+def test_empty_datasets(is_tokenized, tmp_path, task, tokenizer):
+    rows = make_preferences(task, num_rows=4)
+    if is_tokenized:
+        rows = rows.map(tokenize_preferences, batched=True, fn_kwargs={"task": task}, remove_columns=rows.column_names)
+    model, reference = make_model(tokenizer), make_model(tokenizer)
+    for empty in (rows.select([]), rows.to_iterable_dataset().take(0)):
+        with pytest.raises(ValueError, match="The train dataset is empty: pass at least one row"):
+            make_trainer(tmp_path, model, empty, task, ref_model=reference)
+        with pytest.raises(ValueError, match="The other dataset is empty: pass at least one row"):
+            make_trainer(tmp_path, model, rows, task, ref_model=reference, eval_dataset={"other": empty})
+    trainer = make_trainer(tmp_path, model, rows, task, ref_model=reference)
+    with pytest.raises(ValueError, match="The eval dataset is empty: pass at least one row"):
+        trainer.evaluate(rows.select([]))
+
+
+def test_a_stream_of_rows(tmp_path, task, tokenizer):
+    """Trained on like the same rows in memory."""
+    rows, losses = make_preferences(task), []
+    for train_dataset in (rows, rows.to_iterable_dataset()):
+        models = (make_model(tokenizer, seed=seed) for seed in (0, 1))
+        trainer = make_trainer(tmp_path, next(models), train_dataset, task, ref_model=next(models), max_steps=1)
+        losses.append(trainer.evaluate(train_dataset)["eval_loss"])
+        trainer.train()
+    assert losses[1] == pytest.approx(losses[0])

@@ -31,7 +31,7 @@ def build_preferences(rows: Dataset, task: RankingTask, negatives: Sequence[Sequ
     if len(negatives) != len(rows):
         raise ValueError(f"`negatives` has {len(negatives)} entries for {len(rows)} rows.")
     if len(rows) == 0:
-        raise ValueError("`rows` is empty: there is nothing to choose.")
+        raise ValueError("`rows` is empty: pass at least one row.")
     conversational = is_conversational(rows[0])
 
     def write(item: int) -> Any:
@@ -88,8 +88,8 @@ def tokenize_preferences(batch: dict[str, list], task: RankingTask) -> dict[str,
         `dict` of `prompt_ids`, `chosen_ids` (lists of int) and `rejected_ids` (lists of lists of int).
 
     Raises:
-        `ValueError`: if a completion is no item of the catalogue, a row has no rejected one, or rejects what it has
-            chosen, or a row is too long and can't be shortened.
+        `ValueError`: if a completion is not an item of the catalogue, a row has no rejected completion or rejects its
+            chosen one, or a row is too long and can't be shortened.
     """
     missing = {"prompt", "chosen", "rejected"} - batch.keys()
     if missing:
@@ -109,8 +109,8 @@ def tokenize_preferences(batch: dict[str, list], task: RankingTask) -> dict[str,
     unknown = [text for text, node in zip(completions, nodes) if node < 0]
     if unknown:
         raise ValueError(
-            f"`chosen` and `rejected`: {len(unknown)} of the {len(completions)} completions read are no item of the "
-            f"catalogue, such as {unknown[:3]}. Write items as `ItemCatalog.completions` has them."
+            f"`chosen` and `rejected`: {len(unknown)} of the {len(completions)} completions read are not items "
+            f"of the catalogue, such as {unknown[:3]}. Write items as `ItemCatalog.completions` has them."
         )
     chosen_ids, rejected_ids, contradictions, start = [], [], [], 0
     for rejected in several:
@@ -121,7 +121,7 @@ def tokenize_preferences(batch: dict[str, list], task: RankingTask) -> dict[str,
         start += 1 + len(rejected)
     if contradictions:
         raise ValueError(
-            f"`rejected`: {len(contradictions)} of the {len(several)} rows read reject what they have chosen, such as "
+            f"`rejected`: {len(contradictions)} of the {len(several)} rows read reject their chosen item, such as "
             f"{contradictions[0]!r}. Draw other negatives."
         )
     longest = [max(map(len, [one, *others])) for one, others in zip(chosen_ids, rejected_ids)]
@@ -132,17 +132,18 @@ def tokenize_preferences(batch: dict[str, list], task: RankingTask) -> dict[str,
 
 def check_preferences(batch: dict[str, list], task: RankingTask, dataset_name: str) -> dict[str, list]:
     """Rows that the user tokenised: completions must be items of this trie, and no row too long."""
-    if not {"chosen_ids", "rejected_ids"} <= batch.keys() or not isinstance(batch["rejected_ids"][0][0], list):
+    rejected = batch.get("rejected_ids", [])
+    if "chosen_ids" not in batch or not all(ids and isinstance(ids[0], list) for ids in rejected) or not rejected:
         raise ValueError(
-            f"The {dataset_name} dataset has `prompt_ids`, but not `chosen_ids`, tokens, and `rejected_ids`, lists of "
-            "tokens: map `tokenize_preferences` over preference rows, which makes all of them."
+            f"The {dataset_name} dataset has `prompt_ids`, but not in each row `chosen_ids`, a list of tokens, and "
+            "`rejected_ids`, one or more lists of tokens: map `tokenize_preferences` over preference rows."
         )
     several = [[one, *others] for one, others in zip(batch["chosen_ids"], batch["rejected_ids"])]
     num_wrong = int((task.trie.find([ids for completions in several for ids in completions]) < 0).sum())
     if num_wrong:
         raise ValueError(
-            f"The {dataset_name} dataset has {num_wrong} completion(s) that are no item of the task: map "
-            "`tokenize_preferences` with this very task."
+            f"The {dataset_name} dataset has {num_wrong} completion(s) that are not items of the task: map "
+            "`tokenize_preferences` with the same task."
         )
     lengths = [len(ids) + max(map(len, completions)) for ids, completions in zip(batch["prompt_ids"], several)]
     max_length = task.max_length

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.utils import get_config_model_id
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from ..data import RankingTask
 from ..trie import ItemTrie
@@ -59,6 +61,8 @@ class TaskTrainerMixin:
                 f"`max_length` is {args.max_length} in `args` and {task.max_length} in `task`, by which rows are made "
                 "and ranked: set it in the task, and leave it out of `args`."
             )
+        if isinstance(kwargs.get("train_dataset"), Dataset | IterableDataset):  # TRL reads its first row
+            self._column_names(kwargs["train_dataset"], "train")
         args = copy.copy(args)
         args.max_length = task.max_length
         self.task = task
@@ -68,6 +72,43 @@ class TaskTrainerMixin:
     def trie(self) -> ItemTrie:
         """The task's trie, whose nodes are the labels."""
         return self.task.trie
+
+    def _column_names(self, dataset: Dataset | IterableDataset, dataset_name: str) -> list[str]:
+        if next(iter(dataset), None) is None:
+            raise ValueError(f"The {dataset_name} dataset is empty: pass at least one row.")
+        return get_dataset_column_names(dataset)
+
+    def _map_rows(
+        self,
+        dataset: Dataset | IterableDataset,
+        tokenize: Callable,
+        dataset_name: str,
+        args: TrainingArguments,
+        **fn_kwargs: Any,
+    ) -> Dataset | IterableDataset:
+        """Replace the columns of a dataset by those that `tokenize(batch, task, **fn_kwargs)` returns."""
+        map_kwargs = {}
+        if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
+            map_kwargs = {"desc": f"Tokenizing {dataset_name} dataset", "num_proc": args.dataset_num_proc}
+        with global_then_local_main_first():
+            return dataset.map(
+                tokenize,
+                batched=True,
+                remove_columns=get_dataset_column_names(dataset),
+                fn_kwargs={"task": self.task, **fn_kwargs},
+                **map_kwargs,
+            )
+
+    def _check_rows(
+        self, dataset: Dataset | IterableDataset, check: Callable, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        """Call `check(batch, task, dataset_name)` on all rows: now, or as they come from an `IterableDataset`."""
+        fn_kwargs = {"task": self.task, "dataset_name": dataset_name}
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(check, batched=True, fn_kwargs=fn_kwargs)
+        for batch in dataset.iter(batch_size=10_000):
+            check(batch, **fn_kwargs)
+        return dataset
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """
