@@ -20,11 +20,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from trl_msl import (
-    RankingTask,
     ItemCatalog,
     MSLConfig,
     MSLTrainer,
     PromptTemplate,
+    RankingTask,
     add_sparse_lm_head,
     is_sharded,
     masked_softmax_loss,

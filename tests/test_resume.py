@@ -8,9 +8,9 @@ import sys
 import pytest
 from helpers import make_model, make_windows
 from safetensors.numpy import load_file
-
-from trl_msl import RankingTask, ItemCatalog, build_rows
 from trl_msl.training.catalog_trainer import last_complete_checkpoint
+
+from trl_msl import ItemCatalog, RankingTask, build_rows
 
 
 TRAIN = """
