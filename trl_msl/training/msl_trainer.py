@@ -10,11 +10,8 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
-from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import global_then_local_main_first
 
 from ..data import RankingTask, tokenize_rows
-from ..trie import ItemTrie
 from .losses import masked_softmax_loss
 from .msl_config import MSLConfig
 from .sparse_head import SparseCausalLMOutput, add_sparse_lm_head
@@ -137,43 +134,31 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         dataset_name,
     ):
         supervise_history = args.supervise_history and dataset_name == "train"
-        columns = get_dataset_column_names(dataset)
+        columns = self._column_names(dataset, dataset_name)
         if "input_ids" not in columns:
-            map_kwargs = {}
-            if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
-                map_kwargs = {"desc": f"Tokenizing {dataset_name} dataset", "num_proc": args.dataset_num_proc}
-            with global_then_local_main_first():
-                dataset = dataset.map(
-                    tokenize_rows,
-                    batched=True,
-                    remove_columns=columns,
-                    fn_kwargs={"task": self.task, "supervise_history": supervise_history},
-                    **map_kwargs,
-                )
+            dataset = self._map_rows(dataset, tokenize_rows, dataset_name, args, supervise_history=supervise_history)
         elif "labels" not in columns:
             raise ValueError(
                 f"The {dataset_name} dataset has `input_ids` but no `labels`: map `tokenize_rows` over "
                 "prompt/completion rows, which makes both."
             )
-        elif isinstance(dataset, Dataset):
-            num_targets = 0
-            for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=10_000):
-                _check_tokenized(batch, self.trie, args.max_length, dataset_name)
-                nodes = torch.from_numpy(np.concatenate(batch["labels"]))
-                parents = self.trie.to("cpu").parents(nodes[nodes != -100])
-                num_targets += int((parents == self.trie.first_branching_node).sum())
-            if supervise_history and num_targets <= len(dataset):
-                raise ValueError(
-                    f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
-                    f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
-                )
         else:
-            dataset = dataset.map(
-                _check_tokenized,
-                batched=True,
-                fn_kwargs={"trie": self.trie, "max_length": args.max_length, "dataset_name": dataset_name},
-            )
+            dataset = self._check_rows(dataset, _check_tokenized, dataset_name)
+            if supervise_history and isinstance(dataset, Dataset):
+                self._check_supervision(dataset)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _check_supervision(self, dataset: Dataset) -> None:
+        """Raise if rows that the user tokenised have no targets but their last items."""
+        num_targets, trie = 0, self.trie.to("cpu")
+        for batch in dataset.select_columns(["labels"]).iter(batch_size=10_000):
+            nodes = torch.from_numpy(np.concatenate(batch["labels"]))
+            num_targets += int((trie.parents(nodes[nodes != -100]) == trie.first_branching_node).sum())
+        if num_targets <= len(dataset):
+            raise ValueError(
+                f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
+                f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
+            )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         if self.args.normalize == "vocab":
@@ -277,16 +262,15 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             metrics[name].append(sums[name] / max(sums["supervised"], 1))
 
 
-def _check_tokenized(
-    batch: dict[str, list], trie: ItemTrie, max_length: int | None, dataset_name: str
-) -> dict[str, list]:
+def _check_tokenized(batch: dict[str, list], task: RankingTask, dataset_name: str) -> dict[str, list]:
     """Rows that the user tokenised: labels must be nodes of this trie, and no title may be cut."""
     ids, nodes = (torch.from_numpy(np.concatenate(batch[name])) for name in ("input_ids", "labels"))
     is_last = torch.zeros(len(nodes), dtype=torch.bool)
     is_last[np.cumsum([len(row) for row in batch["labels"]]) - 1] = True
     labelled = nodes != -100
     ids, nodes, is_last = ids[labelled], nodes[labelled], is_last[labelled]
-    trie, on_trie = trie.to("cpu"), (nodes > 0) & (nodes < trie.num_nodes)
+    trie, max_length = task.trie.to("cpu"), task.max_length
+    on_trie = (nodes > 0) & (nodes < trie.num_nodes)
     # Behind an item of the history something else may stand where it should end
     is_right = (trie.tokens(nodes * on_trie) == ids) | (torch.isin(nodes, trie.item_nodes) & ~is_last)
     num_wrong = int((~on_trie | ~is_right).sum())
