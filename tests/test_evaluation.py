@@ -14,12 +14,12 @@ from trl_msl import (
     RankingTask,
     RecommendationCallback,
     build_rows,
-    encode_prompts,
     evaluate_recommendations,
-    ranking_metrics,
-    ranks_of_targets,
     recommend,
 )
+from trl_msl.data import encode_prompts
+from trl_msl.decoding import Recommendations
+from trl_msl.evaluation import ranking_metrics, ranks_of_targets
 
 
 NUM_TEXTS = len(set(TITLES))
@@ -54,6 +54,45 @@ def test_items_with_the_same_text_follow_each_other_or_count_as_one(model, task,
     by_text = evaluate_recommendations(model, task, second, ks=(12,), match="text")
     first = evaluate_recommendations(model, task, rows.map(lambda row: {"item_id": "b5"}), ks=(12,))
     assert by_text["mrr@12"] == first["mrr@12"] > by_id["mrr@12"]
+
+
+def test_as_many_texts_as_places(model, task, rows):
+    """Items 5 and 6 are written alike, and take one place together."""
+    everything = recommend(model, task, rows["prompt"][:], top_k=12).items
+    num_checked = 0
+    for user, items in enumerate(everything.tolist()):
+        place = items.index(5)  # so item 6 has the next one
+        if place == 10:
+            continue
+        row = rows.select([user]).map(
+            lambda row, target: {"item_id": target}, fn_kwargs={"target": f"b{items[place + 2]}"}
+        )
+        k = place + 2  # different texts up to the target, which is the last of them
+        by_text, found = evaluate_recommendations(model, task, row, ks=(k,), match="text", return_recommendations=True)
+        assert (by_text[f"hr@{k}"], by_text[f"mrr@{k}"]) == (1, 1 / k)
+        assert found.items.tolist() == [[*items[: place + 1], items[place + 2]]]
+        assert by_text["coverage"] == k / NUM_TEXTS
+        assert evaluate_recommendations(model, task, row, ks=(k,))[f"hr@{k}"] == 0
+        by_text = evaluate_recommendations(
+            model, task, row, ks=(k + 1,), match="text", exclude=[[]] if user % 2 else None, allowed=list(range(12))
+        )
+        assert by_text[f"mrr@{k + 1}"] == 1 / k
+        num_checked += 1
+    assert num_checked == 3
+
+
+def test_repeats_in_a_list_take_no_rank(model, task, rows, monkeypatch):
+    """The first two rows hold the texts A, A, B, C, the third B, A, C, A."""
+    items = np.array([[5, 6, 0, 7], [5, 6, 0, 7], [0, 5, 7, 6]])
+    rest = {name: np.zeros(3) for name in ("scores", "expansions", "rounds")}
+    found = Recommendations(items, exact=np.zeros(3, dtype=bool), **rest)
+    monkeypatch.setattr("trl_msl.evaluation.evaluate.recommend", lambda *args, **kwargs: found)
+    targets = rows.select(range(3)).map(lambda row, index: {"item_id": ["b6", "b0", "b7"][index]}, with_indices=True)
+    by_text = evaluate_recommendations(model, task, targets, ks=(4,), match="text", mode="generate")
+    assert found.target_ranks.tolist() == [0, 1, 2]
+    assert by_text["mrr@4"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    evaluate_recommendations(model, task, targets, ks=(4,), mode="generate")
+    assert found.target_ranks.tolist() == [1, 2, 2]
 
 
 def test_conversational_prompts(model, chat_task, catalog):
@@ -110,3 +149,49 @@ def test_full_fine_tuning_in_bf16_is_evaluated_in_fp32(tokenizer, task, rows, tm
     fp32 = make_model(tokenizer, num_hidden_layers=8, hidden_size=128)
     fp32.load_state_dict(model.state_dict())
     assert found["eval_ndcg@5"] == evaluate_recommendations(fp32, task, rows, ks=(5,))["ndcg@5"]
+
+
+def test_metrics_are_those_of_the_best_weights_once_they_are_loaded(tokenizer, task, rows, tmp_path):
+    args = MSLConfig(
+        tmp_path, max_steps=2, learning_rate=0.5, report_to="none", use_cpu=True, bf16=False, eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_ndcg@5", greater_is_better=True,
+    )  # fmt: skip
+    trainer = MSLTrainer(make_model(tokenizer), args, train_dataset=rows, eval_dataset=rows, task=task)
+    trainer.add_callback(RecommendationCallback(trainer, rows, ks=(5,)))
+    trainer.train()
+    first, last = (entry["eval_ndcg@5"] for entry in trainer.state.log_history if "eval_ndcg@5" in entry)
+    assert trainer.state.best_global_step == 1 and first > last
+    assert trainer.evaluate(rows, metric_key_prefix="eval_other")["eval_ndcg@5"] == first
+    # Other weights, without a step
+    weights = make_model(tokenizer, seed=1).state_dict()
+    trainer.model.load_state_dict(weights)
+    expected = evaluate_recommendations(trainer.model, task, rows, ks=(5,))["ndcg@5"]
+    assert trainer.evaluate(rows, metric_key_prefix="eval_other")["eval_ndcg@5"] == expected != first
+
+
+@pytest.mark.parametrize("include_num_input_tokens_seen", ["no", "all"])
+def test_several_datasets_of_one_evaluation_rank_once(
+    include_num_input_tokens_seen, tokenizer, task, rows, tmp_path, monkeypatch
+):
+    calls = []
+
+    def count(*args, **kwargs):
+        calls.append(args)
+        return evaluate_recommendations(*args, **kwargs)
+
+    monkeypatch.setattr("trl_msl.evaluation.evaluate.evaluate_recommendations", count)
+    args = MSLConfig(
+        tmp_path, max_steps=2, report_to="none", use_cpu=True, bf16=False, eval_strategy="steps", eval_steps=1,
+        save_strategy="no", include_num_input_tokens_seen=include_num_input_tokens_seen,
+    )  # fmt: skip
+    trainer = MSLTrainer(
+        make_model(tokenizer), args, train_dataset=rows, eval_dataset={"a": rows, "b": rows.select([0])}, task=task
+    )
+    trainer.add_callback(RecommendationCallback(trainer, rows, ks=(5,)))
+    trainer.train()
+    assert len(calls) == 2
+    trainer.evaluate()
+    assert len(calls) == 3
+    trainer.evaluate(metric_key_prefix="test")  # not an evaluation of the training
+    assert len(calls) == 3

@@ -6,17 +6,9 @@ import pytest
 from datasets import Dataset
 from helpers import make_model, make_windows, score_every_item
 
-from trl_msl import (
-    ItemCatalog,
-    RankingTask,
-    build_preferences,
-    build_rows,
-    count_interactions,
-    draw_negatives,
-    encode_prompts,
-    model_negatives,
-    split_pairs,
-)
+from trl_msl import ItemCatalog, RankingTask, build_rows
+from trl_msl.data import encode_prompts
+from trl_msl.softmax_dpo import build_preferences, count_interactions, draw_negatives, model_negatives, split_pairs
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from trl_msl import (
-    DataCollatorForSoftmaxPreference,
-    ItemTrie,
-    PromptTemplate,
-    Recommender,
-    SoftmaxDPOConfig,
-    SoftmaxDPOTrainer,
-    build_rows,
-    encode_prompts,
-    softmax_dpo_loss,
-    tokenize_preferences,
-)
+from trl_msl import PromptTemplate, Recommender, SoftmaxDPOConfig, SoftmaxDPOTrainer, build_rows
+from trl_msl.data import encode_prompts
+from trl_msl.softmax_dpo import DataCollatorForSoftmaxPreference, tokenize_preferences
 from trl_msl.softmax_dpo.collator import segment_mask
 from trl_msl.softmax_dpo.preferences import gather_rejected
+from trl_msl.training import softmax_dpo_loss
+from trl_msl.trie import ItemTrie
 
 
 COMMON = {
