@@ -80,9 +80,9 @@ def test_too_few_are_counted(catalog, task, caplog):
     rows = build_rows(window, task)
     drawn = draw_negatives(rows, task, "uniform", 6)
     assert [len(items) for items in drawn] == [3, 6]
-    assert "1 of 2 rows got fewer than 6 negatives" in caplog.text
+    assert "1 of 2 rows have fewer than 6 negatives" in caplog.text
     rows = build_rows(Dataset.from_list([{"item_ids": catalog.ids}]), task)
-    with pytest.raises(ValueError, match="for 1 of 1 there is no item to be rejected"):
+    with pytest.raises(ValueError, match="1 of 1 have no item left to reject"):
         draw_negatives(rows, task)
 
 
@@ -91,8 +91,8 @@ def test_too_few_are_counted(catalog, task, caplog):
     [
         ({"source": "hard"}, "`source` is 'hard'"),
         ({"num_negatives": 0}, "`num_negatives` is 0"),
-        ({"source": "popular"}, "`popularity` belongs to"),
-        ({"source": "popular", "popularity": [1.0]}, "`popularity` must hold 12 numbers"),
+        ({"source": "popular"}, "`popularity` and source=.popular. belong together"),
+        ({"source": "popular", "popularity": [1.0]}, "`popularity` must hold 12 finite numbers"),
     ],
 )
 def test_bad_arguments(arguments, message, rows, task):

@@ -399,3 +399,13 @@ def test_a_stream_of_rows(tmp_path, task, tokenizer):
         losses.append(trainer.evaluate(train_dataset)["eval_loss"])
         trainer.train()
     assert losses[1] == pytest.approx(losses[0])
+
+
+def test_a_diverged_model_says_so(tmp_path, task, tokenizer, caplog):
+    model, rows = make_model(tokenizer), make_preferences(task)
+    trainer = make_trainer(tmp_path, model, rows, task, ref_model=make_model(tokenizer), max_steps=2)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    trainer.train()
+    assert caplog.text.count("the training has diverged") == 1
+    assert np.isnan(float(trainer.state.log_history[0]["loss"]))

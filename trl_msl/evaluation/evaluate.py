@@ -28,7 +28,7 @@ def evaluate_recommendations(
     **kwargs: Any,
 ) -> dict[str, float] | tuple[dict[str, float], Recommendations]:
     """
-    Rank the whole catalogue for each row and measure where its target stands.
+    Rank the whole catalogue for each row and measure the rank of its target.
 
     Args:
         model, task:
@@ -51,7 +51,7 @@ def evaluate_recommendations(
     Returns:
         `dict` of `hr@K`, `ndcg@K`, `mrr@K`; for the largest K also the ends of their intervals, such as `ndcg@K_low`
         and `ndcg@K_high`; `coverage`, the share of the catalogue's items, or of its texts with `match="text"`, that
-        was recommended to anybody; `exact_rate`, the share of rows whose items are certainly the best;
+        was recommended at least once; `exact_rate`, the share of rows whose items are certainly the best;
         `invalid_rate`; and `num_rows`. With `return_recommendations`, also the [`Recommendations`].
 
     Raises:
@@ -70,7 +70,8 @@ def evaluate_recommendations(
         leaves = task.trie.item_nodes.cpu().numpy()
         _, first, text = np.unique(leaves, return_index=True, return_inverse=True)
         num_ranked = len(first)
-        if kwargs.get("mode") != "generate" and kwargs.keys().isdisjoint(("allowed", "exclude")):
+        can_restrict = kwargs.get("mode") != "generate" and kwargs.keys().isdisjoint(("allowed", "exclude"))
+        if can_restrict and num_ranked < len(leaves):
             # One item of each text, so that the list holds `top_k` texts
             top_k, kwargs["allowed"] = min(top_k, num_ranked), torch.from_numpy(first)
         found = recommend(model, task, prompts, top_k, **kwargs)
@@ -88,15 +89,15 @@ def evaluate_recommendations(
 class RecommendationCallback(TrainerCallback):
     """
     Adds the ranking metrics of [`evaluate_recommendations`] to each evaluation of a trainer, so that
-    `metric_for_best_model="eval_ndcg@10"` chooses the checkpoint by what a recommender is for.
+    `metric_for_best_model="eval_ndcg@10"` chooses the checkpoint that ranks best.
 
     Args:
         trainer ([`~transformers.Trainer`]):
-            Trainer that the callback is added to; any, so that TRL's `SFTTrainer` can be compared.
+            Trainer that the callback is added to. It may be any, such as TRL's `SFTTrainer` for a comparison.
         rows ([`~datasets.Dataset`]):
             As for [`evaluate_recommendations`].
         task ([`RankingTask`], *optional*):
-            As for [`evaluate_recommendations`]. Defaults to that of the trainer, if it is one of this package.
+            As for [`evaluate_recommendations`]. Defaults to the trainer's, if the trainer is one of this package.
         **kwargs:
             Passed to [`evaluate_recommendations`].
 
@@ -115,7 +116,7 @@ class RecommendationCallback(TrainerCallback):
         self.rows = rows
         self.task = getattr(trainer, "task", None) if task is None else task
         if not isinstance(self.task, RankingTask):
-            raise ValueError(f"`task` is missing: a {type(trainer).__name__} has none of its own. Pass it.")
+            raise ValueError(f"`task` is missing, and `{type(trainer).__name__}` has none of its own: pass one.")
         _check_rows(rows)
         self.kwargs = kwargs
         self._metrics: dict[str, float] = {}
@@ -127,11 +128,11 @@ class RecommendationCallback(TrainerCallback):
         self.trainer.callback_handler.callbacks.remove(self)
         self.trainer.callback_handler.callbacks.insert(0, self)
         self._measured_at = None
-        # What can't be done is found before the training, not after
+        # Fail before the training, not at the first evaluation
         if is_sharded(self._model):
             raise ValueError(
-                "`trainer` shards the model over processes (FSDP, ZeRO-3), and decoding needs all of it in each: "
-                "leave `RecommendationCallback` out (recipes: --eval_strategy no) and evaluate what was saved."
+                "`trainer` shards the model over processes (FSDP, ZeRO-3), but decoding needs it whole in each: "
+                "leave `RecommendationCallback` out (recipes: --eval_strategy no) and evaluate the saved model."
             )
         if self.kwargs.get("mode", "exact") != "generate":
             TrieDecoder(self._model, self.task.trie)

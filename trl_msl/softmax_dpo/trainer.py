@@ -35,20 +35,21 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
 
     TRL's `SDPOTrainer` is another method, Self-Distillation Policy Optimization.
 
-    It differs from [`~trl.DPOTrainer`] in four ways, and in nothing else:
+    It differs from [`~trl.DPOTrainer`] in four ways only:
 
-    - `rejected` is a list of items, or one, or stands in columns `rejected1` ... `rejectedN`;
+    - `rejected` is a list of items, or one item; or there are columns `rejected1` ... `rejectedN`;
     - the loss is [`softmax_dpo_loss`], which for one rejected item is DPO's;
     - an item's log-probability is taken among the tokens that continue some item of the catalogue
       (`normalize="trie"`), through the sparse LM head, or over the whole vocabulary (`"vocab"`), as published;
-    - items of a prompt share it where the model can run a tree of tokens: N of them cost one prompt.
+    - the items of a prompt share it if the model can run a tree of tokens: N items cost one prompt.
 
-    The reference model is TRL's: the model before the training, by switching its adapter off or to a copy
-    (`peft_config=`, or a `PeftModel`), precomputed (`precompute_ref_log_probs=True`), or given (`ref_model=`).
+    The reference model is chosen as in TRL: the model before the training, by switching its adapter off or to a copy
+    (`peft_config=`, or a `PeftModel`); its precomputed log-probabilities (`precompute_ref_log_probs=True`); or
+    `ref_model`.
 
-    Logged besides TRL's `num_tokens`: `rewards/chosen`, `rewards/rejected` and `logps/rejected` (means over the
-    rejected items), `logps/chosen`, `rewards/margins`, and `rewards/accuracies`, how often the chosen item has the
-    highest reward of all.
+    It logs TRL's `num_tokens`, `rewards/chosen`, `rewards/rejected` and `logps/rejected` (means over the rejected
+    items), `logps/chosen`, `rewards/margins`, and `rewards/accuracies`, the share of examples whose chosen item has
+    the highest reward.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -64,7 +65,7 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
             conversational.
 
     Raises:
-        `ValueError`: if `task` does not fit the model or the rows, or an argument has no meaning here.
+        `ValueError`: if `task` does not fit the model or the rows, a dataset is empty, or an argument is unsupported.
 
     Example:
 
@@ -110,7 +111,9 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         args = self._set_task(task, model, args, kwargs)
         super().__init__(model, ref_model, args, **kwargs)
         if self.aux_loss_enabled:
-            raise ValueError("`router_aux_loss_coef`: the load-balancing loss is not supported here: set it to 0.0.")
+            raise ValueError(
+                "The load-balancing loss of `SoftmaxDPOTrainer` is not supported: set `router_aux_loss_coef` to 0.0."
+            )
         self._set_up()
 
     def _set_up(self) -> None:
@@ -163,7 +166,7 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         if self.data_collator.share_prompt:
             attention_mask = segment_mask(segments)[:, None]
             unwrapped = self.accelerator.unwrap_model(model)
-            if unwrapped.config.get_text_config()._attn_implementation == "eager":  # it adds its mask to the scores
+            if unwrapped.config.get_text_config()._attn_implementation == "eager":  # which adds the mask to the scores
                 hidden, least = ~attention_mask, torch.finfo(unwrapped.dtype).min
                 attention_mask = torch.zeros_like(hidden, dtype=unwrapped.dtype).masked_fill_(hidden, least)
         output = model(
@@ -209,14 +212,16 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         else:
             ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
-        loss = softmax_dpo_loss(chosen_ratios, rejected_ratios, self.beta, mask).mean()
-        self._store_metrics(inputs, chosen, rejected, chosen_ratios, rejected_ratios)
+        losses = softmax_dpo_loss(chosen_ratios, rejected_ratios, self.beta, mask)
+        loss = losses.mean()
+        self._store_metrics(inputs, losses, chosen, rejected, chosen_ratios, rejected_ratios)
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
 
     @torch.no_grad()
     def _store_metrics(
         self,
         inputs: dict[str, Tensor],
+        losses: Tensor,
         chosen: Tensor,
         rejected: Tensor,
         chosen_ratios: Tensor,
@@ -227,6 +232,7 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         best_rejected = rejected_ratios.masked_fill(~mask, -torch.inf).amax(dim=1)
         sums = {
             "examples": torch.tensor(len(chosen)),
+            "loss": losses.sum(),
             "tokens": (inputs["segments"] >= 0).sum() if self.model.training else torch.tensor(0),
             "rewards/chosen": self.beta * chosen_ratios.sum(),
             "rewards/rejected": self.beta * _mean(rejected_ratios, mask).sum(),
@@ -237,6 +243,8 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         values = torch.stack([value.to(chosen.device, torch.float32) for value in sums.values()])
         sums = dict(zip(sums, self.accelerator.reduce(values, "sum").tolist()))
         metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.model.training:
+            self._warn_if_diverged(sums["loss"])
         self._total_train_tokens += int(sums["tokens"])
         metrics["num_tokens"] = [self._total_train_tokens]
         means = {name: value / sums["examples"] for name, value in sums.items() if "/" in name}
@@ -251,11 +259,11 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def can_share(model: PreTrainedModel, max_length: int | None) -> bool:
-    """Whether completions of a prompt can share it; tried, and reported if not."""
+    """Whether the completions of a prompt can share it: tries it, and logs a warning if not."""
     window = sliding_window(model.config.get_text_config())
     if window is not None and (max_length is None or max_length > window):
         logger.warning(
-            "Each completion is run with a prompt of its own: some layers see %d tokens, and `max_length` is %s.",
+            "Each completion is run with a prompt of its own: some layers attend to %d tokens, `max_length` is %s.",
             window,
             max_length,
         )
