@@ -268,6 +268,14 @@ def test_bad_options(options, tmp_path):
         SoftmaxDPOConfig(tmp_path, report_to="none", bf16=False, use_cpu=True, **options)
 
 
+def test_a_metric_that_only_trl_measures(tmp_path, task, tokenizer):
+    args = SoftmaxDPOConfig(tmp_path, **COMMON, metric_for_best_model="eval_mean_token_accuracy")
+    with pytest.raises(
+        ValueError, match="'eval_mean_token_accuracy' is not measured .* use 'eval_rewards/accuracies'"
+    ):
+        SoftmaxDPOTrainer(make_model(tokenizer), args=args, task=task, train_dataset=make_preferences(task))
+
+
 def test_a_model_that_can_not_run_a_tree(tmp_path, task, tokenizer, caplog):
     """ALiBi, recurrent, FlashAttention...: completions get a prompt of their own each, and a warning says so."""
     from transformers import BloomConfig, BloomForCausalLM

@@ -84,6 +84,9 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
 
     _config_class = SoftmaxDPOConfig
     _unsupported = dict.fromkeys(("compute_metrics", "data_collator"), "leave it out")
+    _missing_metrics = dict.fromkeys(
+        ("mean_token_accuracy", "entropy", "logits/chosen", "logits/rejected"), "eval_rewards/accuracies"
+    )
     _tag_names = ["trl", "softmax-dpo"]
     _name = "Softmax DPO"
     _paper = {
