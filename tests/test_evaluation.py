@@ -127,6 +127,10 @@ def test_bad_arguments(model, task, rows):
         evaluate_recommendations(model, task, rows, match="title")
     with pytest.raises(ValueError, match=r"`rows` lacks the column\(s\) \['item_id'\]"):
         evaluate_recommendations(model, task, rows.remove_columns("item_id"))
+    with pytest.raises(ValueError, match="`rows` is empty: pass at least one row"):
+        evaluate_recommendations(model, task, rows.select([]))
+    with pytest.raises(ValueError, match="`rows` is empty: pass at least one row"):
+        RecommendationCallback(None, rows.select([]), task)
 
 
 def test_a_model_that_cannot_be_evaluated_is_found_before_the_training(tokenizer, task, rows, tmp_path):

@@ -114,6 +114,8 @@ def test_preference_rows_and_pairs(rows, catalog, task, chat_task):
     assert message == [{"role": "assistant", "content": catalog.completions[2]}]
     with pytest.raises(ValueError, match="`negatives` has 1 entries for 30 rows"):
         build_preferences(rows, task, [[1]])
+    with pytest.raises(ValueError, match="`rows` is empty: pass at least one row"):
+        build_preferences(rows.select([]), task, [])
 
 
 def test_counts(catalog):
