@@ -7,13 +7,11 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
-from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import global_then_local_main_first
 
 from ..data import RankingTask, tokenize_rows
-from ..trie import ItemTrie
 from .losses import masked_softmax_loss
 from .msl_config import MSLConfig
 from .sparse_head import SparseCausalLMOutput, add_sparse_lm_head
@@ -80,6 +78,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         ("compute_loss_func", "compute_metrics", "formatting_func", "preprocess_logits_for_metrics"),
         "full logits are never built. Rank items with `RecommendationCallback`; subclass to change the loss",
     )
+    _missing_metrics = dict.fromkeys(("mean_token_accuracy", "entropy"), "eval_valid_token_accuracy")
     _tag_names = ["trl", "msl"]
     _name = "MSL"
     _paper = {
@@ -135,43 +134,31 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         dataset_name,
     ):
         supervise_history = args.supervise_history and dataset_name == "train"
-        columns = get_dataset_column_names(dataset)
+        columns = self._column_names(dataset, dataset_name)
         if "input_ids" not in columns:
-            map_kwargs = {}
-            if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
-                map_kwargs = {"desc": f"Tokenizing {dataset_name} dataset", "num_proc": args.dataset_num_proc}
-            with global_then_local_main_first():
-                dataset = dataset.map(
-                    tokenize_rows,
-                    batched=True,
-                    remove_columns=columns,
-                    fn_kwargs={"task": self.task, "supervise_history": supervise_history},
-                    **map_kwargs,
-                )
+            dataset = self._map_rows(dataset, tokenize_rows, dataset_name, args, supervise_history=supervise_history)
         elif "labels" not in columns:
             raise ValueError(
                 f"The {dataset_name} dataset has `input_ids` but no `labels`: map `tokenize_rows` over "
                 "prompt/completion rows, which makes both."
             )
-        elif isinstance(dataset, Dataset):
-            num_targets = 0
-            for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=10_000):
-                _check_tokenized(batch, self.trie, args.max_length, dataset_name)
-                nodes = torch.from_numpy(np.concatenate(batch["labels"]))
-                parents = self.trie.to("cpu").parents(nodes[nodes != -100])
-                num_targets += int((parents == self.trie.first_branching_node).sum())
-            if supervise_history and num_targets <= len(dataset):
-                raise ValueError(
-                    f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
-                    f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
-                )
         else:
-            dataset = dataset.map(
-                _check_tokenized,
-                batched=True,
-                fn_kwargs={"trie": self.trie, "max_length": args.max_length, "dataset_name": dataset_name},
-            )
+            dataset = self._check_rows(dataset, _check_tokenized, dataset_name)
+            if supervise_history and isinstance(dataset, Dataset):
+                self._check_supervision(dataset)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _check_supervision(self, dataset: Dataset) -> None:
+        """Raise if rows that the user tokenised have no targets but their last items."""
+        num_targets, trie = 0, self.trie.to("cpu")
+        for batch in dataset.select_columns(["labels"]).iter(batch_size=10_000):
+            nodes = torch.from_numpy(np.concatenate(batch["labels"]))
+            num_targets += int((trie.parents(nodes[nodes != -100]) == trie.first_branching_node).sum())
+        if num_targets <= len(dataset):
+            raise ValueError(
+                f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
+                f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
+            )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         if self.args.normalize == "vocab":
@@ -220,47 +207,70 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
         if self.model.training:
             self._temperature_callback.observe(output, self.trie.first_branching_node)
-        self._store_metrics(inputs, output)
+        self._store_metrics(inputs, output, losses.detach())
         return (loss, output) if return_outputs else loss
 
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._evaluated = {"loss": 0.0, "losses": 0, "aux_loss": 0.0, "batches": 0}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if f"{metric_key_prefix}_loss" in output.metrics:
+            # The mean over all positions. `Trainer` weights each batch's mean by its rows, so that it would depend on
+            # the batch size
+            total = self._evaluated
+            loss = total["loss"] / max(total["losses"], 1)
+            if self.aux_loss_enabled:
+                loss += self.router_aux_loss_coef * total["aux_loss"] / max(total["batches"], 1)
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
+
     @torch.no_grad()
-    def _store_metrics(self, inputs: dict[str, Any], output: SparseCausalLMOutput) -> None:
-        """Means over the positions of all ranks, to be logged by `log`."""
-        losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
+    def _store_metrics(self, inputs: dict[str, Any], output: SparseCausalLMOutput, losses: Tensor) -> None:
+        """Sums over the positions of all ranks: their means are logged by `log`, and `losses` make `eval_loss`."""
+        restricted = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
         best = output.logits.masked_fill(~output.valid_mask, -torch.inf)
-        num_correct = (best.argmax(dim=-1) == output.targets).sum() if len(losses) else losses.sum()
+        num_correct = (best.argmax(dim=-1) == output.targets).sum() if len(restricted) else restricted.sum()
         num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         sums = {
             "tokens": num_tokens if self.model.training else 0,
-            "positions": len(losses),
+            "loss": losses.sum(),
+            "losses": len(losses),
+            "positions": len(restricted),
             "valid_token_accuracy": num_correct,
-            "target_probability": losses.neg().exp().sum(),
+            "target_probability": restricted.neg().exp().sum(),
+            "aux_loss": output.aux_loss if self.aux_loss_enabled else 0.0,
         }
         if self.args.log_lml_parts:
-            lml, lml2 = output.vocab_losses.sum(), losses.sum()
+            lml, lml2 = output.vocab_losses.sum(), restricted.sum()
             sums |= {"supervised": len(output.vocab_losses), "lml": lml, "lml1": lml - lml2, "lml2": lml2}
         values = torch.stack([torch.as_tensor(v, device=losses.device).float() for v in sums.values()])
         sums = dict(zip(sums, self.accelerator.reduce(values, "sum").tolist()))
+        sums["aux_loss"] /= self.accelerator.num_processes
         metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.model.training:
+            self._warn_if_diverged(sums["loss"])
+        else:
+            for name in self._evaluated:
+                self._evaluated[name] += sums.get(name, 1)
         self._total_train_tokens += int(sums["tokens"]) // self.get_tp_size()
         metrics["num_tokens"] = [self._total_train_tokens]
         metrics["temperature"].append(self.temperature)
         for name in ("valid_token_accuracy", "target_probability"):
             metrics[name].append(sums[name] / max(sums["positions"], 1))
+        if self.aux_loss_enabled:
+            metrics["aux_loss"].append(sums["aux_loss"])
         for name in ("lml", "lml1", "lml2") if "lml" in sums else ():
             metrics[name].append(sums[name] / max(sums["supervised"], 1))
 
 
-def _check_tokenized(
-    batch: dict[str, list], trie: ItemTrie, max_length: int | None, dataset_name: str
-) -> dict[str, list]:
+def _check_tokenized(batch: dict[str, list], task: RankingTask, dataset_name: str) -> dict[str, list]:
     """Rows that the user tokenised: labels must be nodes of this trie, and no title may be cut."""
     ids, nodes = (torch.from_numpy(np.concatenate(batch[name])) for name in ("input_ids", "labels"))
     is_last = torch.zeros(len(nodes), dtype=torch.bool)
     is_last[np.cumsum([len(row) for row in batch["labels"]]) - 1] = True
     labelled = nodes != -100
     ids, nodes, is_last = ids[labelled], nodes[labelled], is_last[labelled]
-    trie, on_trie = trie.to("cpu"), (nodes > 0) & (nodes < trie.num_nodes)
+    trie, max_length = task.trie.to("cpu"), task.max_length
+    on_trie = (nodes > 0) & (nodes < trie.num_nodes)
     # Behind an item of the history something else may stand where it should end
     is_right = (trie.tokens(nodes * on_trie) == ids) | (torch.isin(nodes, trie.item_nodes) & ~is_last)
     num_wrong = int((~on_trie | ~is_right).sum())
