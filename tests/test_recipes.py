@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands, from data to recommendations; those that several processes or the command line matter to, launched."""
+"""The commands, from data to recommendations; launched where several processes or the recipes themselves matter."""
 
 import json
 
@@ -162,7 +162,7 @@ def users(tmp_path, catalog):
 
 
 def test_recommend_to_the_users_of_a_file(tmp_path, model, users):
-    """On two processes; what is there of a killed run is taken up."""
+    """On two processes; the parts of a killed run are used."""
     arguments = ["--model_name_or_path", model, "--part_size", 4, "--top_k", 3, "--users", users, "--output"]
     launch("trl_msl.scripts.recommend", *arguments, tmp_path / "found.parquet", num_processes=2)
     found = pd.read_parquet(tmp_path / "found.parquet")

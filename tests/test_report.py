@@ -166,7 +166,7 @@ def test_what_is_a_system(tmp_path, add):
     (add("half", [0]) / "metrics.json").unlink()
     (add("other-half", [0]) / "rankings.parquet").unlink()
     assert list(run(tmp_path)) == ["deep/er/lml", "msl-ats"]
-    assert list(run(tmp_path)) == ["deep/er/lml", "msl-ats"]  # the report itself is none
+    assert list(run(tmp_path)) == ["deep/er/lml", "msl-ats"]  # the report itself is not a system
     assert list(find_systems(tmp_path / "msl-ats")) == ["msl-ats"]
     assert list(run(tmp_path, systems=["msl-ats", "deep/er/lml"])) == ["msl-ats", "deep/er/lml"]
     assert list(run(tmp_path, systems=["msl-ats"])) == ["msl-ats"]
@@ -201,7 +201,7 @@ def test_plots_that_there_is_data_for(tmp_path, add):
     names = ["msl-ats/exact", "msl-ats/beam", "lml", "msl-tau1", "msl-tau2-seed1"]
     for name, temperature in zip(names, ["adaptive", "adaptive", None, 1, 2.0]):
         folder = add(name, [0, 3, -1], arguments={"temperature": temperature} if temperature else {})
-    write_json(tmp_path / "log_history.json", history)  # nobody's
+    write_json(tmp_path / "log_history.json", history)  # belongs to no system
     run(tmp_path, reference="lml", systems=["lml", "msl-tau1"])
     assert files(tmp_path) == ALWAYS
     run(tmp_path, reference="lml")

@@ -122,16 +122,20 @@ class TestResuming:
         assert "starts from the beginning" not in caplog.text
         assert (tmp_path / "model.safetensors").read_bytes() == weights
 
+        run(train, *complete)  # nothing is left to do
+        assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+        assert (tmp_path / "model.safetensors").read_bytes() == weights
+
         config = TrainingArguments(str(tmp_path), resume_from_checkpoint="last", bf16=False)
         (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
         (tmp_path / "checkpoint-4" / "rng_state.pth").unlink()
         assert checkpoint_to_resume(config) == str(tmp_path / "checkpoint-4")
-        assert "checkpoint-4 lacks the optimizer's state and the random state: training goes" in caplog.text
+        assert "checkpoint-4 lacks the optimizer's state and the random state: training restarts" in caplog.text
         caplog.clear()
         (tmp_path / "checkpoint-2" / "scheduler.pt").unlink()
         config.resume_from_checkpoint = str(tmp_path / "checkpoint-2")
         assert checkpoint_to_resume(config) == config.resume_from_checkpoint
-        assert "checkpoint-2 lacks the learning rate's schedule: training goes" in caplog.text
+        assert "checkpoint-2 lacks the learning rate's schedule: training restarts" in caplog.text
         config.resume_from_checkpoint = None
         assert checkpoint_to_resume(config) is None
 

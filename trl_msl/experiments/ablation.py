@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One row of an ablation: a training by [`MSLTrainer`] with a constant factor on the loss, and a look into the loss as
-training goes on. The rows of the table in docs/baselines.md:
+One row of an ablation: a model trained by [`MSLTrainer`], with a constant factor on the loss, and with measurements of
+the parts of the loss during training. The rows of the table in docs/baselines.md:
 
 ```bash
 accelerate launch -m trl_msl.experiments.ablation --config recipes/configs/ablation/msl-ats.yaml \
@@ -88,7 +88,7 @@ class ScaledLossTrainer(MSLTrainer):
 
 class LossProbe(TrainerCallback):
     """
-    Measures the parts of the loss on the same few rows all along a training by [`MSLTrainer`], and writes a file:
+    Measures the parts of the loss on the same few rows during a training by [`MSLTrainer`], and writes a file:
 
     - `history`, of the rows' targets, at step 0 and every `every` steps: `lml`, `lml1` and `lml2` per title token
       (Eq. 2-4 of the [MSL paper](https://huggingface.co/papers/2504.04178)), the norms of their gradients, and the

@@ -2,7 +2,7 @@
 """
 A tokenizer trained on the catalogue and a small causal language model made from a config.
 
-They stand in for a pretrained pair where there is no hub to download one from. Both are plain `transformers` objects:
+They replace a pretrained pair where none can be downloaded. Both are plain `transformers` objects:
 save them with `save_pretrained` into one folder, and `AutoTokenizer` and `AutoModelForCausalLM` load them from it.
 """
 
@@ -24,7 +24,7 @@ from ..data import ItemCatalog, PromptTemplate
 @dataclass
 class ScratchArguments:
     """
-    What a small tokenizer and model are made of, where there is no `model_name_or_path`.
+    Sizes of a small tokenizer and model, which are made if there is no `model_name_or_path`.
 
     Parameters:
         scratch_tokens (`str`, *optional*, defaults to `"text"`):

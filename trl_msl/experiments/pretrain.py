@@ -2,7 +2,7 @@
 """
 Make a small base model that can write a catalogue's items and has read its training histories.
 
-A masked softmax is meant for a model that can write already. Where there is no LLM at hand this makes a stand-in: a
+A masked softmax is meant for a model that can already write. This makes a substitute where no LLM is available: a
 tokenizer and a Llama from scratch, trained with the plain next-token loss on each item's text and on each user's items
 of the training split, in time order. Every loss can then start from the same backbone:
 

@@ -2,8 +2,8 @@
 """
 A generated catalogue and log whose best possible NDCG is known.
 
-The log is a first-order Markov chain over the items, so the true probability of every next item is at hand, and with
-it the score of the best ranker there can be: a model's NDCG can be read as a share of [`best_possible`].
+The log is a first-order Markov chain over the items, so the true probability of every next item is known, and with
+it the score of the best possible ranker: a model's NDCG can be read as a share of [`best_possible`].
 
 ```python
 catalog = generate_catalog()  # {"0": "The Hidden Forest", "1": "The Hidden Forest: Book 2", ...}
@@ -73,7 +73,7 @@ def generate_transitions(
     """
     Make up how readers move from one item to the next.
 
-    With probability `successor_mass` a reader goes on to one of `num_successors` likely items, whose weights are
+    With probability `successor_mass` a reader moves on to one of `num_successors` likely items, whose weights are
     geometric, and otherwise to any item in proportion to its popularity (Zipf: `1 / popularity rank`). The likeliest
     is the next volume of the series, if there is one, as the title tells. The others have to be memorised, but they
     are drawn once per series, whichever of its volumes was read last.

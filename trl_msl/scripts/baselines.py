@@ -16,10 +16,10 @@ trl-msl baselines --config recipes/configs/baselines.yaml --model sasrec-sce \
     --data_dir data/Book --empty_texts keep --train_file train_10000.csv --output_dir outputs/book/sasrec-sce
 ```
 
-Each training window is a sequence of its own, in which SASRec predicts every item but the first; popularity and
-item-kNN count an interaction once that several windows of a user hold. The epoch is chosen by NDCG@10 on the
-validation windows. What is ranked are the items of the training windows, those of the history too; others are cold:
-as targets, misses.
+Each training window is a separate sequence, in which SASRec predicts every item but the first; popularity and
+item-kNN count an interaction once even if several windows of a user contain it. The epoch is chosen by NDCG@10 on the
+validation windows. The items of the training windows are ranked, including those of the history; other items are cold,
+and count as misses where they are targets.
 
 Writes `metrics.json` and `rankings.parquet` into `--output_dir`.
 """
@@ -162,7 +162,7 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
         train = make_dataset(sequences["train"], range(len(train_users)))
         model, chosen = train_transformer(args, train, max(map(len, sequences["train"])), validate)
     else:
-        knn = ItemKNN(args.neighbours + 1, num_threads=1)  # each item is its own nearest
+        knn = ItemKNN(args.neighbours + 1, num_threads=1)  # each item is its own nearest neighbour
         model = ImplicitItemKNNWrapperModel(knn).fit(counted) if args.model == "item-knn" else None
         chosen = {"validation_ndcg@10": validate(model), "epochs": 0, "num_parameters": 0}
     trained = time.time()
@@ -181,7 +181,7 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
     test_ids, seen = [ids[-1] for ids in data.windows["test"]["item_ids"]], data.seen_items
     write_results(Path(args.output_dir), metrics, catalog, test_ids, items, ranks, seen)
     num_cold = sum(item not in seen for item in test_ids)
-    print(f"\nTest, {len(ranks)} users, {len(catalog)} items, {num_cold} cold targets, which no model here can rank")
+    print(f"\nTest, {len(ranks)} users, {len(catalog)} items, {num_cold} cold targets, which these models cannot rank")
     print(f"{format_table({args.model: metrics})}\n\n{args.output_dir}/metrics.json, {tested - started:.0f} seconds")
 
 
@@ -316,7 +316,7 @@ class ScaledCrossEntropyModule(TransformerLightningModule):
 
 
 class ItemKNN(CosineRecommender):
-    """Item-kNN that takes no item for its own neighbour: a history would fill the first places of its own ranking."""
+    """Item-kNN in which no item is its own neighbour: otherwise the history would fill the first places."""
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         super().fit(*args, **kwargs)

@@ -62,7 +62,7 @@ class EvaluationArguments:
         batch_size (`int`, *optional*, defaults to `16`):
             Users per process that are decoded at a time.
         max_length (`int`, *optional*):
-            Most tokens of a prompt and an item together, where no task lies beside the model.
+            Most tokens of a prompt and an item together, for models saved without a task.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the model.
     """

@@ -75,10 +75,10 @@ def load_task(
     trust_remote_code: bool = False,
 ) -> RankingTask:
     """
-    The task that lies beside the model, or, where there is none, the one that the options describe.
+    The task saved beside the model, or, for models saved without one, the task that the options describe.
 
     Raises:
-        `ValueError`: if the task beside the model differs from what the options say or from the items of the data.
+        `ValueError`: if the saved task differs from the options that were given, or from the items of the data.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     folder = find_folder(name, revision, allow_patterns=TASK_FILES)
@@ -125,14 +125,14 @@ def _check_options(task: RankingTask, args: DataArguments, max_length: int | Non
 
 
 def find_folder(name: str, revision: str | None = None, **kwargs) -> Path:
-    """A folder, or where the snapshot of a repository on the Hub lies."""
+    """A folder, or the folder of a repository's snapshot, which is downloaded from the Hub."""
     return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, revision=revision, **kwargs))
 
 
 def checkpoint_to_resume(config: TrainingArguments) -> str | None:
     """
-    The checkpoint that `resume_from_checkpoint` names. `last` is the last one that was written to its end, and none,
-    with a note in the log, where there is none yet: so one command line starts a run and resumes it.
+    The checkpoint that `resume_from_checkpoint` names. `last` means the last complete one in `output_dir`; if there is
+    none yet, training starts from the beginning, so the same command line starts a run and resumes it.
     """
     checkpoint = config.resume_from_checkpoint
     if checkpoint == "last":

@@ -61,7 +61,7 @@ def write_results(
         targets (`list[str]`):
             Id of the item that came next in each test case, in the order of the test split.
         items (`np.ndarray` of shape `(num_rows, top_k)`, integer):
-            Recommended items, as indices in the catalogue, best first; `-1` where there is none.
+            Recommended items, as indices in the catalogue, best first; `-1` where there are no more.
         ranks (`np.ndarray` of shape `(num_rows,)`, integer):
             As `ranks_of_targets` gives them.
         seen (`set[str]`, *optional*):
@@ -103,7 +103,7 @@ def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> N
     for axis, (key, label) in zip(axes, panels.items()):
         for name, history in histories.items():
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            # drawn without points, too, so that a system has one colour in all panels
+            # Also drawn without points, so that a system has the same colour in all panels
             steps, values = zip(*points) if points else ((), ())
             axis.plot(steps, values, label=name if points else None, marker="o" if key.startswith("eval") else None)
         axis.set(xlabel="step", ylabel=label)

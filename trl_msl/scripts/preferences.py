@@ -47,7 +47,7 @@ class PreferenceArguments(NegativeArguments):
         batch_size (`int`, *optional*, defaults to `16`):
             Users per process that are decoded at a time for `--negatives model`.
         max_length (`int`, *optional*):
-            Most tokens of a prompt and an item together, for `--negatives model`, where no task lies beside the model.
+            Most tokens of a prompt and an item together, for models saved without a task.
     """
 
     output_dir: str = field(default="outputs/preferences", metadata={"help": "Folder to write into."})
@@ -59,7 +59,7 @@ class PreferenceArguments(NegativeArguments):
 
 def main(args: PreferenceArguments, data_args: DataArguments, model_args: ModelConfig) -> None:
     if model_args.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing: pass the model to be trained, whose tokenizer counts.")
+        raise ValueError("`model_name_or_path` is missing: pass the model to train, whose tokenizer is used.")
     process = PartialState(cpu=not torch.accelerator.is_available())
     data = load_data(data_args)
     task = load_task(model_args, data_args, data.catalog, args.max_length)

@@ -127,13 +127,13 @@ def read_users(path: str, may_be_empty: bool = False) -> pd.DataFrame:
         raise ValueError(
             f"`users` = {path!r}: `item_ids` must hold lists of ids or texts, or such lists as JSON, but {len(wrong)} "
             f"of {len(users)} rows do not (the first: {wrong[:5]}, with "
-            f"{repr(users['item_ids'].iloc[wrong[0]])[:200]}). Repair them, or leave these users out."
+            f"{repr(users['item_ids'].iloc[wrong[0]])[:200]}). Correct them, or leave these users out."
         )
     return users.assign(item_ids=lists)
 
 
 def parse_history(cell: object) -> list[str] | None:
-    """The items of a list, or of a list as JSON; `None` if it is none of ids or texts."""
+    """The items of a list, or of a list as JSON; `None` if it is not a list of ids or texts."""
     try:
         items = json.loads(cell) if isinstance(cell, str) else cell
     except (ValueError, RecursionError):
@@ -161,8 +161,8 @@ def drop_unknown(users: pd.DataFrame, known: set[str]) -> tuple[pd.DataFrame, st
 
 def fingerprints(recommender: Recommender, users: str) -> dict[str, str]:
     """
-    SHA-256 of what the recommendations are made from: the users' file, the weights, and what is ranked and how. Of the
-    model as it was loaded, so that an adapter's base model and a branch of the Hub count by their content.
+    SHA-256 of what the recommendations are made from: the file of users, the weights, and the task. The weights are
+    those in memory, so that the content of an adapter's base model and of a branch on the Hub counts, too.
     """
     weights, task = hashlib.sha256(), recommender.task
     for name, value in sorted(recommender.model.state_dict().items()):

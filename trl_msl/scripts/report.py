@@ -120,7 +120,7 @@ def main(args: ReportArguments) -> None:
 
 
 def find_systems(runs: Path) -> dict[str, list[Path]]:
-    """Folders of the systems below `runs`, a folder for each seed. A report is none: it has neither file."""
+    """Folders of the systems below `runs`, one for each seed. A report has neither file, so it is not a system."""
     systems: dict[str, list[Path]] = {}
     for path in sorted(runs.rglob("rankings.parquet")):
         parts = path.parent.relative_to(runs).parts

@@ -20,7 +20,7 @@ from .outputs import plot_training
 
 plt.switch_backend("Agg")
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that white paper swallows
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow, which is too pale on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
@@ -170,7 +170,7 @@ def label_points(axis: Axes, points: list[tuple[float, float]], names: list[str]
     places = [(9, 0), (-9, 0), (0, 11), (0, -11)]
     places += [(side * 16, up * far) for far in (14, 28, 42, 56, 70) for up in (1, -1) for side in (1, -1)]
     for name, point in zip(names, points):
-        for x, y in [*places, places[0]]:  # the last one: rather upon something than missing
+        for x, y in [*places, places[0]]:  # the first again, if all overlap something
             text = axis.annotate(
                 name, point, (x, y), textcoords="offset points", va="center", fontsize=9,
                 ha="center" if x == 0 else "left" if x > 0 else "right",

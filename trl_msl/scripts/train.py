@@ -20,8 +20,8 @@ trl-msl train --interactions log.parquet --items items.csv --conversational \
 ```
 
 The usual language modeling loss, over the vocabulary: `--normalize vocab --temperature 1`. With
-`--resume_from_checkpoint last` a run that was killed goes on from its last complete checkpoint, or starts if there is
-none. All options can stand in a YAML file: `--config`.
+`--resume_from_checkpoint last` a run that was killed resumes from its last complete checkpoint, or starts from the
+beginning if there is none. All options can stand in a YAML file: `--config`.
 
 It leaves in `output_dir` the model or the adapter with its catalogue, `metrics.json`, `rankings.parquet`,
 `recommendations.txt`, `log_history.json` and `training.png`.

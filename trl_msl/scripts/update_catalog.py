@@ -38,7 +38,7 @@ class UpdateArguments:
         add (`str`, *optional*):
             Items to add.
         withdraw, restore (`list[str]`, *optional*):
-            Ids of items that are no longer to be recommended, or are to be again.
+            Ids of items to stop recommending, or to recommend again.
         item_column, text_column (`str`, *optional*):
             Columns of `add`.
         empty_texts, html_entities (`str`, *optional*):

@@ -196,7 +196,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
 
 
 def warn_of_missing_state(checkpoint: str | Path) -> None:
-    """Warn of what a checkpoint lacks to go on as if nothing had happened: `Trainer` does without, silently."""
+    """Warn if a checkpoint lacks state that a resumed run needs to end like an uninterrupted one: `Trainer` does not."""
     # FSDP and DeepSpeed write the optimizer under names of their own, DeepSpeed together with the schedule
     expected = {
         "the optimizer's state": ("optimizer*", "global_step*"),
@@ -206,4 +206,4 @@ def warn_of_missing_state(checkpoint: str | Path) -> None:
     folder = Path(checkpoint)
     missing = [what for what, patterns in expected.items() if not any(any(folder.glob(p)) for p in patterns)]
     if missing:
-        logger.warning("%s lacks %s: training goes on with a new one.", checkpoint, " and ".join(missing))
+        logger.warning("%s lacks %s: training restarts with new state for it.", checkpoint, " and ".join(missing))
