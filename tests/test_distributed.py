@@ -65,7 +65,7 @@ def test_two_processes_train_as_one(kind, folder):
 
 
 def test_the_recipe_with_a_sharded_model(tmp_path):
-    """It trains and saves; what needs the whole model is refused before the training, or left to `evaluate_recommender.py`."""
+    """It trains and saves; what needs the whole model is refused before training, or left to `trl-msl evaluate`."""
     arguments = [
         *TINY,
         "--scratch_pretrain_steps",
@@ -78,7 +78,7 @@ def test_the_recipe_with_a_sharded_model(tmp_path):
         tmp_path,
     ]
     output = launch("sft_msl.py", *arguments, num_processes=2, config="fsdp2", fails=True)
-    assert "shards the model over processes (FSDP, ZeRO-3), and decoding needs all of it" in output
+    assert "shards the model over processes (FSDP, ZeRO-3), but decoding needs it whole" in output
     arguments += ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
     output = launch("sft_msl.py", *arguments, num_processes=2, config="fsdp2")
     assert "Evaluate what was saved" in output and "not evaluated" in output
