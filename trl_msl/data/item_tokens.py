@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,13 @@ def encode_items(
                 "once, at the end. Remove it from the item's text."
             )
     return sequences
+
+
+def texts_with_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """The texts that contain a special token of the tokenizer, such as `<|im_start|>`, as text."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    return [text for text in texts if pattern.search(text)]
 
 
 def describe_end(
