@@ -20,11 +20,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from trl_msl import (
-    RankingTask,
     ItemCatalog,
     MSLConfig,
     MSLTrainer,
     PromptTemplate,
+    RankingTask,
     add_sparse_lm_head,
     is_sharded,
     masked_softmax_loss,
@@ -35,13 +35,10 @@ from trl_msl import (
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-catalog = ItemCatalog.from_pretrained(folder / "base")
-trie = catalog.build_trie(tokenizer)
 template = PromptTemplate("The user has read: {history}\nNext: ")
+task = RankingTask(ItemCatalog.from_pretrained(folder / "base"), tokenizer, template)
 rows = Dataset.from_parquet(str(folder / "rows.parquet"))
-rows = rows.map(
-    tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs={"tokenizer": tokenizer, "trie": trie}
-)
+rows = rows.map(tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs={"task": task})
 # In the second step, the second of two ranks has nothing to learn from: no title at all
 rows = rows.map(
     lambda row, index: {"labels": [-100] * len(row["labels"])} if 12 <= index < 16 else row, with_indices=True
@@ -58,17 +55,13 @@ def train(name: str, resume: bool = False, loss: dict | None = None, **kwargs) -
         dataloader_pin_memory=False, adam_epsilon=1.0,  # or a gradient of nearly 0 would count by its sign alone
         **(loss or {}),
     )  # fmt: skip
-    trainer = MSLTrainer(
-        str(folder / "base"), config, train_dataset=rows, processing_class=tokenizer, trie=trie, catalog=catalog,
-        prompt_template=template, **kwargs,
-    )  # fmt: skip
-    with mock.patch.object(
-        RankingTask, "save_pretrained", autospec=True, side_effect=RankingTask.save_pretrained
-    ) as saved:
+    trainer = MSLTrainer(str(folder / "base"), config, task=task, train_dataset=rows, **kwargs)
+    save = RankingTask.save_pretrained
+    with mock.patch.object(RankingTask, "save_pretrained", autospec=True, side_effect=save) as saved:
         trainer.train(resume_from_checkpoint=str(out / "full" / "checkpoint-2") if resume else None)
         trainer.save_model()
     report = {
-        "num_bundles": saved.call_count,
+        "num_saved": saved.call_count,
         "temperature": trainer.temperature,
         "sharded": is_sharded(trainer.model),
         "num_head_values": trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings().weight.numel(),
@@ -85,7 +78,7 @@ def compare_gradients_of_a_sharded_head() -> None:
     gradients = []
     for sharded in (False, True):
         model = AutoModelForCausalLM.from_pretrained(folder / "base").train()
-        add_sparse_lm_head(model, trie)
+        add_sparse_lm_head(model, task.trie)
         if sharded:
             for module in (*model.model.layers, model.lm_head, model):
                 fully_shard(module, mesh=init_device_mesh("cpu", (process.num_processes,)))

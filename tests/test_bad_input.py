@@ -26,11 +26,11 @@ from peft import LoraConfig, get_peft_model
 from trl import ModelConfig
 
 from trl_msl import (
-    RankingTask,
     DataArguments,
     ItemCatalog,
     MSLConfig,
     PromptTemplate,
+    RankingTask,
     Recommender,
     build_rows,
     read_interactions,

@@ -21,7 +21,7 @@ SCRIPT = ROOT / "tests" / "distributed_training.py"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer, catalog, template):
+def folder(tmp_path_factory, tokenizer, catalog, task):
     path = tmp_path_factory.mktemp("distributed")
     make_model(tokenizer, hidden_size=320).save_pretrained(path / "base")  # ZeRO-3 leaves 100,000 weights in one piece
     tokenizer.save_pretrained(path / "base")
@@ -52,7 +52,7 @@ def test_two_processes_train_as_one(kind, folder):
         assert first["sharded"] == (kind != "multi_gpu") and not one["sharded"]
         assert (first["num_head_values"] == 0) == (kind == "zero3")  # in one piece nowhere: sharding is not just said
         assert first["temperature"] == second["temperature"] == pytest.approx(one["temperature"], abs=1e-4)
-        assert first["num_bundles"] >= 2 and second["num_bundles"] == 0  # one writes
+        assert first["num_saved"] >= 2 and second["num_saved"] == 0  # one writes
         assert len(first["log"]) == len(one["log"]) == 4
         for entry, other in zip(one["log"], first["log"]):
             for measure in ("loss", "grad_norm", "temperature", "target_probability"):

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from recommend import read_users
 from safetensors.numpy import load, save
 
-from trl_msl import RankingTask, ItemCatalog, ItemTrie, read_interactions, read_items, read_windows
+from trl_msl import ItemCatalog, ItemTrie, RankingTask, read_interactions, read_items, read_windows
 from trl_msl.data.catalog import is_unicode
 from trl_msl.trie.arrays import _checksum
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,16 +12,18 @@ from transformers import EarlyStoppingCallback, MixtralConfig
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from trl_msl import (
-    ItemTrie,
+    DataArguments,
+    ItemCatalog,
     MSLConfig,
     MSLTrainer,
-    PromptTemplate,
+    RankingTask,
     RecommendationCallback,
     adaptive_temperature,
     build_rows,
     temperature_statistics,
     tokenize_rows,
 )
+from trl_msl.experiments.from_scratch import train_tokenizer
 
 
 COMMON = {
@@ -37,22 +40,22 @@ COMMON = {
 
 
 @pytest.fixture(scope="module")
-def rows(catalog, template):
+def rows(catalog, task):
     return build_rows(make_windows(catalog.ids, num_rows=80), task)
 
 
 @pytest.fixture
-def train(tmp_path, rows, tokenizer, trie, template):
+def train(tmp_path, rows, tokenizer, task):
     """Train a tiny model and return its trainer."""
 
-    def run(model=None, rows=rows, trie=trie, resume=None, output_dir=tmp_path, peft_config=None, **config):
+    def run(
+        model=None, rows=rows, task=task, resume=None, output_dir=tmp_path, peft_config=None, max_length=1024, **config
+    ):
         trainer = MSLTrainer(
             model or make_model(tokenizer),
             MSLConfig(str(output_dir), **{**COMMON, **config}),
-            trie=trie,
+            task=replace(task, max_length=max_length),
             train_dataset=rows,
-            processing_class=tokenizer,
-            prompt_template=template,
             peft_config=peft_config,
         )
         trainer.train(resume_from_checkpoint=resume)
@@ -73,7 +76,7 @@ def weights(trainer):
 
 
 @pytest.mark.parametrize("positions", ["first", "all"])
-def test_ten_steps_follow_a_plain_loop_with_dense_masks(positions, train, rows, tokenizer, trie):
+def test_ten_steps_follow_a_plain_loop_with_dense_masks(positions, train, rows, tokenizer, task, trie):
     settings = {"temperature_init": 2.0, "temperature_min": 0.1, "temperature_ema": 0.3, "temperature_eta": 0.3}
     # in the order of the rows, so that the loop can follow
     trainer = train(
@@ -83,7 +86,7 @@ def test_ten_steps_follow_a_plain_loop_with_dense_masks(positions, train, rows, 
 
     model = make_model(tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    encoded = tokenize_rows(rows[:], tokenizer, trie)
+    encoded = tokenize_rows(rows[:], task)
     temperature, losses, temperatures = 2.0, [], []
     for step in range(10):
         ids, labels = (encoded[name][4 * step : 4 * step + 4] for name in ("input_ids", "labels"))
@@ -123,9 +126,9 @@ def test_accumulation_of_eight_rows_is_a_batch_of_eight(temperature, train):
     torch.testing.assert_close(weights(accumulated), weights(whole), rtol=1e-5, atol=1e-5)
 
 
-def test_lml_parts_are_the_loss_of_sft_and_the_masked_loss(train, tmp_path, rows, tokenizer, trie):
+def test_lml_parts_are_the_loss_of_sft_and_the_masked_loss(train, tmp_path, rows, tokenizer, task):
     """`lml` is the loss that TRL's `SFTTrainer` reports for the very same tokens, and LML = LML1 + LML2 (Eq. 2)."""
-    kwargs = {"fn_kwargs": {"tokenizer": tokenizer, "trie": trie, "labels": "tokens"}}
+    kwargs = {"fn_kwargs": {"task": task, "labels": "tokens"}}
     tokens = rows.map(tokenize_rows, batched=True, remove_columns=rows.column_names, **kwargs)
     config = {**COMMON, "per_device_eval_batch_size": 80}
     sft = SFTTrainer(
@@ -163,7 +166,6 @@ VARIANTS = {
     "fixed temperature": {"temperature": 1.0},
     "padding-free": {"padding_free": True, "max_length": None},
     "packing": {"packing": True, "max_length": 128},
-    "wrapped packing": {"packing": True, "packing_strategy": "wrapped", "max_length": 64},
 }  # fmt: skip
 
 
@@ -194,20 +196,17 @@ def test_packed_documents_give_the_same_loss_as_rows(train):
     assert logged(packed, "loss") == pytest.approx(logged(rows, "loss"), rel=1e-5)
 
 
-def test_conversational_rows(train, catalog, template, chat_trie):
-    chat = PromptTemplate(template.text, conversational=True)
-    rows = build_rows(make_windows(catalog.ids, num_rows=8), catalog, chat)
+def test_conversational_rows(train, catalog, chat_task):
+    rows = build_rows(make_windows(catalog.ids, num_rows=8), chat_task)
     config = {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
-    probabilities = logged(train(rows=rows, trie=chat_trie, **config), "target_probability")
+    probabilities = logged(train(rows=rows, task=chat_task, **config), "target_probability")
     assert probabilities[-1] > 0.75 > 0.5 > probabilities[0]
 
 
-def test_streams_and_rows_that_the_user_tokenised(train, rows, tokenizer, trie):
+def test_streams_and_rows_that_the_user_tokenised(train, rows, task):
     config = {"max_steps": 2, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
     expected = logged(train(**config), "loss")
-    tokenized = rows.map(
-        tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs={"tokenizer": tokenizer, "trie": trie}
-    )
+    tokenized = rows.map(tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs={"task": task})
     assert logged(train(rows=tokenized, **config), "loss") == expected
     assert logged(train(rows=rows.to_iterable_dataset(), **config), "loss") == expected
 
@@ -218,26 +217,55 @@ def test_mixture_of_experts(train, tokenizer):
     with_aux = train(make_model(tokenizer, **model, output_router_logits=True), **config)
     without = train(make_model(tokenizer, **model), router_aux_loss_coef=0.0, **config)
     assert logged(with_aux, "loss")[0] > logged(without, "loss")[0] + 0.4  # the balancing loss is at least 1
+    assert logged(with_aux, "loss")[0] == pytest.approx(
+        logged(without, "loss")[0] + 0.5 * logged(with_aux, "aux_loss")[0], rel=1e-4
+    )
+    evaluated = with_aux.evaluate(with_aux.train_dataset)
+    assert evaluated["eval_loss"] > without.evaluate(without.train_dataset)["eval_loss"] + 0.4
+    assert evaluated["eval_aux_loss"] >= 1 and not logged(without, "aux_loss")
 
 
-def test_best_checkpoint_by_ndcg(tmp_path, rows, tokenizer, trie, catalog):
+def test_eval_loss_does_not_depend_on_the_batch_size(train, rows):
+    trainer = train(max_steps=1)
+    losses = {}
+    for size in (1, 5, 7, 80):
+        trainer.args.per_device_eval_batch_size = size
+        losses[size] = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    assert list(losses.values()) == pytest.approx([losses[80]] * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["trie", "vocab"])
+def test_a_diverged_model_says_so(normalize, train, tokenizer, caplog):
+    model = make_model(tokenizer)
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    trainer = train(model, max_steps=2, normalize=normalize, temperature=1.0)
+    assert all(map(math.isnan, logged(trainer, "loss")))
+    assert caplog.text.count("the training has diverged") == 1
+
+
+def test_a_finished_run_that_is_resumed_takes_no_further_step(train, tmp_path, tokenizer):
+    config = {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    whole = train(**config)
+    resumed = train(make_model(tokenizer, seed=1), resume=str(tmp_path / "checkpoint-3"), **config)
+    assert resumed.state.global_step == 3
+    assert torch.equal(weights(resumed), weights(whole))
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_best_checkpoint_by_ndcg(tmp_path, rows, tokenizer, task):
     config = MSLConfig(
         str(tmp_path), **{**COMMON, "save_strategy": "steps"}, max_steps=6, save_steps=2, eval_strategy="steps",
         eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_ndcg@10", greater_is_better=True,
     )  # fmt: skip
-    trainer = MSLTrainer(
-        make_model(tokenizer), config, trie=trie, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
-    )
-    trainer.add_callback(RecommendationCallback(trainer, trie, catalog, rows.select(range(12)), ks=(10,)))
+    trainer = MSLTrainer(make_model(tokenizer), config, task=task, train_dataset=rows, eval_dataset=rows)
+    trainer.add_callback(RecommendationCallback(trainer, rows.select(range(12)), ks=(10,)))
     trainer.train()
     values = logged(trainer, "eval_ndcg@10")
     assert len(values) == 3
     assert trainer.state.best_metric == max(values)
 
 
-def test_callback_runs_before_those_that_read_its_metrics_and_only_on_evaluations(
-    tmp_path, rows, tokenizer, trie, catalog
-):
+def test_callback_runs_before_those_that_read_its_metrics_and_only_on_evaluations(tmp_path, rows, tokenizer, task):
     config = MSLConfig(
         str(tmp_path),
         **{**COMMON, "save_strategy": "steps", "save_steps": 1},
@@ -251,13 +279,12 @@ def test_callback_runs_before_those_that_read_its_metrics_and_only_on_evaluation
     trainer = MSLTrainer(
         make_model(tokenizer),
         config,
-        trie=trie,
+        task=task,
         train_dataset=rows,
         eval_dataset={"a": few, "b": few},
-        processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=1.0)],
     )
-    trainer.add_callback(RecommendationCallback(trainer, trie, catalog, few, ks=(5,)))
+    trainer.add_callback(RecommendationCallback(trainer, few, ks=(5,)))
     trainer.train()
     # nothing improves by 1.0 after the first: stopped by the metric that the callback adds
     assert trainer.state.global_step == 2
@@ -308,7 +335,7 @@ def test_config_from_yaml_and_command_line(tmp_path):
     (adaptive,) = parser.parse_args_and_config(["--output_dir", "out", "--temperature", "adaptive", "--use_cpu"])
     assert adaptive.temperature == "adaptive"
     kwargs = ["--chat_template_kwargs", '{"enable_thinking": false}']
-    (chat,) = parser.parse_args_and_config(["--output_dir", "out", "--use_cpu", *kwargs])
+    (chat,) = TrlParser(DataArguments).parse_args_and_config(kwargs)
     assert chat.chat_template_kwargs == {"enable_thinking": False}
 
 
@@ -333,6 +360,7 @@ def test_every_parameter_is_documented():
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` = 0.1 is not supported"),
         ({"completion_only_loss": False}, "`completion_only_loss` = False is not supported"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "`dataset_kwargs` = .* is not supported"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy` = 'wrapped' .* use 'bfd'"),
         ({"assistant_only_loss": True}, "`assistant_only_loss` = True is not supported"),
     ],
 )
@@ -341,17 +369,24 @@ def test_bad_config(config, message, tmp_path):
         MSLConfig(str(tmp_path), **{**COMMON, **config})
 
 
-def test_bad_arguments_are_found_before_training(tmp_path, rows, tokenizer, trie):
+def test_bad_arguments_are_found_before_training(tmp_path, rows, tokenizer, task):
     def trainer(**kwargs):
-        given = {"args": MSLConfig(str(tmp_path), **COMMON), "trie": trie, "train_dataset": rows, **kwargs}
-        return MSLTrainer(make_model(tokenizer), processing_class=tokenizer, **given)
+        given = {"args": MSLConfig(str(tmp_path), **COMMON), "task": task, "train_dataset": rows, **kwargs}
+        return MSLTrainer(make_model(tokenizer), **given)
 
-    with pytest.raises(ValueError, match="`args` is a SFTConfig: it must be an `MSLConfig`"):
+    with pytest.raises(ValueError, match="`args` must be of class `MSLConfig`, not `SFTConfig`"):
         trainer(args=SFTConfig(str(tmp_path), **COMMON))
-    with pytest.raises(ValueError, match="`trie` is a NoneType"):
-        trainer(trie=None)
-    with pytest.raises(ValueError, match="`trie` holds a single sequence"):
-        trainer(trie=ItemTrie.from_sequences([[1, 2]]))
+    with pytest.raises(ValueError, match="`task` is a NoneType"):
+        trainer(task=None)
+    with pytest.raises(ValueError, match="`task` has items that are all written alike"):
+        trainer(task=RankingTask(ItemCatalog(["a", "b"], ["Dune", "Dune"]), tokenizer, task.prompt_template))
+    with pytest.raises(ValueError, match="`processing_class` has another vocabulary"):
+        trainer(processing_class=train_tokenizer(["Dune"], vocab_size=300))
+    with pytest.raises(ValueError, match="`max_length` is 30 in `args` and 1024 in `task`"):
+        trainer(args=MSLConfig(str(tmp_path), max_length=30, **COMMON))
+    best = {"metric_for_best_model": "eval_mean_token_accuracy"}
+    with pytest.raises(ValueError, match="`metric_for_best_model` = 'eval_mean_token_accuracy' .* use 'eval_valid_"):
+        trainer(args=MSLConfig(str(tmp_path), **COMMON, **best))
     with pytest.raises(ValueError, match="`compute_metrics` is not supported"):
         trainer(compute_metrics=lambda prediction: {})
     with pytest.raises(ValueError, match="1 of the 80 rows read are no item"):
@@ -359,27 +394,27 @@ def test_bad_arguments_are_found_before_training(tmp_path, rows, tokenizer, trie
     with pytest.raises(ValueError, match="`input_ids` but no `labels`"):
         trainer(train_dataset=Dataset.from_list([{"input_ids": [1, 2]}]))
     kwargs = {"batched": True, "remove_columns": rows.column_names}
-    tokens = rows.map(tokenize_rows, fn_kwargs={"tokenizer": tokenizer, "trie": trie, "labels": "tokens"}, **kwargs)
-    with pytest.raises(ValueError, match=r"\d+ label\(s\) that are no node of `trie`"):
+    tokens = rows.map(tokenize_rows, fn_kwargs={"task": task, "labels": "tokens"}, **kwargs)
+    with pytest.raises(ValueError, match=r"\d+ label\(s\) that are no node of the task's trie"):
         trainer(train_dataset=tokens)
-    with pytest.raises(ValueError, match="that are no node of `trie`"):
+    with pytest.raises(ValueError, match="that are no node of the task's trie"):
         trainer(
             train_dataset=tokens.to_iterable_dataset(), args=MSLConfig(str(tmp_path), max_steps=1, **COMMON)
         ).train()
-    nodes = rows.map(tokenize_rows, fn_kwargs={"tokenizer": tokenizer, "trie": trie}, **kwargs)
+    nodes = rows.map(tokenize_rows, fn_kwargs={"task": task}, **kwargs)
     with pytest.raises(ValueError, match=r"`max_length` = 30: \d+ row\(s\) of the train dataset are longer"):
-        trainer(train_dataset=nodes, args=MSLConfig(str(tmp_path), max_length=30, **COMMON))
+        trainer(train_dataset=nodes, task=replace(task, max_length=30))
 
 
 # ---------------------------------------------------------------------- the usual loss, and drawn negatives
 
 
-def test_over_the_vocabulary_it_is_the_usual_loss(train, tmp_path, rows, tokenizer, trie, template):
+def test_over_the_vocabulary_it_is_the_usual_loss(train, tmp_path, rows, tokenizer, task):
     config = {**COMMON, "max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     ours = train(normalize="vocab", temperature=1.0, **config)
     encoded = rows.map(
         tokenize_rows, batched=True, remove_columns=rows.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "trie": trie, "labels": "tokens"},
+        fn_kwargs={"task": task, "labels": "tokens"},
     )  # fmt: skip
     theirs = SFTTrainer(
         make_model(tokenizer), SFTConfig(str(tmp_path), **config), train_dataset=encoded, processing_class=tokenizer

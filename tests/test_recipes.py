@@ -9,7 +9,7 @@ import yaml
 from helpers import TITLES, make_model, make_windows
 from launching import TINY, launch
 
-from trl_msl import RankingTask, ItemCatalog, Recommender
+from trl_msl import ItemCatalog, RankingTask, Recommender
 
 
 def read(path):

@@ -12,11 +12,11 @@ from helpers import TITLES, make_model, make_windows
 from peft import LoraConfig
 
 from trl_msl import (
-    RankingTask,
     ItemCatalog,
     MSLConfig,
     MSLTrainer,
     PromptTemplate,
+    RankingTask,
     RecommendedItems,
     Recommender,
     build_rows,

@@ -9,8 +9,8 @@ import pytest
 from helpers import make_model, make_windows
 from safetensors.numpy import load_file
 
-from trl_msl import RankingTask, ItemCatalog, build_rows
-from trl_msl.training.catalog_trainer import last_complete_checkpoint
+from trl_msl import ItemCatalog, RankingTask, build_rows
+from trl_msl.training.task_trainer import last_complete_checkpoint
 
 
 TRAIN = """
@@ -18,7 +18,7 @@ import os, signal, sys
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 from peft import LoraConfig
-from trl_msl import ItemCatalog, MSLConfig, MSLTrainer, PromptTemplate
+from trl_msl import ItemCatalog, MSLConfig, MSLTrainer, PromptTemplate, RankingTask
 
 folder, output_dir, moment, resume = sys.argv[1:]
 
@@ -35,7 +35,9 @@ class Trainer(MSLTrainer):
 
 set_seed(0)  # TRL 1.14 makes a new adapter before it sets the seed
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/base")
-catalog = ItemCatalog.from_pretrained(f"{folder}/base")
+task = RankingTask(
+    ItemCatalog.from_pretrained(f"{folder}/base"), tokenizer, PromptTemplate("The user has read: {history}\\nNext: ")
+)
 trainer = Trainer(
     f"{folder}/base",
     MSLConfig(
@@ -43,10 +45,7 @@ trainer = Trainer(
         per_device_train_batch_size=2, temperature_min=0.1, temperature_ema=0.3,
     ),
     train_dataset=Dataset.from_parquet(f"{folder}/rows.parquet"),
-    processing_class=tokenizer,
-    trie=catalog.build_trie(tokenizer),
-    prompt_template=PromptTemplate("The user has read: {history}\\nNext: "),
-    catalog=catalog,
+    task=task,
     peft_config=LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.2),
     callbacks=[Killer()],
 )
@@ -56,7 +55,7 @@ trainer.save_model()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer, catalog, template):
+def folder(tmp_path_factory, tokenizer, catalog, task):
     path = tmp_path_factory.mktemp("resume")
     make_model(tokenizer).save_pretrained(path / "base")
     tokenizer.save_pretrained(path / "base")
@@ -82,12 +81,12 @@ def test_killed_and_resumed(moment, last, left, folder):
     assert all((resumed[name] == whole[name]).all() for name in whole)
 
 
-def test_a_bundle_that_is_cut_off_is_no_bundle(tmp_path, tokenizer, catalog, trie, template):
-    """Killed between two files: what lies there is one of the two bundles, whole, or an error."""
-    RankingTask(catalog, trie, template).save_pretrained(tmp_path, tokenizer)
+def test_a_task_that_is_cut_off_is_an_error(tmp_path, tokenizer, catalog, task, template):
+    """Killed between two files: what lies there is one of the two tasks, whole, or an error."""
+    task.save_pretrained(tmp_path)
     before = (tmp_path / "trie.safetensors").read_bytes()
     other = ItemCatalog(catalog.ids, catalog.texts[::-1])
-    RankingTask(other, other.build_trie(tokenizer), template).save_pretrained(tmp_path / "new", tokenizer)
+    RankingTask(other, tokenizer, template).save_pretrained(tmp_path / "new")
     (tmp_path / "trie.safetensors").write_bytes((tmp_path / "new" / "trie.safetensors").read_bytes())
     with pytest.raises(ValueError, match="trie.safetensors is damaged, or does not belong"):
         RankingTask.from_pretrained(tmp_path, tokenizer)

@@ -25,6 +25,8 @@ class SoftmaxDPOConfig(DPOConfig):
         max_length (`int`, *optional*):
             Most tokens of a prompt and an item together. Defaults to that of the [`RankingTask`], where it is set; a
             different value here is an error.
+        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
+            As for [`MSLConfig`].
     """
 
     beta: float = field(
@@ -42,6 +44,10 @@ class SoftmaxDPOConfig(DPOConfig):
             "or the whole vocabulary ('vocab'), as published.",
             "choices": ["trie", "vocab"],
         },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether to log losses that are not numbers as the mean of those before them."},
     )
     max_length: int | None = field(
         default=None,

@@ -53,6 +53,9 @@ class MSLConfig(SFTConfig):
         max_length (`int`, *optional*):
             Most tokens of a prompt and an item together. Defaults to that of the [`RankingTask`], where it is set; a
             different value here is an error.
+        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
+            Whether to log losses that are not numbers as the mean of those before them, as
+            [`~transformers.TrainingArguments`] does by default: a diverged run would log a loss of 0.
     """
 
     # `None` stands in the annotation only because the argument parser takes `float | str | None` as a string
@@ -119,6 +122,10 @@ class MSLConfig(SFTConfig):
             "whole vocabulary at each step."
         },
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether to log losses that are not numbers as the mean of those before them."},
+    )
     max_length: int | None = field(
         default=None,
         metadata={"help": "Most tokens of a prompt and an item together. Defaults to that of the task."},
@@ -182,6 +189,10 @@ class MSLConfig(SFTConfig):
             "dataset_kwargs": (
                 not (self.dataset_kwargs or {}).get("skip_prepare_dataset"),
                 "rows must be checked; map `tokenize_rows` yourself instead",
+            ),
+            "packing_strategy": (
+                not self.packing or self.packing_strategy != "wrapped",
+                "it cuts rows, and their titles, at arbitrary places: use 'bfd'",
             ),
             "truncation_mode": (self.truncation_mode == "keep_start", "rows are shortened at their oldest item"),
         }

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
@@ -80,6 +81,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         ("compute_loss_func", "compute_metrics", "formatting_func", "preprocess_logits_for_metrics"),
         "full logits are never built. Rank items with `RecommendationCallback`; subclass to change the loss",
     )
+    _missing_metrics = dict.fromkeys(("mean_token_accuracy", "entropy"), "eval_valid_token_accuracy")
     _tag_names = ["trl", "msl"]
     _name = "MSL"
     _paper = {
@@ -220,33 +222,57 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
         if self.model.training:
             self._temperature_callback.observe(output, self.trie.first_branching_node)
-        self._store_metrics(inputs, output)
+        self._store_metrics(inputs, output, losses.detach())
         return (loss, output) if return_outputs else loss
 
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._evaluated = {"loss": 0.0, "losses": 0, "aux_loss": 0.0, "batches": 0}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if f"{metric_key_prefix}_loss" in output.metrics:
+            # The mean over all positions. `Trainer` weights each batch's mean by its rows, so that it would depend on
+            # the batch size
+            total = self._evaluated
+            loss = total["loss"] / max(total["losses"], 1)
+            if self.aux_loss_enabled:
+                loss += self.router_aux_loss_coef * total["aux_loss"] / max(total["batches"], 1)
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
+
     @torch.no_grad()
-    def _store_metrics(self, inputs: dict[str, Any], output: SparseCausalLMOutput) -> None:
-        """Means over the positions of all ranks, to be logged by `log`."""
-        losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
+    def _store_metrics(self, inputs: dict[str, Any], output: SparseCausalLMOutput, losses: Tensor) -> None:
+        """Sums over the positions of all ranks: their means are logged by `log`, and `losses` make `eval_loss`."""
+        restricted = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
         best = output.logits.masked_fill(~output.valid_mask, -torch.inf)
-        num_correct = (best.argmax(dim=-1) == output.targets).sum() if len(losses) else losses.sum()
+        num_correct = (best.argmax(dim=-1) == output.targets).sum() if len(restricted) else restricted.sum()
         num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         sums = {
             "tokens": num_tokens if self.model.training else 0,
-            "positions": len(losses),
+            "loss": losses.sum(),
+            "losses": len(losses),
+            "positions": len(restricted),
             "valid_token_accuracy": num_correct,
-            "target_probability": losses.neg().exp().sum(),
+            "target_probability": restricted.neg().exp().sum(),
+            "aux_loss": output.aux_loss if self.aux_loss_enabled else 0.0,
         }
         if self.args.log_lml_parts:
-            lml, lml2 = output.vocab_losses.sum(), losses.sum()
+            lml, lml2 = output.vocab_losses.sum(), restricted.sum()
             sums |= {"supervised": len(output.vocab_losses), "lml": lml, "lml1": lml - lml2, "lml2": lml2}
         values = torch.stack([torch.as_tensor(v, device=losses.device).float() for v in sums.values()])
         sums = dict(zip(sums, self.accelerator.reduce(values, "sum").tolist()))
+        sums["aux_loss"] /= self.accelerator.num_processes
         metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.model.training:
+            self._warn_if_diverged(sums["loss"])
+        else:
+            for name in self._evaluated:
+                self._evaluated[name] += sums.get(name, 1)
         self._total_train_tokens += int(sums["tokens"]) // self.get_tp_size()
         metrics["num_tokens"] = [self._total_train_tokens]
         metrics["temperature"].append(self.temperature)
         for name in ("valid_token_accuracy", "target_probability"):
             metrics[name].append(sums[name] / max(sums["positions"], 1))
+        if self.aux_loss_enabled:
+            metrics["aux_loss"].append(sums["aux_loss"])
         for name in ("lml", "lml1", "lml2") if "lml" in sums else ():
             metrics[name].append(sums[name] / max(sums["supervised"], 1))
 

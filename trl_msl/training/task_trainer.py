@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class TaskTrainerMixin:
 
     _config_class: type[TrainingArguments]
     _unsupported: dict[str, str]  # arguments of TRL's trainer that have no meaning here, and why
+    _missing_metrics: dict[str, str] = {}  # metrics that TRL's trainer logs and this one does not, and what to use
+    _has_diverged = False
 
     def _set_task(
         self, task: RankingTask, model: str | PreTrainedModel, args: TrainingArguments | None, kwargs: dict[str, Any]
@@ -41,7 +44,7 @@ class TaskTrainerMixin:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '')}")
         if not isinstance(args, config_class):
-            raise ValueError(f"`args` is a {type(args).__name__}: it must be a `{config_class.__name__}`.")
+            raise ValueError(f"`args` must be of class `{config_class.__name__}`, not `{type(args).__name__}`.")
         for name, reason in self._unsupported.items():
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"`{name}` is not supported by `{type(self).__name__}`: {reason}.")
@@ -49,6 +52,12 @@ class TaskTrainerMixin:
             raise ValueError(f"`task` is a {type(task).__name__}: pass a `RankingTask`.")
         if task.trie.first_branching_node < 0:
             raise ValueError(f"`task` has items that are all written alike ({task.trie}): there is nothing to learn.")
+        best = (args.metric_for_best_model or "").removeprefix("eval_")
+        if best in self._missing_metrics:
+            raise ValueError(
+                f"`metric_for_best_model` = {args.metric_for_best_model!r} is not measured by "
+                f"`{type(self).__name__}`: use {self._missing_metrics[best]!r}."
+            )
         given = kwargs.get("processing_class")
         if given is None:
             kwargs["processing_class"] = task.tokenizer
@@ -69,11 +78,28 @@ class TaskTrainerMixin:
         """The task's trie, whose nodes are the labels."""
         return self.task.trie
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run resumed from its last step has nothing left to do, but `Trainer` takes a step before it looks
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _warn_if_diverged(self, loss: float) -> None:
+        """Say once that a training loss is not a number."""
+        if not math.isfinite(loss) and not self._has_diverged:
+            self._has_diverged = True
+            logger.warning(
+                "The loss is %s at step %d: the training has diverged. Lower `learning_rate`, or check the model.",
+                loss, self.state.global_step,
+            )  # fmt: skip
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """
         As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last checkpoint in `output_dir`
         that was written to its end, so that a run may be killed at any moment.
         """
+        self._has_diverged = False
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint, **kwargs)
