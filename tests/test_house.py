@@ -12,7 +12,7 @@ import trl_msl
 
 sys.path.insert(0, str(ROOT / "docs"))
 
-from draw_rooms import FRONT, NO_DOOR, read_arrows, read_imports, read_modules, room_of  # noqa: E402
+from read_rooms import FRONT, NO_DOOR, read_arrows, read_imports, read_modules, room_of  # noqa: E402
 
 
 ALLOWED = {
@@ -76,6 +76,13 @@ def test_no_module_is_long(name):
 
 def test_public_names_are_sorted():
     assert list(trl_msl.__all__) == sorted(trl_msl.__all__)
+
+
+def test_the_picture_is_drawn(tmp_path):
+    from draw_rooms import draw
+
+    draw(image=tmp_path / "rooms.png")
+    assert (tmp_path / "rooms.png").stat().st_size > 10_000
 
 
 # ---------------------------------------------------------------------- the scan itself
