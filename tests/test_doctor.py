@@ -131,7 +131,7 @@ def test_a_model_stored_in_bf16(task):
         assert find(diagnose(task, make_splits(task.catalog), one), "Logits in bf16").status == "note"
 
 
-def test_interactions_that_spoil_a_result(task):
+def test_interactions_that_distort_a_result(task):
     catalog, splits = task.catalog, make_splits(task.catalog)
     rows = [{"user_id": "7", "item_ids": splits["train"][0]["item_ids"], "timestamp": 3}]
     rows += [{"user_id": "8", "item_ids": ["b1", "b2", "b1"], "timestamp": 900}]
@@ -149,7 +149,7 @@ def test_interactions_that_spoil_a_result(task):
     assert find(findings, "Splits").status == "error"  # nothing is left of test
 
 
-def test_data_that_is_hardly_there(task):
+def test_data_with_almost_nothing_usable(task):
     strangers = DatasetDict({"train": Dataset.from_list([{"item_ids": ["x", "y"]}])})
     assert [finding.status for finding in diagnose(task, strangers)] == ["error"]
     bare = make_splits(task.catalog).select_columns("item_ids")

@@ -47,7 +47,7 @@ def check_splits(case: Case) -> Iterator[Finding]:
 
 
 def check_leaks(case: Case) -> Iterator[Finding]:
-    """Test windows that the training has seen, or the future of."""
+    """Test windows that the model has been trained on, or that lie before the end of train."""
     if not {"train", "test"} <= case.windows.keys():
         return
     train, test = case.windows["train"], case.windows["test"]

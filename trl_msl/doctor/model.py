@@ -44,7 +44,7 @@ def check_exact_decoding(case: Case) -> Iterator[Finding]:
 
 
 def check_generation_config(case: Case) -> Iterator[Finding]:
-    """Settings that `generate` takes from the model, which break constrained beams without a word."""
+    """Settings that `generate` takes from the model, which silently break constrained beams."""
     config = case.model.generation_config
     given = {name: getattr(config, name, None) for name in _DEFAULTS}
     given = {name: value for name, value in given.items() if value not in (None, _DEFAULTS[name])}

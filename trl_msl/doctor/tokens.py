@@ -21,7 +21,7 @@ def check_written_form(case: Case) -> Iterator[Finding]:
 
 
 def check_branching(case: Case) -> Iterator[Finding]:
-    """Where items differ, and how much of the targets is left to learn."""
+    """Where items differ, and how many tokens of the targets there are to learn from."""
     trie, first = case.trie, case.trie.first_branching_node
     if first < 0:
         seen = f"nowhere: all {len(case.catalog)} are written alike"
