@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
 from helpers import make_windows
 
-from trl_msl import PromptTemplate, build_rows, encode_items, encode_prompts, tokenize_rows
+from trl_msl import PromptTemplate, build_rows, encode_items, encode_prompts, fit_prompts, tokenize_rows
 
 
 @pytest.fixture(scope="module")
-def rows(catalog, template):
+def rows(catalog, task):
     return build_rows(make_windows(catalog.ids), task)
 
 
@@ -24,9 +25,8 @@ def test_rows(rows, catalog):
         assert [*row["history_ids"], row["item_id"]] == window["item_ids"]
 
 
-def test_conversational_rows(catalog, template):
-    chat = PromptTemplate(template.text, conversational=True)
-    row = build_rows(make_windows(catalog.ids), catalog, chat)[0]
+def test_conversational_rows(catalog, template, chat_task):
+    row = build_rows(make_windows(catalog.ids), chat_task)[0]
     assert row["prompt"] == [{"role": "user", "content": template.render(row["history"])}]
     assert row["completion"] == [
         {"role": "assistant", "content": catalog.completions[catalog.indices([row["item_id"]])[0]]}
@@ -44,11 +44,12 @@ def test_braces_in_titles_are_left_alone():
 
 
 @pytest.mark.parametrize("conversational", [False, True])
-def test_labels_are_the_nodes_of_the_tokens(conversational, catalog, template, tokenizer, trie, chat_trie):
-    trie = chat_trie if conversational else trie
-    rows = build_rows(make_windows(catalog.ids), catalog, PromptTemplate(template.text, conversational=conversational))
-    encoded = tokenize_rows(rows[:], tokenizer, trie)
-    as_tokens = tokenize_rows(rows[:], tokenizer, trie, labels="tokens")
+def test_labels_are_the_nodes_of_the_tokens(conversational, catalog, tokenizer, task, chat_task):
+    task = chat_task if conversational else task
+    trie = task.trie
+    rows = build_rows(make_windows(catalog.ids), task)
+    encoded = tokenize_rows(rows[:], task)
+    as_tokens = tokenize_rows(rows[:], task, labels="tokens")
     assert encoded["input_ids"] == as_tokens["input_ids"]
     items = encode_items(tokenizer, catalog.completions, conversational)
     prompts = encode_prompts(tokenizer, rows["prompt"][:])
@@ -79,12 +80,8 @@ def test_prompts_begin_with_bos_and_do_not_end_with_eos(tokenizer):
     assert expected[0] == tokenizer.bos_token_id
 
 
-def test_map_function_on_a_dataset_and_a_stream(rows, tokenizer, trie):
-    kwargs = {
-        "batched": True,
-        "remove_columns": rows.column_names,
-        "fn_kwargs": {"tokenizer": tokenizer, "trie": trie},
-    }
+def test_map_function_on_a_dataset_and_a_stream(rows, task):
+    kwargs = {"batched": True, "remove_columns": rows.column_names, "fn_kwargs": {"task": task}}
     mapped = rows.map(tokenize_rows, **kwargs)
     assert mapped.column_names == ["input_ids", "labels"]
     assert list(rows.to_iterable_dataset().map(tokenize_rows, **kwargs)) == mapped.to_list()
@@ -93,13 +90,13 @@ def test_map_function_on_a_dataset_and_a_stream(rows, tokenizer, trie):
 # ---------------------------------------------------------------------- rows that are too long
 
 
-def test_long_rows_lose_their_oldest_items_and_never_the_title(rows, tokenizer, trie, template, caplog):
-    whole = tokenize_rows(rows[:], tokenizer, trie)
+def test_long_rows_lose_their_oldest_items_and_never_the_title(rows, tokenizer, task, template, caplog):
+    whole = tokenize_rows(rows[:], task)
     max_length = 40
     too_long = [len(ids) > max_length for ids in whole["input_ids"]]
     assert 0 < sum(too_long) < len(rows)
     with caplog.at_level(logging.WARNING):
-        short = tokenize_rows(rows[:], tokenizer, trie, max_length=max_length, prompt_template=template)
+        short = tokenize_rows(rows[:], replace(task, max_length=max_length))
     assert f"{sum(too_long)} of {len(rows)} prompts were too long for `max_length`" in caplog.text
     for index, row in enumerate(rows):
         ids, nodes = short["input_ids"][index], short["labels"][index]
@@ -115,40 +112,40 @@ def test_long_rows_lose_their_oldest_items_and_never_the_title(rows, tokenizer, 
             assert len(one_less) + len(kept) > max_length
 
 
-def test_prompts_that_cannot_be_shortened(rows, tokenizer, trie, template):
+def test_prompts_that_cannot_be_shortened(rows, tokenizer, task):
     batch = rows[:]
     with pytest.raises(ValueError, match=r"`max_length`: \d+ of the 40 rows read are too long and can't be shortened"):
-        tokenize_rows(batch, tokenizer, trie, max_length=40)
+        fit_prompts(tokenizer, batch, [40] * 40)
     with pytest.raises(ValueError, match=r"`max_length`: \d+ of the 40 .* even with a single item of history"):
-        tokenize_rows(batch, tokenizer, trie, max_length=8, prompt_template=template)
-    other = PromptTemplate("Read: {history}\nNext: ")
+        tokenize_rows(batch, replace(task, max_length=8))
+    other = replace(task, max_length=40, prompt_template=PromptTemplate("Read: {history}\nNext: "))
     with pytest.raises(ValueError, match="`prompt_template` must be the one that the rows were made with"):
-        tokenize_rows(batch, tokenizer, trie, max_length=40, prompt_template=other)
+        tokenize_rows(batch, other)
     without_history = {key: values for key, values in batch.items() if key != "history"}
     with pytest.raises(ValueError, match="`history` column"):
-        tokenize_rows(without_history, tokenizer, trie, max_length=40, prompt_template=template)
+        tokenize_rows(without_history, replace(task, max_length=40))
 
 
 # ---------------------------------------------------------------------- bad input
 
 
-def test_completions_off_the_catalogue(rows, tokenizer, trie, chat_trie):
+def test_completions_off_the_catalogue(rows, task, chat_task):
     batch = rows[:]
     batch["completion"] = ['"Ulysses"', *batch["completion"][1:-1], '"dune"']
     with pytest.raises(ValueError, match=r"2 of the 40 rows read are no item.*Ulysses.*dune"):
-        tokenize_rows(batch, tokenizer, trie)
-    with pytest.raises(ValueError, match="40 of the 40 rows read are no item.*conversational=False"):
-        tokenize_rows(rows[:], tokenizer, chat_trie)
+        tokenize_rows(batch, task)
+    with pytest.raises(ValueError, match="`batch` holds text rows, but .* makes conversational rows"):
+        tokenize_rows(rows[:], chat_task)
 
 
-def test_other_bad_rows(rows, catalog, tokenizer, trie, chat_trie, template):
+def test_other_bad_rows(rows, task, chat_task):
     with pytest.raises(ValueError, match=r"lacks the column\(s\) \['completion'\]"):
-        tokenize_rows({"prompt": ["a"]}, tokenizer, trie)
+        tokenize_rows({"prompt": ["a"]}, task)
     with pytest.raises(ValueError, match="`labels` is 'mask'"):
-        tokenize_rows(rows[:], tokenizer, trie, labels="mask")
+        tokenize_rows(rows[:], task, labels="mask")
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Dune"}]
     with pytest.raises(ValueError, match="must be a single message of the assistant"):
-        tokenize_rows({"prompt": [turns[:1]], "completion": [turns]}, tokenizer, chat_trie)
+        tokenize_rows({"prompt": [turns[:1]], "completion": [turns]}, chat_task)
     with pytest.raises(ValueError, match="1 `item_ids` hold fewer than two items"):
         build_rows(Dataset.from_list([{"item_ids": ["b0"]}]), task)
     with pytest.raises(ValueError, match="not in the catalogue"):
