@@ -208,6 +208,6 @@ def test_histories_off_the_catalogue(rows, task):
     batch["history"][0] = ['"Ulysses"', '"Dune"']
     batch["prompt"][0] = TEMPLATE.render(batch["history"][0])
     with pytest.raises(
-        ValueError, match=r"`history` holds 1 text\(s\) that are no item of the trie, such as .*Ulysses"
+        ValueError, match=r"`history` holds 1 text\(s\) that are not items of the trie, such as .*Ulysses"
     ):
         tokenize_rows(batch, task, supervise_history=True)

@@ -105,10 +105,11 @@ def tokenize_rows(
             f"{unknown[:3]}. Write items as `ItemCatalog.completions` has them."
         )
     limit = float("inf") if task.max_length is None else task.max_length
-    prompts = task.fit_prompts(batch, [limit - len(item) for item in items])
+    room = [limit - len(item) for item in items]
     if supervise_history:
-        targets = task.history_labels(batch, [len(prompt) for prompt in prompts])
+        prompts, targets = task.supervised_prompts(batch, room)
     else:
+        prompts = task.fit_prompts(batch, room)
         targets = [[-100] * len(prompt) for prompt in prompts]
     for target, path, item in zip(targets, trie.paths(nodes).tolist(), items):
         target += path[: len(item)]

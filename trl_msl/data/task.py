@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..trie import TRIE_FILE, ItemTrie
 from .catalog import ITEMS_FILE, ItemCatalog
-from .fit_prompts import fit_prompts
+from .fit_prompts import fit_prompts, supervised_prompts
 from .item_tokens import encode_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
-from .separate_items import history_labels
 
 
 logger = logging.getLogger(__name__)
@@ -162,10 +161,12 @@ class RankingTask:
         room = [limit - int(self.trie.item_lengths.double().mean())] * len(rows["prompt"])
         return self.fit_prompts(rows, room)
 
-    def history_labels(self, rows: dict[str, list], lengths: Sequence[int]) -> list[list[int]]:
-        """Labels of the prompts of `rows` that supervise the items of their histories: see [`history_labels`]."""
+    def supervised_prompts(
+        self, rows: dict[str, list], room: Sequence[float]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of the prompts of `rows`, and labels on the items of histories: see [`supervised_prompts`]."""
         template, kwargs = self.prompt_template, self.chat_template_kwargs
-        return history_labels(self.tokenizer, self.trie, rows, lengths, template, kwargs)
+        return supervised_prompts(self.tokenizer, self.trie, rows, room, template, kwargs)
 
     # ------------------------------------------------------------------ storage
 
