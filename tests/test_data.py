@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import logging
 from dataclasses import replace
 
@@ -74,8 +75,6 @@ def test_labels_are_the_nodes_of_the_tokens(conversational, catalog, tokenizer, 
 
 
 def test_prompts_begin_with_bos_and_do_not_end_with_eos(tokenizer):
-    import copy
-
     from tokenizers.processors import TemplateProcessing
 
     adds_eos = copy.deepcopy(tokenizer)
@@ -137,8 +136,9 @@ def test_prompts_with_special_tokens_in_items_are_shortened(hostile_task, tokeni
     (whole,) = hostile_task.fit_prompts(rows[:], [1000])
     (shorter,) = hostile_task.fit_prompts(rows[:], [len(whole) - 1])
     assert len(shorter) < len(whole)
-    special = [[token for token in ids if token in tokenizer.all_special_ids] for ids in (whole, shorter)]
-    assert special[0] == special[1]
+    (ordinary,) = hostile_task.encode_prompts([hostile_task.prompt_template.render(["Dune"])])
+    special = [[token for token in ids if token in tokenizer.all_special_ids] for ids in (whole, shorter, ordinary)]
+    assert special[0] == special[1] == special[2]
     assert "Dune" not in tokenizer.decode(shorter) and tokenizer.decode(shorter).count("<|im_start|>system") == 1
 
 
@@ -202,9 +202,25 @@ def test_completions_off_the_catalogue(rows, task, chat_task):
         tokenize_rows(rows[:], chat_task)
 
 
+def test_end_tokens_that_were_changed_after_the_task_was_made(rows, catalog, tokenizer, template, chat_task):
+    changed = RankingTask(catalog, copy.deepcopy(tokenizer), template)
+    changed.tokenizer.eos_token = "<|pad|>"
+    message = r"ends items with '<\|pad\|>' .* with '<\|eos\|>'.*`eos_token`.* Make the `RankingTask` again"
+    with pytest.raises(ValueError, match=message):
+        tokenize_rows(rows[:], changed)
+    chat_rows = build_rows(make_windows(catalog.ids), chat_task)
+    changed = replace(chat_task, tokenizer=copy.deepcopy(tokenizer))
+    changed.tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|eos|>")
+    with pytest.raises(ValueError, match="chat template .* Make the `RankingTask` again"):
+        tokenize_rows(chat_rows[:], changed)
+
+
 def test_other_bad_rows(rows, task, chat_task):
     with pytest.raises(ValueError, match=r"lacks the column\(s\) \['completion'\]"):
         tokenize_rows({"prompt": ["a"]}, task)
+    for other in ({"text": ["a"]}, {"messages": [[{"role": "user", "content": "Hi"}]]}):
+        with pytest.raises(ValueError, match=r"it has \['(text|messages)'\]. Pass prompt/completion .* `build_rows`"):
+            tokenize_rows(other, task)
     with pytest.raises(ValueError, match="`labels` is 'mask'"):
         tokenize_rows(rows[:], task, labels="mask")
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Dune"}]

@@ -92,7 +92,10 @@ def tokenize_rows(
         raise ValueError(f"`labels` is {labels!r}: it must be 'nodes' or 'tokens'.")
     missing = {"prompt", "completion"} - batch.keys()
     if missing:
-        raise ValueError(f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}.")
+        raise ValueError(
+            f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}. Pass prompt/completion rows, whose "
+            "completion is an item, as `build_rows` makes them from windows of interactions."
+        )
     conversational = is_conversational({key: values[0] for key, values in batch.items()})
     texts = [completion_text(completion, conversational) for completion in batch["completion"]]
     _check_form(conversational, task)

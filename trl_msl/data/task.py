@@ -119,7 +119,8 @@ class RankingTask:
         """Whether a sample of the items stand in the trie where the tokenizer puts them."""
         if len(self.catalog) == self.trie.num_items:
             sample = list(range(0, len(self.catalog), max(1, len(self.catalog) // 50)))
-            sequences = self.encode_items([self.catalog.completions[index] for index in sample])
+            texts = [self.catalog.completions[index] for index in sample]
+            sequences = encode_items(self.tokenizer, texts, self.conversational, self.chat_template_kwargs)
             reached = [int(self.trie.to("cpu").walk(torch.tensor(sequence))[-1]) for sequence in sequences]
             if reached == self.trie.item_nodes[sample].tolist():
                 return
@@ -129,8 +130,21 @@ class RankingTask:
         )
 
     def encode_items(self, completions: Sequence[str]) -> list[list[int]]:
-        """Token ids that the model has to write for each item, end token included: see [`encode_items`]."""
-        return encode_items(self.tokenizer, completions, self.conversational, self.chat_template_kwargs)
+        """
+        Token ids that the model has to write for each item, end token included: see [`encode_items`].
+
+        Raises:
+            `ValueError`: if the tokenizer ends items with another token than when the task was made.
+        """
+        sequences = encode_items(self.tokenizer, completions, self.conversational, self.chat_template_kwargs)
+        expected = int(self.trie.tokens(self.trie.item_nodes[0]))
+        if sequences and sequences[0][-1] != expected:
+            end, expected = (self.tokenizer.decode([token]) for token in (sequences[0][-1], expected))
+            raise ValueError(
+                f"`tokenizer` ends items with {end!r} now, and did with {expected!r} when the task was made: its "
+                "`eos_token` or chat template has been changed since. Make the `RankingTask` again."
+            )
+        return sequences
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """
