@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import make_model, make_windows
 
 from trl_msl import (
@@ -139,6 +140,28 @@ def test_trainer(tmp_path, rows, tokenizer, task):
         ValueError, match="has 40 label.* that are no node of the task's trie with the token that stands there"
     ):
         make(trainer.train_dataset.map(lambda row: {"input_ids": row["input_ids"][:-1] + [0]}))
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_trainer_with_histories_of_one_item(tmp_path, conversational, catalog, tokenizer, task, chat_task):
+    """There is nothing more to supervise, so that tokenised rows of both kinds are the same, and right."""
+    task = chat_task if conversational else task
+
+    def make(windows):
+        rows = build_rows(windows, task)
+        tokenized = rows.map(tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs={"task": task})
+        args = MSLConfig(
+            str(tmp_path), supervise_history=True, use_cpu=True, bf16=False, report_to="none",
+            per_device_train_batch_size=8, max_steps=1,
+        )  # fmt: skip
+        return MSLTrainer(make_model(tokenizer), args, task=task, train_dataset=tokenized)
+
+    windows = make_windows(catalog.ids)
+    short = windows.map(lambda window: {"item_ids": window["item_ids"][:2]})
+    assert len(make(short).train_dataset) == len(short)
+    one_longer = [*short["item_ids"][:-1], windows[-1]["item_ids"]]
+    with pytest.raises(ValueError, match="the 40 tokenised rows of the train dataset have 40 targets"):
+        make(Dataset.from_dict({"item_ids": one_longer}))
 
 
 def test_items_as_tokens(catalog):

@@ -7,7 +7,7 @@ from .interactions import k_core, read_interactions, read_windows, sliding_windo
 from .item_tokens import describe_end, encode_items, texts_with_special_tokens
 from .options import DataArguments, read_data, read_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
-from .rows import build_rows, completion_text, tokenize_rows
+from .rows import build_rows, completion_text, have_single_items, tokenize_rows
 from .task import TASK_FILE, TASK_FILES, RankingTask
 
 
@@ -25,6 +25,7 @@ __all__ = [
     "encode_items",
     "encode_prompts",
     "fit_prompts",
+    "have_single_items",
     "k_core",
     "read_data",
     "read_interactions",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -93,8 +94,8 @@ def tokenize_rows(
     missing = {"prompt", "completion"} - batch.keys()
     if missing:
         raise ValueError(
-            f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}. Pass prompt/completion rows, whose "
-            "completion is an item, as `build_rows` makes them from windows of interactions."
+            f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}. Pass prompt/completion rows, "
+            "whose completion is an item, as `build_rows` makes them from windows of interactions."
         )
     conversational = is_conversational({key: values[0] for key, values in batch.items()})
     texts = [completion_text(completion, conversational) for completion in batch["completion"]]
@@ -119,6 +120,18 @@ def tokenize_rows(
     if labels == "tokens":
         targets = [_tokens(trie, target) for target in targets]
     return {"input_ids": [prompt + item for prompt, item in zip(prompts, items)], "labels": targets}
+
+
+def have_single_items(prompts: Iterable[list[int]], task: RankingTask) -> bool:
+    """Whether the histories of tokenised prompts hold one item or none, so that no item of theirs is a target."""
+    left = set(map(tuple, prompts))
+    for start in range(0, len(task.catalog), 10_000):
+        histories = [[], *([text] for text in task.catalog.completions[start : start + 10_000])]
+        rows = {"prompt": [task.prompt_template.render(history) for history in histories], "history": histories}
+        left.difference_update(map(tuple, task.fit_prompts(rows, [float("inf")] * len(histories))))
+        if not left:
+            return True
+    return False
 
 
 def _tokens(trie: ItemTrie, labels: list[int]) -> list[int]:
