@@ -9,6 +9,7 @@ from datasets import Dataset
 from helpers import make_windows
 
 from trl_msl import (
+    DataArguments,
     ItemCatalog,
     PromptTemplate,
     RankingTask,
@@ -16,6 +17,7 @@ from trl_msl import (
     encode_items,
     encode_prompts,
     fit_prompts,
+    read_data,
     tokenize_rows,
 )
 
@@ -232,3 +234,13 @@ def test_other_bad_rows(rows, task, chat_task):
         build_rows(Dataset.from_list([{"item_ids": ["b0", "b99"]}]), task)
     with pytest.raises(ValueError, match="must contain {history} exactly once"):
         PromptTemplate("Next: ")
+
+
+def test_read_data_keeps_the_first_users(folder):
+    _, whole = read_data(DataArguments(data_dir=str(folder)))
+    _, some = read_data(DataArguments(data_dir=str(folder), max_validation_users=3, max_test_users=100))
+    assert whole.num_rows == {"train": 36, "validation": 4, "test": 6}
+    assert some["validation"].to_list() == whole["validation"].to_list()[:3]
+    assert some["train"].to_list() == whole["train"].to_list() and some["test"].to_list() == whole["test"].to_list()
+    with pytest.raises(ValueError, match="`max_test_users` is 0: it must be at least 1"):
+        DataArguments(max_test_users=0)
