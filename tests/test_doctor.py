@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from helpers import TITLES, make_model, make_windows
+from transformers import BloomConfig
 
 from trl_msl import ItemCatalog, PromptTemplate, RankingTask, read_windows
 from trl_msl.doctor import diagnose
@@ -161,7 +162,7 @@ def test_data_with_almost_nothing_usable(task):
 
 
 def test_texts_and_lengths(tokenizer):
-    special = tokenizer.bos_token or tokenizer.all_special_tokens[0]
+    special = tokenizer.eos_token
     texts = ["", "Tom &amp; Jerry", "a\tb", "long " * 200, f"Buy {special} me", *TITLES]
     catalog = ItemCatalog(range(len(texts)), texts, empty_texts="keep")
     task = RankingTask(catalog, tokenizer, PromptTemplate("{history}"), max_length=60)
@@ -205,6 +206,12 @@ def test_a_model_that_does_not_fit(task):
     findings = diagnose(task, make_splits(task.catalog), small)
     assert find(findings, "LM head").status == "error"
     assert findings[-1].what == "LM head"  # the model is not run
+
+
+def test_a_model_that_cannot_decode_exactly(plain_task):
+    model = make_model(plain_task.tokenizer, BloomConfig, n_layer=2, n_head=4)
+    found = find(diagnose(plain_task, make_splits(plain_task.catalog), model), "Exact decoding")
+    assert found.status == "note" and "can't run a tree of tokens" in found.seen
 
 
 def run(*arguments):
