@@ -50,7 +50,7 @@ class DataArguments:
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template, as JSON: `{"enable_thinking": false}`.
         max_validation_users, max_test_users (`int`, *optional*):
-            Evaluate on so many users at most, the first by time.
+            Maximum number of users to evaluate on, the first of each split.
     """
 
     data_dir: str | None = field(default=None, metadata={"help": "Folder in the format of the MSL paper's authors."})
@@ -74,8 +74,8 @@ class DataArguments:
     conversational: bool = field(default=False, metadata={"help": "Whether to use the tokenizer's chat template."})
     separate_items: bool = field(default=False, metadata={"help": "Whether histories are tokenised item by item."})
     chat_template_kwargs: str | None = field(default=None, metadata={"help": "For the chat template, as JSON."})
-    max_validation_users: int | None = field(default=None, metadata={"help": "Validate on so many users at most."})
-    max_test_users: int | None = field(default=None, metadata={"help": "Test on so many users at most."})
+    max_validation_users: int | None = field(default=None, metadata={"help": "Maximum number of validation users."})
+    max_test_users: int | None = field(default=None, metadata={"help": "Maximum number of test users."})
 
     def __post_init__(self):
         if self.data_dir and self.interactions:
@@ -89,6 +89,10 @@ class DataArguments:
                 self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
             except ValueError as error:
                 raise ValueError(f"`chat_template_kwargs` is {self.chat_template_kwargs!r}: not JSON.") from error
+        for name in ("max_validation_users", "max_test_users"):
+            most = getattr(self, name)
+            if most is not None and most < 1:
+                raise ValueError(f"`{name}` is {most}: it must be at least 1, or left out for all users.")
         if len(self.prompt_words) != 3:
             raise ValueError(f"`prompt_words` is {self.prompt_words}: it must be a singular, a plural and a verb.")
 
@@ -101,7 +105,9 @@ class DataArguments:
 
 def read_data(args: DataArguments) -> tuple[ItemCatalog, DatasetDict]:
     """
-    The catalogue and the windows of interactions, in splits, that `args` name.
+    The catalogue and the windows of interactions that `args` name, in splits: `train`, `validation` and `test`, which
+    follow each other in time. With `data_dir` the train file is `train` and `validation` together, all of both unless
+    `max_validation_users` is given.
 
     Raises:
         `ValueError`: if they name none, or it can't be read.
@@ -125,6 +131,9 @@ def read_data(args: DataArguments) -> tuple[ItemCatalog, DatasetDict]:
         raise ValueError("`data_dir` and `interactions` are both missing: pass one of them.")
     if args.item_text == "id":
         catalog = ItemCatalog(catalog.ids, catalog.ids, template=args.item_template)
+    for split, most in (("validation", args.max_validation_users), ("test", args.max_test_users)):
+        if most is not None:
+            windows[split] = windows[split].select(range(min(most, len(windows[split]))))
     return catalog, windows
 
 

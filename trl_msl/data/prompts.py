@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A history of items → a prompt → its token ids, shortened where it is too long."""
+"""A history of items → a prompt → its token ids."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .catalog import is_unicode
+from .item_tokens import encode_texts
 
-
-logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, str]]
 
@@ -89,15 +87,15 @@ def encode_prompts(
 
     A text gets the special tokens that the tokenizer puts before it (BOS), not an EOS after it; a list of messages is
     put into the chat template, generation prompt included.
+
+    Special tokens that are written out in a prompt become special tokens, as its author may mean them. Prompts made
+    of items, whose texts come from elsewhere, are to be encoded together with their `history`, by [`fit_prompts`] or
+    [`RankingTask.ranking_prompts`].
     """
-    if len(prompts) == 0:
-        return []
-    if not isinstance(prompts[0], str):
+    if len(prompts) and not isinstance(prompts[0], str):
         prompts = [render_chat(tokenizer, messages, chat_template_kwargs) for messages in prompts]
-        return tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    encoded = tokenizer(list(prompts))["input_ids"]
-    adds_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    return [ids[:-1] for ids in encoded] if adds_eos else encoded
+        return encode_texts(tokenizer, prompts)
+    return encode_texts(tokenizer, prompts, begin=True)
 
 
 def render_chat(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from ..data import RankingTask, tokenize_rows
+from ..data import RankingTask, have_single_items, tokenize_rows
 from .losses import masked_softmax_loss
 from .msl_config import MSLConfig
 from .sparse_head import SparseCausalLMOutput, add_sparse_lm_head
@@ -154,7 +155,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         for batch in dataset.select_columns(["labels"]).iter(batch_size=10_000):
             nodes = torch.from_numpy(np.concatenate(batch["labels"]))
             num_targets += int((trie.parents(nodes[nodes != -100]) == trie.first_branching_node).sum())
-        if num_targets <= len(dataset):
+        if num_targets <= len(dataset) and not have_single_items(_prompts(dataset), self.task):
             raise ValueError(
                 f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
                 f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
@@ -260,6 +261,13 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             metrics["aux_loss"].append(sums["aux_loss"])
         for name in ("lml", "lml1", "lml2") if "lml" in sums else ():
             metrics[name].append(sums[name] / max(sums["supervised"], 1))
+
+
+def _prompts(dataset: Dataset) -> Iterator[list[int]]:
+    """Tokens before the first label of rows that the user tokenised."""
+    for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=10_000):
+        for ids, labels in zip(batch["input_ids"], batch["labels"]):
+            yield ids[: next((place for place, node in enumerate(labels) if node != -100), None)]
 
 
 def _check_tokenized(batch: dict[str, list], task: RankingTask, dataset_name: str) -> dict[str, list]:
