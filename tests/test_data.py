@@ -198,7 +198,7 @@ def test_prompts_that_cannot_be_shortened(rows, tokenizer, task):
 def test_completions_off_the_catalogue(rows, task, chat_task):
     batch = rows[:]
     batch["completion"] = ['"Ulysses"', *batch["completion"][1:-1], '"dune"']
-    with pytest.raises(ValueError, match=r"2 of the 40 rows read are no item.*Ulysses.*dune"):
+    with pytest.raises(ValueError, match=r"2 of the 40 rows read are not items.*Ulysses.*dune"):
         tokenize_rows(batch, task)
     with pytest.raises(ValueError, match="`batch` holds text rows, but .* makes conversational rows"):
         tokenize_rows(rows[:], chat_task)
