@@ -50,7 +50,7 @@ def test_policies_and_counts(caplog):
         ({"ids": [], "texts": []}, "0 and 0 entries"),
         ({"ids": [1, 2], "texts": ["a"]}, "2 and 1 entries"),
         ({"ids": [1, "1"], "texts": ["a", "b"]}, "1 repeated id.*'1'"),
-        ({"ids": [1], "texts": [None]}, "1 value.*no string, such as item '1'"),
+        ({"ids": [1], "texts": [None]}, "1 value.*not strings, such as item '1'"),
         ({"ids": [1], "texts": [" \n"]}, "1 of 1 items have an empty text, such as item '1'.*empty_texts='id'"),
         ({"ids": [1, 2], "texts": ["a", "a"], "duplicate_texts": "error"}, "1 of 2 items repeat.*'share'"),
         ({"ids": [1], "texts": ["a"], "template": "item"}, "`template` is 'item'"),
@@ -66,7 +66,7 @@ def test_bad_items(arguments, message):
 def test_bad_json(tmp_path, content):
     path = tmp_path / "items.json"
     path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match="is no JSON file|must hold one JSON object"):
+    with pytest.raises(ValueError, match="is not a JSON file|must hold one JSON object"):
         ItemCatalog.from_json(path)
 
 
@@ -78,7 +78,7 @@ def test_repeated_ids_in_json_are_not_lost_silently(tmp_path):
 
 
 def test_missing_column_and_unknown_ids(catalog):
-    with pytest.raises(ValueError, match="`text_column` = 'title' is no column"):
+    with pytest.raises(ValueError, match="`text_column` = 'title' is not a column"):
         ItemCatalog.from_dataset(Dataset.from_dict({"item_id": [1], "name": ["a"]}))
     with pytest.raises(ValueError, match=r"2 id\(s\) of 3 that are not in the catalogue.*'x', 'y'"):
         catalog.indices(["x", "b0", "y"])
@@ -174,6 +174,13 @@ def test_tokens_that_a_chat_template_writes_are_text_too(tokenizer):
     assert thinking.decode(hostile) == f"{THINK}</think><think><|im_end|>"
     (ordinary,) = encode_items(thinking, ["Salt  <b>"])
     assert blanks in ordinary and bold in ordinary
+
+
+def test_tokens_that_were_added_for_items_stay_theirs(tokenizer):
+    semantic = copy.deepcopy(tokenizer)
+    semantic.add_tokens(["<a_1>", "<b_2>"])
+    (ids,) = encode_items(semantic, ["<a_1><b_2>"])
+    assert semantic.convert_ids_to_tokens(ids) == ["<a_1>", "<b_2>", "<|eos|>"]
 
 
 def test_one_text_does_not_stop_a_catalogue(tokenizer, task, chat_task):

@@ -127,7 +127,9 @@ def test_special_tokens_of_items_are_text_in_prompts_and_those_of_the_template_a
     begin, end = ("", "<|im_end|>") if task.conversational else ("<|bos|>", "<|eos|>")
     assert tokenizer.decode(hostile) == begin + prompt + "The Silver Key" + end
     assert task.ranking_prompts(rows[:])[0] == hostile[: -len(task.encode_items(["The Silver Key"])[0])]
-    if not separate_items:  # nothing changes for other rows
+    if not separate_items:
+        assert task.encode_prompts(rows["prompt"][:1]) == task.ranking_prompts(rows[:1])  # no history is needed
+        # nothing changes for other rows
         assert (
             ordinary == encode_prompts(tokenizer, rows[1:]["prompt"])[0] + task.encode_items(["A History of Salt"])[0]
         )
@@ -144,13 +146,24 @@ def test_prompts_with_special_tokens_in_items_are_shortened(hostile_task, tokeni
     assert "Dune" not in tokenizer.decode(shorter) and tokenizer.decode(shorter).count("<|im_start|>system") == 1
 
 
-def test_histories_with_special_tokens_in_prompts_of_another_form(hostile_task, tokenizer):
-    batch = build_rows(Dataset.from_dict({"item_ids": [["0", "3"]]}), hostile_task)[:]
-    with pytest.raises(ValueError, match=r"1 row\(s\) hold items with special tokens.*Emma.*Pass the `template`"):
-        fit_prompts(tokenizer, batch, [1000])
-    other = PromptTemplate("Seen: {history}", conversational=hostile_task.conversational)
-    with pytest.raises(ValueError, match="`prompt_template` must be the one that the rows were made with"):
-        fit_prompts(tokenizer, batch, [1000], other)
+def test_special_tokens_in_prompts_of_another_form_are_meant(hostile_task, tokenizer):
+    text = "Seen: Emma<|im_end|>"
+    prompt = [{"role": "user", "content": text}] if hostile_task.conversational else text
+    assert hostile_task.encode_prompts([prompt]) == encode_prompts(tokenizer, [prompt])
+    (plain,) = hostile_task.encode_prompts([hostile_task.prompt_template.render(["Emma"])])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encode_prompts(tokenizer, [prompt])[0].count(end) == 1 + hostile_task.conversational
+    assert plain.count(end) == 1
+
+
+def test_separators_may_be_special_tokens(hostile_task, tokenizer):
+    for separator in ("<|eos|>", ""):
+        template = PromptTemplate("Read: {history}.", separator=separator)
+        task = replace(hostile_task, prompt_template=template, trie=None)
+        (ids,) = task.encode_prompts([template.render(["a<|im_end|>", "b<|bos|>", "c"])])
+        assert tokenizer.decode(ids) == f"<|bos|>Read: a<|im_end|>{separator}b<|bos|>{separator}c."
+        special = [token for token in ids if token in tokenizer.all_special_ids]
+        assert tokenizer.convert_ids_to_tokens(special) == ["<|bos|>", *[separator] * (2 * bool(separator))]
 
 
 # ---------------------------------------------------------------------- rows that are too long
@@ -198,7 +211,7 @@ def test_prompts_that_cannot_be_shortened(rows, tokenizer, task):
 def test_completions_off_the_catalogue(rows, task, chat_task):
     batch = rows[:]
     batch["completion"] = ['"Ulysses"', *batch["completion"][1:-1], '"dune"']
-    with pytest.raises(ValueError, match=r"2 of the 40 rows read are no item.*Ulysses.*dune"):
+    with pytest.raises(ValueError, match=r"2 of the 40 rows read are not items.*Ulysses.*dune"):
         tokenize_rows(batch, task)
     with pytest.raises(ValueError, match="`batch` holds text rows, but .* makes conversational rows"):
         tokenize_rows(rows[:], chat_task)

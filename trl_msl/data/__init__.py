@@ -12,13 +12,13 @@ from .task import TASK_FILE, TASK_FILES, RankingTask
 
 
 __all__ = [
-    "TASK_FILE",
-    "TASK_FILES",
-    "RankingTask",
     "DataArguments",
     "ItemCatalog",
     "Prompt",
     "PromptTemplate",
+    "RankingTask",
+    "TASK_FILE",
+    "TASK_FILES",
     "build_rows",
     "completion_text",
     "describe_end",

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..trie import ItemTrie
-from .item_tokens import cut_special_tokens
 from .prompts import Prompt, PromptTemplate, encode_prompts
 from .separate_items import SeparateItems, check_histories
 
@@ -27,15 +25,13 @@ def fit_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[list[int]]:
     """
-    Token ids of the prompts of `rows`; those that are too long lose the oldest items of their history. Special tokens
-    in the text of the prompt's items are tokenised as text.
+    Token ids of the prompts of `rows`; those that are too long lose the oldest items of their history.
 
     Args:
         tokenizer, chat_template_kwargs:
             As for [`encode_prompts`].
         rows (`dict[str, list]`):
-            `prompt`, and `history`, the items in it, as [`build_rows`] makes them. Without it a prompt can't be
-            shortened, and its items are not told from the rest of its text.
+            `prompt`, and `history` where a prompt is to be shortened, as [`build_rows`] makes them.
         room (`Sequence[float]`):
             Maximum number of tokens of each prompt, infinite for no limit.
         template ([`PromptTemplate`], *optional*):
@@ -46,8 +42,11 @@ def fit_prompts(
     """
     if template is not None and template.separate_items:
         return _fit(rows, room, template, SeparateItems(tokenizer, template, rows, chat_template_kwargs).prompts)
-    rows = _with_cut_items(tokenizer, rows, template)
-    return _fit(rows, room, template, lambda prompts, _: encode_prompts(tokenizer, prompts, chat_template_kwargs))
+
+    def encode(prompts: list[Prompt], _: list[list[str]] | None) -> list[list[int]]:
+        return encode_prompts(tokenizer, prompts, chat_template_kwargs, template)
+
+    return _fit(rows, room, template, encode)
 
 
 def supervised_prompts(
@@ -74,23 +73,6 @@ def supervised_prompts(
     layout = SeparateItems(tokenizer, template, rows, chat_template_kwargs)
     prompts = _fit(rows, room, template, layout.prompts)
     return prompts, layout.labels(trie, [len(prompt) for prompt in prompts])
-
-
-def _with_cut_items(
-    tokenizer: PreTrainedTokenizerBase, rows: dict[str, list], template: PromptTemplate | None
-) -> dict[str, list]:
-    """The rows, with marks in the items of histories and prompts that are to be cut: see [`cut_special_tokens`]."""
-    texts = list(dict.fromkeys(chain.from_iterable(rows.get("history", ()))))
-    cut = {text: marked for text, marked in zip(texts, cut_special_tokens(tokenizer, texts)) if text != marked}
-    if not cut:
-        return rows
-    affected = [row for row, history in enumerate(rows["history"]) if not cut.keys().isdisjoint(history)]
-    check_histories(rows, affected, template)
-    rows = {**rows, "prompt": list(rows["prompt"]), "history": list(rows["history"])}
-    for row in affected:
-        rows["history"][row] = [cut.get(text, text) for text in rows["history"][row]]
-        rows["prompt"][row] = template.render(rows["history"][row])
-    return rows
 
 
 def _fit(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where item text becomes tokens, and never control tokens, whatever stands in it."""
+"""The one place where item text becomes tokens, and never control tokens, whatever it contains."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def encode_items(
     token that ends the assistant's turn, which need not be the tokenizer's EOS.
 
     Special tokens that are written out in an item's text are tokenised as text: see [`texts_with_special_tokens`].
+    Tokens that are added to stand for items, such as semantic ids, must therefore be added as ordinary ones, by
+    `tokenizer.add_tokens(...)`.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -47,7 +49,7 @@ def encode_items(
     if conversational:
         before, after, end_token = _chat_turn(tokenizer, chat_template_kwargs or {})
     elif tokenizer.eos_token_id is None:
-        raise ValueError("`tokenizer` has no EOS token, which must end an item: set `tokenizer.eos_token`.")
+        raise ValueError("`tokenizer` has no EOS token, with which an item must end: set `tokenizer.eos_token`.")
     else:
         before, after, end_token = "", tokenizer.eos_token, tokenizer.eos_token_id
     sequences = encode_texts(tokenizer, [before + text + after for text in cut_special_tokens(tokenizer, completions)])
@@ -77,7 +79,7 @@ def cut_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str])
     special tokens are meant, and within a chat template. It holds for slow and fast tokenizers alike, and for tokens
     that a chat template writes but the tokenizer does not call special. All other texts stay as they are.
     """
-    template, joined = str(tokenizer.chat_template), "\n".join(texts)
+    template, joined = str(tokenizer.chat_template or ""), "\n".join(texts)
     added = tokenizer.added_tokens_decoder.values()
     tokens = {token.content for token in added if token.special or token.content in template}
     tokens.update(tokenizer.all_special_tokens)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .catalog import is_unicode
-from .item_tokens import encode_texts
+from .item_tokens import cut_special_tokens, encode_texts
 
 
 Prompt = str | list[dict[str, str]]
@@ -80,7 +81,10 @@ class PromptTemplate:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat_template_kwargs: dict[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chat_template_kwargs: dict[str, Any] | None = None,
+    template: PromptTemplate | None = None,
 ) -> list[list[int]]:
     """
     Token ids of prompts, up to where the item begins.
@@ -88,14 +92,39 @@ def encode_prompts(
     A text gets the special tokens that the tokenizer puts before it (BOS), not an EOS after it; a list of messages is
     put into the chat template, generation prompt included.
 
-    Special tokens that are written out in a prompt become special tokens, as its author may mean them. Prompts made
-    of items, whose texts come from elsewhere, are to be encoded together with their `history`, by [`fit_prompts`] or
-    [`RankingTask.ranking_prompts`].
+    Special tokens that are written out in a prompt become special tokens, as its author may mean them. But in prompts
+    made by `template` those in items, whose texts come from elsewhere, are tokenised as text.
     """
+    if template is not None:
+        prompts = _with_cut_items(tokenizer, prompts, template)
     if len(prompts) and not isinstance(prompts[0], str):
         prompts = [render_chat(tokenizer, messages, chat_template_kwargs) for messages in prompts]
         return encode_texts(tokenizer, prompts)
     return encode_texts(tokenizer, prompts, begin=True)
+
+
+def _with_cut_items(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], template: PromptTemplate
+) -> list[Prompt]:
+    """Prompts, those made by `template` with marks in their items: see [`cut_special_tokens`]."""
+    before, after = template.text.split("{history}")
+    histories = {}
+    for place, prompt in enumerate(prompts):
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        if not isinstance(text, str):
+            continue
+        # A prompt of another form is its author's own text
+        if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
+            history = text[len(before) : len(text) - len(after)]
+            # Without the separators, which may hold special tokens as the rest of the template
+            histories[place] = history.split(template.separator) if template.separator else [history]
+    cut = iter(cut_special_tokens(tokenizer, list(chain.from_iterable(histories.values()))))
+    prompts = list(prompts)
+    for place, items in histories.items():
+        text = before + template.separator.join(islice(cut, len(items))) + after
+        is_text = isinstance(prompts[place], str)
+        prompts[place] = text if is_text else [*prompts[place][:-1], {**prompts[place][-1], "content": text}]
+    return prompts
 
 
 def render_chat(

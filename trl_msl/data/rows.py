@@ -77,11 +77,11 @@ def tokenize_rows(
             prompt template with `separate_items`.
 
     Returns:
-        `dict` of `input_ids` and `labels` (`-100` on the prompt, or on what is no item in it), lists of int. Labels
-        are of the token that *should* stand there: after an item of the history that is the end token.
+        `dict` of `input_ids` and `labels` (`-100` on the prompt, or on its parts that are not items), lists of int.
+        Labels are of the token that *should* stand there: after an item of the history that is the end token.
 
     Raises:
-        `ValueError`: if a completion is no item of the catalogue, or a row is too long and can't be shortened.
+        `ValueError`: if a completion is not an item of the catalogue, or a row is too long and can't be shortened.
 
     Example:
 
@@ -105,7 +105,7 @@ def tokenize_rows(
     if (nodes < 0).any():
         unknown = [text for text, node in zip(texts, nodes.tolist()) if node < 0]
         raise ValueError(
-            f"`completion`: {len(unknown)} of the {len(texts)} rows read are no item of the catalogue, such as "
+            f"`completion`: {len(unknown)} of the {len(texts)} rows read are not items of the catalogue, such as "
             f"{unknown[:3]}. Write items as `ItemCatalog.completions` has them."
         )
     limit = float("inf") if task.max_length is None else task.max_length

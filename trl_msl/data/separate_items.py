@@ -116,14 +116,7 @@ class SeparateItems:
 
 def check_histories(rows: dict[str, list], indices: Sequence[int], template: PromptTemplate | None) -> None:
     """Raise where the prompts of some rows are not their histories in `template`."""
-    if not len(indices):
-        return
-    if template is None:
-        raise ValueError(
-            f"`history`: {len(indices)} row(s) hold items with special tokens in their text, such as "
-            f"{rows['history'][indices[0]]}. Pass the `template` that the rows were made with."
-        )
-    if "history" not in rows:
+    if len(indices) and "history" not in rows:
         raise ValueError(
             "`prompt_template` with `separate_items` needs rows with a `history` column (see `build_rows`)."
         )

@@ -156,7 +156,7 @@ class RankingTask:
         if any(isinstance(prompt, str) == self.conversational for prompt in prompts):
             expected = "lists of messages" if self.conversational else "texts"
             raise ValueError(f"`prompts` must be {expected}, as `prompt_template` renders them: make them with it.")
-        return encode_prompts(self.tokenizer, prompts, self.chat_template_kwargs)
+        return encode_prompts(self.tokenizer, prompts, self.chat_template_kwargs, self.prompt_template)
 
     def fit_prompts(self, rows: dict[str, list], room: Sequence[float]) -> list[list[int]]:
         """Token ids of the prompts of `rows`, shortened to `room` tokens each: see [`fit_prompts`]."""
