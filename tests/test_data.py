@@ -20,6 +20,7 @@ from trl_msl import (
     read_data,
     tokenize_rows,
 )
+from trl_msl.softmax_dpo import tokenize_preferences
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +258,16 @@ def test_read_data_keeps_the_first_users(folder):
     assert some["train"].to_list() == whole["train"].to_list() and some["test"].to_list() == whole["test"].to_list()
     with pytest.raises(ValueError, match="`max_test_users` is 0: it must be at least 1"):
         DataArguments(max_test_users=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("chat_template_kwargs", {"enable_thinking": False}), ("tools", [{"a": 1}])]
+)
+def test_options_of_single_rows_are_refused(name, value, catalog, chat_task):
+    """TRL writes a row's prompt by them; here they would be ignored."""
+    rows = build_rows(make_windows(catalog.ids), chat_task)[:]
+    tokenize_rows({**rows, name: [None] * len(rows["prompt"])}, chat_task)
+    preferences = {**rows, "chosen": rows["completion"], "rejected": rows["completion"]}
+    for function, batch in ((tokenize_rows, rows), (tokenize_preferences, preferences)):
+        with pytest.raises(ValueError, match=f"`{name}` is a column of the rows, .* `RankingTask`"):
+            function({**batch, name: [None, value] * (len(rows["prompt"]) // 2)}, chat_task)

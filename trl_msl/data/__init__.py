@@ -7,7 +7,7 @@ from .interactions import k_core, read_interactions, read_windows, sliding_windo
 from .item_tokens import describe_end, encode_items, texts_with_special_tokens
 from .options import DataArguments, read_data, read_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
-from .rows import build_rows, completion_text, have_single_items, tokenize_rows
+from .rows import build_rows, check_columns, completion_text, have_single_items, tokenize_rows
 from .task import TASK_FILE, TASK_FILES, RankingTask
 
 
@@ -20,6 +20,7 @@ __all__ = [
     "TASK_FILE",
     "TASK_FILES",
     "build_rows",
+    "check_columns",
     "completion_text",
     "describe_end",
     "encode_items",

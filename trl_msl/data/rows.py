@@ -97,6 +97,7 @@ def tokenize_rows(
             f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}. Pass prompt/completion rows, "
             "whose completion is an item, as `build_rows` makes them from windows of interactions."
         )
+    check_columns(batch)
     conversational = is_conversational({key: values[0] for key, values in batch.items()})
     texts = [completion_text(completion, conversational) for completion in batch["completion"]]
     _check_form(conversational, task)
@@ -144,6 +145,16 @@ def _check_form(conversational: bool, task: RankingTask) -> None:
         kinds = "conversational rows", "text rows"
         given, expected = kinds if conversational else kinds[::-1]
         raise ValueError(f"`batch` holds {given}, but the task's prompt template makes {expected}: make rows with it.")
+
+
+def check_columns(batch: dict[str, list]) -> None:
+    """Raise where rows bring their own options of the chat template, which TRL's trainers would follow."""
+    for name in ("chat_template_kwargs", "tools"):
+        if any(batch.get(name) or ()):
+            raise ValueError(
+                f"`{name}` is a column of the rows, but all prompts are written alike, in training and in use: remove "
+                "it, and pass `chat_template_kwargs` to the `RankingTask`."
+            )
 
 
 def completion_text(completion: Any, conversational: bool, argument: str = "completion") -> str:
