@@ -20,9 +20,9 @@ from trl_msl import ItemTrie, add_sparse_lm_head, build_rows, masked_softmax_los
 
 
 @pytest.fixture(scope="module")
-def batch(catalog, tokenizer, trie, template):
+def batch(catalog, tokenizer, task):
     rows = build_rows(make_windows(catalog.ids, num_rows=5), task)
-    encoded = tokenize_rows(rows[:], tokenizer, trie)
+    encoded = tokenize_rows(rows[:], task)
     longest = max(map(len, encoded["input_ids"]))
     return {
         "input_ids": torch.tensor(
@@ -104,7 +104,7 @@ def test_shifted_labels_and_vocabulary_losses(batch, tokenizer, trie):
         logits[supervised], batch["input_ids"][:, 1:][supervised], reduction="none"
     )
     add_sparse_lm_head(model, trie)
-    output = model(**batch, sparse_lm_head=True, output_vocab_losses=True)
+    output = model(**batch, sparse_lm_head=SparseHeadOptions(vocab_losses=True))
     torch.testing.assert_close(output.vocab_losses, expected)
     shifted = torch.cat([batch["labels"][:, 1:], torch.full((len(logits), 1), -100)], dim=1)
     again = model(**inputs, shift_labels=shifted, sparse_lm_head=True)
@@ -116,7 +116,7 @@ def test_no_supervised_position_gives_a_zero_that_can_be_differentiated(batch, t
     model = make_model(tokenizer)
     add_sparse_lm_head(model, trie)
     labels = torch.full_like(batch["labels"], -100)
-    output = model(**{**batch, "labels": labels}, sparse_lm_head=True, output_vocab_losses=True)
+    output = model(**{**batch, "labels": labels}, sparse_lm_head=SparseHeadOptions(vocab_losses=True))
     assert output.logits.shape[0] == output.vocab_losses.numel() == 0
     output.logits.sum().backward()
     assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
@@ -164,7 +164,7 @@ def test_negatives_are_drawn_where_there_are_many(batch, tokenizer, trie):
     drawn = torch.zeros(int(num_valid.max()) - 1)
     torch.manual_seed(0)
     for _ in range(300):
-        few = model(**batch, sparse_lm_head=True, num_negatives=2)
+        few = model(**batch, sparse_lm_head=SparseHeadOptions(num_negatives=2))
         assert torch.equal(few.is_sampled, num_valid > 3)
         assert torch.equal(few.parents, whole.parents)
         assert torch.equal(few.valid_mask.sum(dim=1)[~few.is_sampled], num_valid[~few.is_sampled])
@@ -189,7 +189,8 @@ def test_negatives_are_drawn_where_there_are_many(batch, tokenizer, trie):
 def test_temperature_over_the_vocabulary(batch, tokenizer, trie):
     model = make_model(tokenizer)
     add_sparse_lm_head(model, trie)
-    output = model(**batch, vocab_lm_head=True, vocab_temperature=2.5)
+    options = SparseHeadOptions(valid_logits=False, vocab_losses=True, vocab_temperature=2.5)
+    output = model(**batch, sparse_lm_head=options)
     assert output.logits is None
     nodes = batch["labels"][:, 1:]
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][nodes != -100]

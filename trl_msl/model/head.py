@@ -1,18 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sparse LM head: only the logits that the catalogue asks for, computed inside the model's forward."""
+"""The model's backbone, and its LM head as a function of the backbone's hidden states."""
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
+from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..trie import ItemTrie
+
+
+# Cap of the logits, under the names that transformers' models give it
+CAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    The part of a causal language model, not PEFT-wrapped, that returns the hidden states which the LM head projects.
+
+    Raises:
+        `ValueError`: if the model does not keep it in a module of its own.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    # Llama 4 and Mllama name their text model otherwise than `base_model_prefix` has it
+    found = [module for module in model.children() if isinstance(module, PreTrainedModel)]
+    if len(found) != 1:
+        raise ValueError(
+            f"`model`, a {type(model).__name__}, has no single module for its hidden states: pass a causal language "
+            "model (`AutoModelForCausalLM`)."
+        )
+    return found[0]
 
 
 def head_projection(model: PreTrainedModel) -> functools.partial:
@@ -27,7 +54,7 @@ def head_projection(model: PreTrainedModel) -> functools.partial:
     # FSDP2 exposes sharded parameters as DTensors where its own hooks have not gathered them
     if isinstance(weight, DTensor):
         weight, bias = _gather(weight), None if bias is None else _gather(bias)
-    softcap = getattr(text_config, "final_logit_softcapping", None)
+    softcap = next((cap for name in CAP_NAMES if (cap := getattr(text_config, name, None)) is not None), None)
     return functools.partial(_project, weight=weight, bias=bias, scale=_logit_scale(text_config), softcap=softcap)
 
 
@@ -62,7 +89,16 @@ def _logit_scale(text_config: PretrainedConfig) -> float:
 
 
 def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
-    """Raise a `ValueError` where rows of the head's weight are not all there is to the logits of `trie`'s tokens."""
+    """
+    Raise a `ValueError` where [`head_projection`] does not give the model's own logits of `trie`'s tokens.
+
+    The model's own logits are those that its class computes from made-up hidden states, so the check neither runs nor
+    changes the backbone: it costs next to nothing, and works for a backbone that is quantised, split over devices, or
+    made for another device than it is on now. Weights that are not at hand are not compared: those on the meta device,
+    and those that only the model's own forward gathers (FSDP2, an engine of ZeRO-3). Where each process holds a part
+    of the weights, all of them must call this.
+    """
+    model = model.get_base_model() if is_peft_model(model) else model
     head = model.get_output_embeddings()
     is_adapted = isinstance(head, BaseTunerLayer) and not (head.merged or head.disable_adapters)
     if is_adapted or isinstance(head, TrainableTokensWrapper):
@@ -71,16 +107,90 @@ def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             "merge it with `merge_and_unload()`, or leave the head out of `target_modules` and "
             "`trainable_token_indices` (`modules_to_save=['lm_head']` trains all of it)."
         )
-    weight = head.weight
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        raise ValueError(
+            f"`model`, a {type(model).__name__}, has no LM head with a weight: pass a causal language model "
+            "(`AutoModelForCausalLM`), with its head kept out of any quantisation."
+        )
     if not weight.is_floating_point():
         raise ValueError(
             f"`model` has an LM head of {weight.dtype}, whose rows can't be picked: keep it out of the quantisation, "
             "e.g. `BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])`."
         )
-    largest = int(trie.tokens(torch.arange(1, trie.num_nodes, device=trie.device)).max())
+    tokens = trie.tokens(torch.arange(1, trie.num_nodes, device=trie.device))
+    largest = int(tokens.max())
     vocab_size = getattr(weight, "ds_shape", weight.shape)[0]
     if largest >= vocab_size:
         raise ValueError(
             f"`trie` holds token {largest}, but the model's LM head has {vocab_size} rows. Was the trie built with "
             "another tokenizer?"
         )
+    is_armed = hasattr(weight, "ds_id") and len(head._forward_pre_hooks) > 0
+    if not (weight.is_meta or isinstance(weight, DTensor) or is_armed):
+        _check_logits(model, tokens[:: max(1, len(tokens) // 64)])
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Raise a `ValueError` where the logits of `tokens` are not what the model's own forward makes of hidden states."""
+    name, remedy = type(model).__name__, (
+        "train it with TRL's `SFTTrainer` and decode with `recommend(..., mode='generate')`, or take another model."
+    )
+    body = backbone(model)
+    inside = {id(parameter) for parameter in body.parameters()}
+    project = head_projection(model)
+    weight, bias = project.keywords["weight"], project.keywords["bias"]
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    try:
+        with maybe_gather_lm_head_ctx(weight, bias, *outside):
+            tokens = tokens.to(weight.device)
+            states = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
+            states = states.to(weight)
+            # Largest logits from 1 to 128, before any cap: it shows in large ones only, whatever the weights are now
+            largest = (states.float() @ weight[tokens].float().T).abs().amax(dim=1).clamp(min=1e-4)
+            states = states * (2.0 ** torch.arange(8, device=weight.device) / largest).to(states).unsqueeze(1)
+            expected = project(states, rows=tokens)
+            error = (_own_logits(model, body, states)[:, tokens] - expected).abs().amax(dim=1)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as exception:
+        raise ValueError(
+            f"`model`, a {name}, does not let its logits be compared ({exception!r}): {remedy}"
+        ) from exception
+    relative = (error / expected.abs().amax(dim=1)).max().item()
+    if relative > 8 * torch.finfo(torch.bfloat16).eps:  # a model in fp32 may be called under autocast
+        raise ValueError(
+            f"`model`, a {name}, makes its logits of more than its LM head's weight, bias, scale and cap (they differ "
+            f"by up to {relative:.0%}), so picking rows would give others: {remedy}"
+        )
+
+
+class _HiddenStates(BaseModelOutput):
+    """What a backbone returns; `None` for whatever else a family looks up in it."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _own_logits(model: PreTrainedModel, body: PreTrainedModel, states: Tensor) -> Tensor:
+    """Logits that the model's class makes of hidden `states`, `(positions, hidden_size)`; the model stays as it is."""
+    input_ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+
+    def forward(*args, **kwargs) -> _HiddenStates:
+        if not any(value is input_ids for value in (*args, *kwargs.values())):
+            raise ValueError("its forward passes something else than `input_ids` to the backbone")
+        return _HiddenStates(last_hidden_state=states[None])
+
+    def stand_in(module: nn.Module) -> nn.Module:
+        if isinstance(module, PreTrainedModel):
+            module = copy.copy(module)
+            module.forward = forward
+        return module
+
+    # Shallow copies, as another thread may use the model. Some families call the decoder inside their backbone: OPT
+    model, body_copy = copy.copy(model), stand_in(body)
+    body_copy._modules = {name: stand_in(module) for name, module in body._modules.items()}
+    model._modules = {name: body_copy if module is body else module for name, module in model._modules.items()}
+    model.training = False
+    return type(model).forward(model, input_ids=input_ids, use_cache=False).logits[0].float()

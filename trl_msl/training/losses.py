@@ -75,14 +75,21 @@ def temperature_statistics(logits: Tensor, valid_mask: Tensor, targets: Tensor) 
 
     Returns:
         `torch.Tensor` of shape `(6,)`: the number of positions, and the sums over them of the target's logit, of the
-        mean, the mean square and the variance of the valid logits, and of the logarithm of their number. Detached.
+        mean, the mean square and the variance of the valid logits, and of the logarithm of their number. Detached;
+        float64, in which a large offset that all logits have in common does not swallow what they differ by.
     """
-    logits = logits.detach().float()
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+    logits = logits.detach()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     num_valid = valid_mask.sum(dim=-1)
-    target_logits = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    mean = (logits * valid_mask).sum(dim=-1) / num_valid
-    deviation = (logits - mean.unsqueeze(-1)) * valid_mask
-    variance = deviation.square().sum(dim=-1) / num_valid
+    target_logits = logits.gather(-1, targets.unsqueeze(-1))
+    # Relative to the target's, of all tokens in the logits' own precision; only the rows' results are widened
+    relative = (logits - target_logits) * valid_mask
+    relative_mean = relative.sum(dim=-1) / num_valid
+    deviation = (relative - relative_mean.unsqueeze(-1)) * valid_mask
+    variance = (deviation.square().sum(dim=-1) / num_valid).to(wide)
+    target_logits = target_logits.squeeze(-1).to(wide)
+    mean = target_logits + relative_mean
     columns = [torch.ones_like(mean), target_logits, mean, mean.square() + variance, variance, num_valid.log()]
     return torch.stack(columns, dim=-1).sum(dim=0)
 
