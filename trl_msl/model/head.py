@@ -133,8 +133,9 @@ def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
 
 @torch.no_grad()
 def _check_logits(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Raise a `ValueError` where the logits of `tokens` are not what the model's own forward makes of hidden states."""
-    name, remedy = type(model).__name__, (
+    """Raise a `ValueError` where [`head_projection`] gives other logits of `tokens` than the model's own forward."""
+    name = type(model).__name__
+    remedy = (
         "train it with TRL's `SFTTrainer` and decode with `recommend(..., mode='generate')`, or take another model."
     )
     body = backbone(model)
@@ -182,15 +183,13 @@ def _own_logits(model: PreTrainedModel, body: PreTrainedModel, states: Tensor) -
             raise ValueError("its forward passes something else than `input_ids` to the backbone")
         return _HiddenStates(last_hidden_state=states[None])
 
-    def stand_in(module: nn.Module) -> nn.Module:
-        if isinstance(module, PreTrainedModel):
-            module = copy.copy(module)
-            module.forward = forward
-        return module
-
-    # Shallow copies, as another thread may use the model. Some families call the decoder inside their backbone: OPT
-    model, body_copy = copy.copy(model), stand_in(body)
-    body_copy._modules = {name: stand_in(module) for name, module in body._modules.items()}
-    model._modules = {name: body_copy if module is body else module for name, module in model._modules.items()}
+    # Shallow copies, as another thread may use the model. Some families call the decoder in their backbone, e.g. OPT
+    replaced: dict[nn.Module, nn.Module] = {}
+    for module in (body, *(child for child in body.children() if isinstance(child, PreTrainedModel))):
+        replaced[module] = copy.copy(module)
+        replaced[module].forward = forward
+    model = copy.copy(model)
+    for module in (replaced[body], model):
+        module._modules = {name: replaced.get(child, child) for name, child in module._modules.items()}
     model.training = False
     return type(model).forward(model, input_ids=input_ids, use_cache=False).logits[0].float()
