@@ -118,8 +118,7 @@ def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             f"`model` has an LM head of {weight.dtype}, whose rows can't be picked: keep it out of the quantisation, "
             "e.g. `BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])`."
         )
-    tokens = trie.tokens(torch.arange(1, trie.num_nodes, device=trie.device))
-    largest = int(tokens.max())
+    largest = int(trie.tokens(torch.arange(1, trie.num_nodes, device=trie.device)).max())
     vocab_size = getattr(weight, "ds_shape", weight.shape)[0]
     if largest >= vocab_size:
         raise ValueError(
@@ -128,7 +127,8 @@ def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
         )
     is_armed = hasattr(weight, "ds_id") and len(head._forward_pre_hooks) > 0
     if not (weight.is_meta or isinstance(weight, DTensor) or is_armed):
-        _check_logits(model, tokens[:: max(1, len(tokens) // 64)])
+        some_nodes = torch.arange(1, trie.num_nodes, max(1, trie.num_nodes // 64), device=trie.device)
+        _check_logits(model, trie.tokens(some_nodes))
 
 
 @torch.no_grad()
