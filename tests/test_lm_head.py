@@ -206,7 +206,7 @@ def test_logits_of_more_than_rows_scale_and_cap_are_refused(name, tokenizer, tri
     if name.startswith("Inkling") and not hasattr(transformers, "InklingTextConfig"):
         pytest.skip("this version of transformers has no Inkling")
     model = REFUSED[name](tokenizer)
-    with pytest.raises(ValueError, match=f"a {name}, makes its logits of more than .* scale and cap.*`SFTTrainer`"):
+    with pytest.raises(ValueError, match=f"a {name}, computes its logits from more than .* and cap.*`SFTTrainer`"):
         add_sparse_lm_head(model, trie)
     assert "forward" not in vars(model)
 

@@ -92,11 +92,11 @@ def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
     """
     Raise a `ValueError` where [`head_projection`] does not give the model's own logits of `trie`'s tokens.
 
-    The model's own logits are those that its class computes from made-up hidden states, so the check neither runs nor
-    changes the backbone: it costs next to nothing, and works for a backbone that is quantised, split over devices, or
-    made for another device than it is on now. Weights that are not at hand are not compared: those on the meta device,
-    and those that only the model's own forward gathers (FSDP2, an engine of ZeRO-3). Where each process holds a part
-    of the weights, all of them must call this.
+    The model's own logits are those that its class computes from made-up hidden states. The backbone is neither run
+    nor changed, so this is cheap, and works for a backbone that is quantised, split over devices, or can't run on the
+    device that it is on now. The comparison is skipped where the head's weights are not at hand: on the meta device,
+    and where only the model's own forward gathers them (FSDP2, an engine of ZeRO-3). Under ZeRO-3 all processes must
+    call this.
     """
     model = model.get_base_model() if is_peft_model(model) else model
     head = model.get_output_embeddings()
@@ -148,7 +148,7 @@ def _check_logits(model: PreTrainedModel, tokens: Tensor) -> None:
             tokens = tokens.to(weight.device)
             states = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
             states = states.to(weight)
-            # Largest logits from 1 to 128, before any cap: it shows in large ones only, whatever the weights are now
+            # Scaled to logits of up to 1, 2, 4, ..., 128, since a cap shows in large logits only
             largest = (states.float() @ weight[tokens].float().T).abs().amax(dim=1).clamp(min=1e-4)
             states = states * (2.0 ** torch.arange(8, device=weight.device) / largest).to(states).unsqueeze(1)
             expected = project(states, rows=tokens)
@@ -157,13 +157,13 @@ def _check_logits(model: PreTrainedModel, tokens: Tensor) -> None:
         raise
     except Exception as exception:
         raise ValueError(
-            f"`model`, a {name}, does not let its logits be compared ({exception!r}): {remedy}"
+            f"`model`, a {name}, can't be checked for what its logits are computed from ({exception!r}): {remedy}"
         ) from exception
     relative = (error / expected.abs().amax(dim=1)).max().item()
     if relative > 8 * torch.finfo(torch.bfloat16).eps:  # a model in fp32 may be called under autocast
         raise ValueError(
-            f"`model`, a {name}, makes its logits of more than its LM head's weight, bias, scale and cap (they differ "
-            f"by up to {relative:.0%}), so picking rows would give others: {remedy}"
+            f"`model`, a {name}, computes its logits from more than its LM head's weight, bias, scale and cap, so "
+            f"picking rows would give wrong ones (off by up to {relative:.0%}): {remedy}"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which models can run a tree of tokens in one forward pass: found out by trying."""
+"""Which models can run a tree of tokens in one forward pass: a small one is tried."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USE_GENERATE = "decode with `model.generate` and `TrieLogitsProcessor` instead (
 
 
 def check_length(backbone: PreTrainedModel, prompt_length: int, item_length: int) -> None:
-    """Raise a `ValueError` if some layer sees less than the longest prompt and item, or has no positions for them."""
+    """Raise a `ValueError` if the longest prompt and item exceed some layer's window or the model's positions."""
     lengths = f"`prompts` of up to {prompt_length} tokens with an item of up to {item_length}"
     window = sliding_window(backbone.config.get_text_config())
     if window is not None and prompt_length + item_length > window:
@@ -45,8 +45,8 @@ def sliding_window(config: PretrainedConfig) -> int | None:
 
 def is_sharded(model: PreTrainedModel) -> bool:
     """
-    Whether processes hold a part of the model's weights each (FSDP2, ZeRO-3). Such a model can be trained, not
-    decoded with: each process searches at its own pace.
+    Whether each process holds only a part of the model's weights (FSDP2, ZeRO-3). Such a model can be trained but not
+    decoded with, since each process searches at its own pace.
     """
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 

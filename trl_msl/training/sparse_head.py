@@ -7,6 +7,7 @@ import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class SparseHeadOptions:
         valid_logits (`bool`, *optional*, defaults to `True`):
             Logits of the valid tokens at the branching positions.
         num_negatives (`int`, *optional*):
-            Of the wrong tokens of each position only this many draws, with replacement, where there are more.
+            Draw this many of the wrong tokens, with replacement, at positions that have more.
         vocab_losses (`bool`, *optional*, defaults to `False`):
             Language modeling loss, over the whole vocabulary, of every supervised position.
         vocab_temperature (`float`, *optional*, defaults to `1.0`):
@@ -78,7 +79,7 @@ class SparseCausalLMOutput(ModelOutput):
 def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
     """
     Add a sparse LM head to `model`: `model(..., labels=nodes, sparse_lm_head=True)` returns a
-    [`SparseCausalLMOutput`]; for other than its defaults, pass [`SparseHeadOptions`] in place of `True`.
+    [`SparseCausalLMOutput`]. Pass [`SparseHeadOptions`] instead of `True` to change what it computes.
 
     The forward runs the backbone and projects the hidden states at branching positions onto the rows of the head that
     are valid somewhere in the batch: a few positions times a few hundred tokens instead of every token times the
@@ -113,31 +114,8 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             given = {"labels": labels, "shift_labels": shift_labels}
             return original_forward(self, *args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
         options = SparseHeadOptions() if sparse_lm_head is True else sparse_lm_head
-        kwargs["use_cache"] = False
-        # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
-        backbone_outputs = backbone(self)(*args, **kwargs)
-        project = head_projection(self)
-        weight, bias = project.keywords["weight"], project.keywords["bias"]
-        hidden = backbone_outputs.last_hidden_state.to(weight.device)
-        nodes = (labels[:, 1:] if shift_labels is None else shift_labels).to(weight.device)
-        local_trie = trie.to(weight.device)
-        row, column = (nodes != -100).nonzero(as_tuple=True)
-        nodes = nodes[row, column]
-
-        output, vocab_losses = SparseCausalLMOutput(), None
-        if options.vocab_losses:
-            tokens, states = local_trie.tokens(nodes), hidden[row, column]
-            vocab_losses = _vocab_losses(tokens, states, project, options.vocab_temperature)
-        if options.valid_logits:
-            branching = local_trie.num_valid_tokens(nodes) > 1
-            states = hidden[row[branching], column[branching]]
-            with maybe_gather_lm_head_ctx(weight, bias):
-                output = _sparse_output(local_trie, nodes[branching], states, project, options.num_negatives)
-        output.vocab_losses = vocab_losses
-        if kwargs.get("output_router_logits"):
-            text_config = self.config.get_text_config()
-            output.aux_loss = _load_balancing_loss(text_config, backbone_outputs, kwargs.get("attention_mask"))
-        return output
+        nodes = labels[:, 1:] if shift_labels is None else shift_labels
+        return _sparse_forward(self, trie, nodes, options, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
 
@@ -150,6 +128,34 @@ def _unbound_forward(model: PreTrainedModel) -> Callable:
     if isinstance(forward, functools.partial) and forward.args[:1] == (model,):  # accelerate, for `device_map`
         return forward.func
     return lambda self, *args, **kwargs: forward(*args, **kwargs)
+
+
+def _sparse_forward(
+    model: PreTrainedModel, trie: ItemTrie, nodes: Tensor, options: SparseHeadOptions, *args: Any, **kwargs: Any
+) -> SparseCausalLMOutput:
+    """The backbone, called with the arguments given, and what `options` ask for where `nodes` aren't -100."""
+    # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
+    backbone_outputs = backbone(model)(*args, **{**kwargs, "use_cache": False})
+    project = head_projection(model)
+    weight, bias = project.keywords["weight"], project.keywords["bias"]
+    hidden = backbone_outputs.last_hidden_state.to(weight.device)
+    nodes, trie = nodes.to(weight.device), trie.to(weight.device)
+    row, column = (nodes != -100).nonzero(as_tuple=True)
+    nodes = nodes[row, column]
+
+    output, vocab_losses = SparseCausalLMOutput(), None
+    if options.vocab_losses:
+        vocab_losses = _vocab_losses(trie.tokens(nodes), hidden[row, column], project, options.vocab_temperature)
+    if options.valid_logits:
+        branching = trie.num_valid_tokens(nodes) > 1
+        states = hidden[row[branching], column[branching]]
+        with maybe_gather_lm_head_ctx(weight, bias):
+            output = _sparse_output(trie, nodes[branching], states, project, options.num_negatives)
+    output.vocab_losses = vocab_losses
+    if kwargs.get("output_router_logits"):
+        text_config = model.config.get_text_config()
+        output.aux_loss = _load_balancing_loss(text_config, backbone_outputs, kwargs.get("attention_mask"))
+    return output
 
 
 def _sparse_output(
@@ -198,12 +204,12 @@ def _draw_tokens(trie: ItemTrie, nodes: Tensor, num_negatives: int) -> tuple[Ten
 
 def _vocab_losses(tokens: Tensor, hidden: Tensor, project, temperature: float, chunk_size: int = 256) -> Tensor:
     """
-    Language modeling loss, with a temperature as MSL has it, of each supervised position, a few positions at a time,
-    whose logits are made again in the backward pass: never `[positions, vocabulary]` at once.
+    Language modeling loss, with a temperature as MSL has it, of each supervised position. The logits are computed for
+    a few positions at a time, and again in the backward pass, so that they are never all in memory.
     """
 
     def chunk_losses(states: Tensor, targets: Tensor) -> Tensor:
-        # Gathered for each chunk (ZeRO-3), as the backward pass makes it again
+        # Gathered for each chunk (ZeRO-3), since the backward pass computes it again
         with maybe_gather_lm_head_ctx(project.keywords["weight"], project.keywords["bias"]):
             logits = project(states, rows=slice(None)) / temperature
         return temperature * torch.nn.functional.cross_entropy(logits, targets, reduction="none")
