@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from ..data import RankingTask, have_single_items, tokenize_rows
 from .losses import masked_softmax_loss
 from .msl_config import MSLConfig
-from .sparse_head import SparseCausalLMOutput, add_sparse_lm_head
+from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
 from .task_trainer import TaskTrainerMixin
 from .temperature import TemperatureCallback
 
@@ -182,14 +182,12 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         # Evaluated at τ = 1, where the loss is what ranks, and comparable while τ moves; and over all valid tokens
         temperature = self.temperature if self.model.training else 1.0
         over_vocab = self.args.normalize == "vocab"
-        output = model(
-            **inputs,
-            sparse_lm_head=True,
-            vocab_lm_head=over_vocab,
-            vocab_temperature=temperature,
+        options = SparseHeadOptions(
             num_negatives=self.args.num_negatives if self.model.training else None,
-            output_vocab_losses=self.args.log_lml_parts,
+            vocab_losses=over_vocab or self.args.log_lml_parts,
+            vocab_temperature=temperature if over_vocab else 1.0,
         )
+        output = model(**inputs, sparse_lm_head=options)
         if over_vocab:
             losses = output.vocab_losses
         else:
