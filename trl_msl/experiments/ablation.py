@@ -31,7 +31,7 @@ from ..scripts.command_line import command
 from ..scripts.outputs import finish, format_table, plot_training, write_json
 from ..scripts.train import make_trainer, reported
 from ..scripts.train_and_evaluate import DecodingArguments, train_and_evaluate
-from ..training import MSLConfig, MSLTrainer, masked_softmax_loss
+from ..training import MSLConfig, MSLTrainer, SparseHeadOptions, masked_softmax_loss
 from .compare_losses import prepare
 from .from_scratch import ScratchArguments
 
@@ -141,7 +141,8 @@ class LossProbe(TrainerCallback):
         num_tokens = 0
         with torch.enable_grad():
             for start in range(0, len(self.rows), 16):
-                output = model(**self._batch(self.rows[start : start + 16]), sparse_lm_head=True, vocab_lm_head=True)
+                batch = self._batch(self.rows[start : start + 16])
+                output = model(**batch, sparse_lm_head=SparseHeadOptions(vocab_losses=True))
                 num_tokens += len(output.vocab_losses)
                 restricted = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
                 for name, losses in (("lml", output.vocab_losses), ("lml2", restricted)):

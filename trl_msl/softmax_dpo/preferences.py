@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from trl import is_conversational
 from trl.data_utils import get_dataset_column_names
 
-from ..data import RankingTask, completion_text
+from ..data import RankingTask, check_columns, completion_text
 
 
 def build_preferences(rows: Dataset, task: RankingTask, negatives: Sequence[Sequence[int]]) -> Dataset:
@@ -97,6 +97,7 @@ def tokenize_preferences(batch: dict[str, list], task: RankingTask) -> dict[str,
     missing = {"prompt", "chosen", "rejected"} - batch.keys()
     if missing:
         raise ValueError(f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}.")
+    check_columns(batch)
     conversational = is_conversational({"prompt": batch["prompt"][0]})
     several = [_as_list(rejected, conversational) for rejected in batch["rejected"]]
     empty = sum(len(rejected) == 0 for rejected in several)

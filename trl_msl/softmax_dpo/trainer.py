@@ -19,7 +19,7 @@ from trl.trainer.utils import global_then_local_main_first, use_adapter
 
 from ..data import RankingTask
 from ..model import check_tree_attention, sliding_window
-from ..training import TaskTrainerMixin, add_sparse_lm_head, masked_softmax_loss, softmax_dpo_loss
+from ..training import SparseHeadOptions, TaskTrainerMixin, add_sparse_lm_head, masked_softmax_loss, softmax_dpo_loss
 from .collator import DataCollatorForSoftmaxPreference, segment_mask
 from .config import SoftmaxDPOConfig
 from .preferences import check_preferences, gather_rejected, tokenize_preferences
@@ -172,15 +172,16 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
             if unwrapped.config.get_text_config()._attn_implementation == "eager":  # which adds the mask to the scores
                 hidden, least = ~attention_mask, torch.finfo(unwrapped.dtype).min
                 attention_mask = torch.zeros_like(hidden, dtype=unwrapped.dtype).masked_fill_(hidden, least)
+        over_trie = self.args.normalize == "trie"
         output = model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
             attention_mask=attention_mask,
             labels=labels,
-            **({"sparse_lm_head": True} if self.args.normalize == "trie" else {"vocab_lm_head": True}),
+            sparse_lm_head=SparseHeadOptions(valid_logits=over_trie, vocab_losses=not over_trie),
         )
         row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-        if self.args.normalize == "trie":
+        if over_trie:
             losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
             nodes = labels[row, column + 1]
             branching = self.trie.to(nodes.device).num_valid_tokens(nodes) > 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from ..data import RankingTask, tokenize_rows
+from ..data import RankingTask, have_single_items, tokenize_rows
 from .losses import masked_softmax_loss
 from .msl_config import MSLConfig
-from .sparse_head import SparseCausalLMOutput, add_sparse_lm_head
+from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
 from .task_trainer import TaskTrainerMixin
 from .temperature import TemperatureCallback
 
@@ -154,7 +155,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         for batch in dataset.select_columns(["labels"]).iter(batch_size=10_000):
             nodes = torch.from_numpy(np.concatenate(batch["labels"]))
             num_targets += int((trie.parents(nodes[nodes != -100]) == trie.first_branching_node).sum())
-        if num_targets <= len(dataset):
+        if num_targets <= len(dataset) and not have_single_items(_prompts(dataset), self.task):
             raise ValueError(
                 f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
                 f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
@@ -181,14 +182,12 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         # Evaluated at τ = 1, where the loss is what ranks, and comparable while τ moves; and over all valid tokens
         temperature = self.temperature if self.model.training else 1.0
         over_vocab = self.args.normalize == "vocab"
-        output = model(
-            **inputs,
-            sparse_lm_head=True,
-            vocab_lm_head=over_vocab,
-            vocab_temperature=temperature,
+        options = SparseHeadOptions(
             num_negatives=self.args.num_negatives if self.model.training else None,
-            output_vocab_losses=self.args.log_lml_parts,
+            vocab_losses=over_vocab or self.args.log_lml_parts,
+            vocab_temperature=temperature if over_vocab else 1.0,
         )
+        output = model(**inputs, sparse_lm_head=options)
         if over_vocab:
             losses = output.vocab_losses
         else:
@@ -260,6 +259,13 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             metrics["aux_loss"].append(sums["aux_loss"])
         for name in ("lml", "lml1", "lml2") if "lml" in sums else ():
             metrics[name].append(sums[name] / max(sums["supervised"], 1))
+
+
+def _prompts(dataset: Dataset) -> Iterator[list[int]]:
+    """Tokens before the first label of rows that the user tokenised."""
+    for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=10_000):
+        for ids, labels in zip(batch["input_ids"], batch["labels"]):
+            yield ids[: next((place for place, node in enumerate(labels) if node != -100), None)]
 
 
 def _check_tokenized(batch: dict[str, list], task: RankingTask, dataset_name: str) -> dict[str, list]:

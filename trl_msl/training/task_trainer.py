@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,7 +20,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from ..data import RankingTask
 from ..trie import ItemTrie
-from .model_card import describe_recommender
+from .model_card import base_license, card_tags, make_model_card
 
 
 logger = logging.getLogger(__name__)
@@ -153,24 +153,28 @@ class TaskTrainerMixin:
     def predict(self, *args, **kwargs):
         raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """As TRL's, from a template for recommenders: see [`make_model_card`]."""
         if not self.is_world_process_zero():
             return
+        base = get_config_model_id(self.model.config) or ""
+        model_id = self.hub_model_id or str(self.args.output_dir)
+        metadata = ModelCardData(
+            base_model=base if base and not Path(base).is_dir() else None,
+            datasets=dataset_name,
+            library_name="transformers",
+            license=base_license(base),
+            model_name=model_name or Path(model_id).name,
+            tags=card_tags([*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]),
+        )
         evaluations = [entry for entry in self.state.log_history if any("@" in name for name in entry)]
         best = [entry for entry in evaluations if entry["step"] == self.state.best_global_step]
         metrics = (best or evaluations or [{}])[-1]
         num_rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
-        path = Path(self.args.output_dir) / "README.md"
-        card = ModelCard.load(path)
-        introduction, _, rest = card.text.partition("## Quick start")  # TRL's, for a model that chats
-        procedure = rest[rest.index("## Training procedure") :]
-        # TRL's template has no word for a base model that is not on the Hub
-        base = f"`{get_config_model_id(self.model.config)}`"
-        introduction = introduction.replace("[None](https://huggingface.co/None)", base)
-        model_id = self.hub_model_id or str(self.args.output_dir)
-        card.text = introduction + describe_recommender(model_id, self.task, num_rows, metrics) + procedure
-        card.save(path)
+        card = make_model_card(metadata, self.task, model_id, base, self._name, self._paper, num_rows, metrics)
+        card.save(Path(self.args.output_dir) / "README.md")
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
