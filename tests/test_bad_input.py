@@ -9,28 +9,21 @@ import shutil
 import subprocess
 import sys
 
-import evaluate
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import recommend as recommend_recipe
-import sft_msl
 import torch
-import update_catalog
 from helpers import make_model, make_windows
 from hub_server import serve
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from trl import ModelConfig
 
 from trl_msl import (
-    RankingTask,
-    DataArguments,
     ItemCatalog,
-    MSLConfig,
     PromptTemplate,
+    RankingTask,
     Recommender,
     build_rows,
     read_interactions,
@@ -38,7 +31,6 @@ from trl_msl import (
     read_windows,
     tokenize_rows,
 )
-from trl_msl.experiments.from_scratch import ScratchArguments
 
 
 HALF = "\ud800"  # half a character, as JSON can hold it: no UTF-8
@@ -47,14 +39,9 @@ DEEP = "[" * 100_000
 
 
 @pytest.fixture(scope="module")
-def bundle(catalog, trie, template):
-    return RankingTask(catalog, trie, template)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, tokenizer, bundle):
+def saved(tmp_path_factory, tokenizer, task):
     path = tmp_path_factory.mktemp("saved")
-    Recommender(make_model(tokenizer), tokenizer, bundle).save_pretrained(path)
+    Recommender(make_model(tokenizer), task).save_pretrained(path)
     return path
 
 
@@ -240,57 +227,6 @@ def test_windows(tmp_path, cell):
     assert len(str(caught.value)) < 1000  # not the whole cell
 
 
-# ---------------------------------------------------------------------- recommend.py's users
-
-
-@pytest.mark.parametrize(
-    ("cell", "items"),
-    [
-        ('["007", 7]', ["007", "7"]),
-        ("[]", []),
-        ("[1]", ["1"]),
-        ('["Dune, or: \\"sand\\"", "\U0001f600"]', ['Dune, or: "sand"', "\U0001f600"]),
-        *[(cell, None) for cell in ("[null]", "[NaN]", "[1.5]", "[1e999]", "[true]", '[["1"], "2"]', '{"1": "2"}')],
-        *[(cell, None) for cell in ('"ab"', "12", "[1", "", DEEP, f"[{'9' * 5000}]", b"[1]", {"1": 2}, None, 1.0)],
-        *[(cell, None) for cell in (np.array([1.0, np.nan]), np.array([["1"]]), np.array(["a", None], object))],
-        (np.array(["a", "b"], object), ["a", "b"]),
-        (np.array([1, 2]), ["1", "2"]),
-    ],
-)
-def test_histories_of_users(cell, items):
-    assert recommend_recipe.parse_history(cell) == items
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "cannot be read"),
-        (b"item_ids\n\xff\n", "cannot be read"),
-        ("item_ids\n[1,2]\n", "more cells than its header"),
-        ("user_id,item_ids\n1,[1]\n2,\n3,[]\n", r"`item_ids` must hold lists .* 2 of 3 rows .*\[1, 2\], with nan"),
-        ("item_ids,item_ids\n[1],[2]\n", "more than once"),
-        ("items\n[1]\n", r"lacks the columns \['item_ids'\]"),
-        ("item_ids,exact\n[1],2\n", r"has the columns \['exact'\], which are those to be added"),
-        (b"PAR1", "cannot be read"),
-        (table(item_ids=pa.array([], pa.list_(pa.string()))), "has no rows"),
-        (table(item_ids=[[1, None]]), "1 of 1 rows"),
-        (table(item_ids=["[1]"], name=NO_UTF8), "cannot be read.*UTF8"),
-    ],
-)
-def test_files_of_users(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
-        recommend_recipe.read_users(write(tmp_path / f"users.{suffix(content)}", content))
-
-
-def test_users_that_are_no_file_or_have_no_history(tmp_path):
-    for name, message in (("none.csv", "cannot be read"), ("none.parquet", "cannot be"), ("users", "must be a .csv")):
-        with pytest.raises(ValueError, match=message):
-            recommend_recipe.read_users(str(tmp_path / name))
-    path = write(tmp_path / "users.csv", 'user_id,item_ids\n007,"[1, ""2""]"\nNA,[]\n')
-    users = recommend_recipe.read_users(path, may_be_empty=True)  # as where unknown items are dropped
-    assert users.to_dict("list") == {"user_id": ["007", "NA"], "item_ids": [["1", "2"], []]}
-
-
 # ---------------------------------------------------------------------- texts and sizes, all the way through
 
 
@@ -299,14 +235,14 @@ def test_awkward_texts_are_recommended(tmp_path, tokenizer):
     texts = [long, "\x00\x07\x1b[31m", "a\r\nb\t", "\u202eשלום", family, "\ufeff\uffff", "{history}{text}"]
     catalog = ItemCatalog([f"{text[:2]}{index}\0" for index, text in enumerate(texts)], texts, template='"{text}"')
     template = PromptTemplate("\u202eRead: {history}\0\nNext: ")
-    bundle = RankingTask(catalog, catalog.build_trie(tokenizer), template)
+    task = RankingTask(catalog, tokenizer, template)
     short = catalog.ids[1:]
     rows = build_rows(make_windows(short, 5), task)
-    tokenized = tokenize_rows(rows[:], tokenizer, bundle.trie)
+    tokenized = tokenize_rows(rows[:], task)
     for ids, labels, row in zip(*tokenized.values(), rows):
         title = tokenizer.decode([token for token, label in zip(ids, labels) if label >= 0], skip_special_tokens=True)
         assert title == row["completion"]
-    Recommender(make_model(tokenizer), tokenizer, bundle).save_pretrained(tmp_path)
+    Recommender(make_model(tokenizer), task).save_pretrained(tmp_path)
     found = Recommender.from_pretrained(tmp_path).recommend([short, short[::-1]], k=7, exclude_history=False)
     assert [sorted(ids) for ids in found.ids] == [sorted(catalog.ids)] * 2
     assert texts[0] in found.texts[0]
@@ -316,9 +252,7 @@ def test_awkward_texts_are_recommended(tmp_path, tokenizer):
 def test_catalogues_without_a_choice(texts, tokenizer, template, caplog):
     """One sequence, so no node of the trie branches. That it can't be trained on is tested with the trainer."""
     catalog = ItemCatalog(range(len(texts)), texts)
-    recommender = Recommender(
-        make_model(tokenizer), tokenizer, RankingTask(catalog, catalog.build_trie(tokenizer), template)
-    )
+    recommender = Recommender(make_model(tokenizer), RankingTask(catalog, tokenizer, template))
     for mode in ("exact", "beam", "generate"):
         found = recommender.recommend([["0"]], mode=mode, exclude_history=False)
         assert found.ids == [catalog.ids] and not np.any(found.scores)  # the probability of what is certain
@@ -341,9 +275,9 @@ def test_catalogues_without_a_choice(texts, tokenizer, template, caplog):
         ([[["b0"]]], "1 different ids that are not in the catalogue"),
     ],
 )
-def test_histories(histories, message, tokenizer, bundle):
+def test_histories(histories, message, task):
     with pytest.raises(ValueError, match=message):
-        Recommender(None, tokenizer, bundle).recommend(histories)
+        Recommender(None, task).recommend(histories)
 
 
 def test_a_text_is_no_list_of_ids(catalog):
@@ -417,8 +351,8 @@ def test_recommender_json_of_other_shapes(folder, tokenizer):
 def test_withdrawn_numbers_are_ids(tokenizer, template):
     """Else the number would be looked for among strings, and the item be recommended all the same."""
     catalog = ItemCatalog([4, 5, 6], ["Dune", "Emma", "Ulysses"])
-    bundle = RankingTask(catalog, catalog.build_trie(tokenizer), template, withdrawn=frozenset([5]))
-    found = Recommender(make_model(tokenizer), tokenizer, bundle).recommend([["6"]])
+    task = RankingTask(catalog, tokenizer, template, withdrawn=frozenset([5]))
+    found = Recommender(make_model(tokenizer), task).recommend([["6"]])
     assert found.ids == [["4"]]
 
 
@@ -541,9 +475,9 @@ def add_code(folder, marker, name, model_type):
     edit(folder / name, **changes)
 
 
-def make_adapter(path, base, tokenizer, bundle):
+def make_adapter(path, base, tokenizer, task):
     model = get_peft_model(make_model(tokenizer), LoraConfig(task_type="CAUSAL_LM"))
-    Recommender(model, tokenizer, bundle).save_pretrained(path)
+    Recommender(model, task).save_pretrained(path)
     edit(path / "adapter_config.json", base_model_name_or_path=str(base))
     return path
 
@@ -560,11 +494,9 @@ def test_code_beside_a_model_is_not_run(name, model_type, folder, marker, no_que
     assert not marker.exists() and not no_questions
 
 
-def test_code_beside_the_base_model_of_an_adapter_is_not_run(
-    folder, tmp_path, tokenizer, bundle, marker, no_questions
-):
+def test_code_beside_the_base_model_of_an_adapter_is_not_run(folder, tmp_path, tokenizer, task, marker, no_questions):
     add_code(folder, marker, "config.json", "evil")
-    adapter = make_adapter(tmp_path / "adapter", folder, tokenizer, bundle)
+    adapter = make_adapter(tmp_path / "adapter", folder, tokenizer, task)
     with pytest.raises(ValueError, match="contains custom code which must be executed"):
         Recommender.from_pretrained(adapter)
     assert not marker.exists() and not no_questions
@@ -578,28 +510,9 @@ def test_code_is_run_where_it_is_asked_for(folder, marker):
     assert marker.exists()
 
 
-def test_recipes_run_no_code_unasked(folder, tmp_path, marker, no_questions):
-    add_code(folder, marker, "config.json", "evil")
-    add_code(folder, marker, "tokenizer_config.json", "evil")
-    model = ModelConfig(model_name_or_path=str(folder))
-    users = write(tmp_path / "users.csv", 'user_id,item_ids\n1,"[""b0""]"\n')
-    prompt = "The user has read: {history}\nNext: "  # of the bundle there
-    data = DataArguments(prompt_text=prompt, max_validation_users=1, max_test_users=1)
-    config = MSLConfig(str(tmp_path / "out"), report_to="none", bf16=False, use_cpu=True)
-    for call in (
-        lambda: recommend_recipe.main(recommend_recipe.RecommendArguments(users), model),
-        lambda: sft_msl.main(sft_msl.RecipeArguments(), data, ScratchArguments(), config, model),
-        lambda: evaluate.main(evaluate.EvaluationArguments(), data, model),
-        lambda: update_catalog.main(update_catalog.UpdateArguments(str(folder), str(tmp_path / "updated"))),
-    ):
-        with pytest.raises(ValueError, match="contains custom code which must be executed"):
-            call()
-        assert not marker.exists() and not no_questions
-
-
 @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
-def test_pickles_are_not_run(save, folder, tmp_path, marker, tokenizer, bundle):
-    adapter = make_adapter(tmp_path / "adapter", shutil.copytree(folder, tmp_path / "base"), tokenizer, bundle)
+def test_pickles_are_not_run(save, folder, tmp_path, marker, tokenizer, task):
+    adapter = make_adapter(tmp_path / "adapter", shutil.copytree(folder, tmp_path / "base"), tokenizer, task)
     for path, weights in ((folder, "model"), (adapter, "adapter_model")):
         (path / f"{weights}.safetensors").unlink()
         save(Hostile(marker), path / "pytorch_model.bin")
@@ -632,7 +545,7 @@ def test_damaged_files_of_the_model(name, content, folder):
         Recommender.from_pretrained(folder)
 
 
-def test_an_adapter_without_its_base_model(tmp_path, tokenizer, bundle):
-    adapter = make_adapter(tmp_path / "adapter", tmp_path / "gone", tokenizer, bundle)
+def test_an_adapter_without_its_base_model(tmp_path, tokenizer, task):
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "gone", tokenizer, task)
     with pytest.raises(ValueError, match="of an adapter, is the base model where its adapter_config.json says"):
         Recommender.from_pretrained(adapter)

@@ -24,10 +24,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recommend import read_users
 from safetensors.numpy import load, save
 
-from trl_msl import RankingTask, ItemCatalog, ItemTrie, read_interactions, read_items, read_windows
+from trl_msl import ItemCatalog, ItemTrie, RankingTask, read_interactions, read_items, read_windows
 from trl_msl.data.catalog import is_unicode
 from trl_msl.trie.arrays import _checksum
 
@@ -234,9 +233,9 @@ def damaged(draw, content, others):
 
 
 @pytest.fixture(scope="module")
-def seeds(tmp_path_factory, tokenizer, catalog, trie, template):
+def seeds(tmp_path_factory, tokenizer, catalog, template):
     folder = tmp_path_factory.mktemp("seeds")
-    RankingTask(catalog, trie, template, withdrawn=frozenset(["b1"])).save_pretrained(folder, tokenizer)
+    RankingTask(catalog, tokenizer, template, withdrawn=frozenset(["b1"])).save_pretrained(folder)
     (folder / "items.json").write_text(json.dumps(dict(zip(catalog.ids, catalog.texts))))
     items = pd.DataFrame({"item_id": catalog.ids, "title": catalog.texts})
     log = pd.DataFrame({"user_id": range(6), "item_id": catalog.ids[:6], "timestamp": range(6)})
@@ -279,6 +278,12 @@ def check_trie(trie):
 def check_table(table):
     assert len(table) and all(isinstance(text, str) and text for text in [*table["user_id"], *table["item_id"]])
     assert np.isfinite(table["timestamp"]).all() and table["user_id"].is_monotonic_increasing
+
+
+def read_users(path):
+    from trl_msl.scripts.recommend import read_users
+
+    return read_users(path)
 
 
 def check_users(users):
@@ -375,7 +380,7 @@ def test_tries(seeds, folder, data):
 
 
 @fuzz
-def test_bundles(seeds, tmp_path_factory, tokenizer, folder, data):
+def test_tasks(seeds, tmp_path_factory, tokenizer, folder, data):
     """Any of the three files changed; most often with the checksums made to fit, so that they protect nothing."""
     files = {name: seeds[name] for name in ("items.parquet", "trie.safetensors", "recommender.json")}
     for name in data.draw(st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=2, unique=True)):

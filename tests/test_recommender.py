@@ -12,11 +12,11 @@ from helpers import TITLES, make_model, make_windows
 from peft import LoraConfig
 
 from trl_msl import (
-    RankingTask,
     ItemCatalog,
     MSLConfig,
     MSLTrainer,
     PromptTemplate,
+    RankingTask,
     RecommendedItems,
     Recommender,
     build_rows,
@@ -27,21 +27,18 @@ from trl_msl.experiments.from_scratch import train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer, catalog, trie, template):
-    """What training leaves behind: an adapter on a base model in a folder, and the catalogue."""
+def folder(tmp_path_factory, task):
+    """What training leaves behind: an adapter on a base model in a folder, and the task."""
     path = tmp_path_factory.mktemp("trained")
-    make_model(tokenizer).save_pretrained(path / "base")
-    rows = build_rows(make_windows(catalog.ids), task)
+    make_model(task.tokenizer).save_pretrained(path / "base")
+    rows = build_rows(make_windows(task.catalog.ids), task)
     trainer = MSLTrainer(
         str(path / "base"),
         MSLConfig(
             path / "out", max_steps=2, save_steps=1, report_to="none", bf16=False, use_cpu=True, learning_rate=1e-2
         ),
+        task=task,
         train_dataset=rows,
-        processing_class=tokenizer,
-        trie=trie,
-        prompt_template=template,
-        catalog=catalog,
         peft_config=LoraConfig(task_type="CAUSAL_LM"),
     )
     trainer.train()
@@ -81,10 +78,10 @@ def test_a_new_process_recommends_the_same(folder):
     check_same(RecommendedItems(*json.loads(output.splitlines()[-1])), expected)
 
 
-def test_recommendations_are_those_of_the_engine(folder, tokenizer, catalog, trie, template):
+def test_recommendations_are_those_of_the_engine(folder, task, catalog, template):
     recommender = Recommender.from_pretrained(folder)
     prompts = [template.render([catalog.completions[i] for i in catalog.indices(ids)]) for ids in HISTORIES]
-    expected = recommend(recommender.model, tokenizer, trie, prompts, top_k=12)
+    expected = recommend(recommender.model, task, prompts, top_k=12)
     found = recommender.recommend(HISTORIES, k=12, exclude_history=False)
     assert [catalog.indices(ids) for ids in found.ids] == expected.items.tolist()
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
@@ -112,7 +109,7 @@ def test_save_merged_and_load(folder, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
     merged = AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()
-    Recommender(merged, recommender.tokenizer, recommender.bundle).save_pretrained(tmp_path / "merged")
+    Recommender(merged, recommender.task).save_pretrained(tmp_path / "merged")
     found = Recommender.from_pretrained(tmp_path / "merged").recommend(HISTORIES, k=5)
     assert found.ids == expected.ids
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
@@ -156,8 +153,7 @@ def test_awkward_texts_survive(tmp_path, tokenizer):
     catalog.save_pretrained(tmp_path)
     loaded = ItemCatalog.from_pretrained(tmp_path)
     assert (loaded.ids, loaded.texts, loaded.template) == (catalog.ids, texts, "<{text}>")
-    bundle = RankingTask(catalog, catalog.build_trie(tokenizer), PromptTemplate("{history}"))
-    bundle.save_pretrained(tmp_path, tokenizer)
+    RankingTask(catalog, tokenizer, PromptTemplate("{history}")).save_pretrained(tmp_path)
     assert RankingTask.from_pretrained(tmp_path, tokenizer).catalog.completions == catalog.completions
 
 
@@ -173,7 +169,7 @@ def test_items_withdrawn_and_restored(folder, catalog, caplog):
         np.testing.assert_allclose(after.scores[user], [before.scores[user][place] for place in kept], atol=1e-5)
     assert updated.recommend(HISTORIES[:1], k=12, allowed=["b3", "b1"]).ids == [["b1"]]
     assert updated.update(restore=["b3", "b7"]).recommend(HISTORIES, k=12) == before
-    assert updated.update(restore=["b3"], withdraw=["b1"]).bundle.withdrawn == {"b1", "b7"}
+    assert updated.update(restore=["b3"], withdraw=["b1"]).task.withdrawn == {"b1", "b7"}
     with pytest.raises(ValueError, match="`restore` holds 1 .* not withdrawn, such as .'b1'"):
         updated.update(restore=["b1"])
     with pytest.raises(ValueError, match="1 id.* not in the catalogue"):
@@ -192,12 +188,12 @@ def test_items_added_without_training(folder, tmp_path, tokenizer, catalog):
     recommender = Recommender.from_pretrained(folder)
     new = ItemCatalog(["n0", "n1", "n2"], ["The Silent Wood", "Emma and Dune", "#42"])
     updated = recommender.update(add=new, withdraw=["b0"])
-    assert updated.bundle.catalog.completions[-1] == '"#42"'  # the template of the catalogue, not of what was added
-    shared = updated.bundle.shared_prefixes()
+    assert updated.task.catalog.completions[-1] == '"#42"'  # the template of the catalogue, not of what was added
+    shared = updated.task.shared_prefixes()
     assert list(shared) == ["n0", "n1", "n2"] and shared["n0"] > shared["n1"] > shared["n2"] == 0
     # Counted by hand: tokens shared with some trained item, less the quote with which all of them begin
     written = encode_items(tokenizer, catalog.completions)
-    for item, tokens in zip(new.ids, encode_items(tokenizer, updated.bundle.catalog.completions[12:])):
+    for item, tokens in zip(new.ids, encode_items(tokenizer, updated.task.catalog.completions[12:])):
         longest = max(sum(x == y for x, y in takewhile(lambda p: p[0] == p[1], zip(tokens, t))) for t in written)
         assert shared[item] == longest - 1
 
@@ -207,7 +203,7 @@ def test_items_added_without_training(folder, tmp_path, tokenizer, catalog):
     assert found.ids == updated.recommend([["b3", "n1"], ["b1"]], k=12).ids
     assert {"n0", "n2"} <= set(found.ids[0]) and "b0" not in found.ids[1]
     # What is new stays new when more is added, and shares nothing with what is just as new
-    again = loaded.update(add=ItemCatalog(["n3"], ["#42 again"])).bundle
+    again = loaded.update(add=ItemCatalog(["n3"], ["#42 again"])).task
     assert again.num_trained == 12 and again.shared_prefixes() == {**shared, "n3": 0}
     with pytest.raises(ValueError, match="1 id.* in the catalogue already, such as .'n1'"):
         loaded.update(add=ItemCatalog(["n1"], ["Another"]))
@@ -215,8 +211,8 @@ def test_items_added_without_training(folder, tmp_path, tokenizer, catalog):
 
 def test_decoding_settings_travel(folder, tmp_path):
     recommender = Recommender.from_pretrained(folder)
-    bundle = replace(recommender.bundle, decoding={"mode": "beam", "num_beams": 12, "normalize": "vocab"})
-    Recommender(recommender.model, recommender.tokenizer, bundle).save_pretrained(tmp_path)
+    task = replace(recommender.task, decoding={"mode": "beam", "num_beams": 12, "normalize": "vocab"})
+    Recommender(recommender.model, task).save_pretrained(tmp_path)
     loaded = Recommender.from_pretrained(tmp_path)
     found = loaded.recommend(HISTORIES, k=3)
     assert not any(found.exact)
@@ -224,15 +220,13 @@ def test_decoding_settings_travel(folder, tmp_path):
     check_same(loaded.recommend(HISTORIES, k=3, mode="exact"), recommender.recommend(HISTORIES, k=3))
     for wrong in ({"temperature": 2}, {"mode": "generate"}, {"mode": "exact", "num_beams": 3}):
         with pytest.raises(ValueError, match="`decoding` has "):
-            replace(bundle, decoding=wrong)
+            replace(task, decoding=wrong)
 
 
-def test_a_catalogue_needs_its_template_and_its_trie(tokenizer, catalog, trie, template, tmp_path):
-    rows = build_rows(make_windows(catalog.ids), task)
-    args = MSLConfig(tmp_path, report_to="none", use_cpu=True, bf16=False)
-    kwargs = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
-    with pytest.raises(ValueError, match="also needs the `prompt_template`"):
-        MSLTrainer(make_model(tokenizer), trie=trie, catalog=catalog, **kwargs)
-    other = ItemCatalog(["0"], ["Dune"])
-    with pytest.raises(ValueError, match="is not what `trie`"):
-        MSLTrainer(make_model(tokenizer), trie=trie, catalog=other, prompt_template=template, **kwargs)
+def test_a_task_needs_its_parts_to_fit(tokenizer, catalog, task, template):
+    with pytest.raises(ValueError, match="`prompt_template` is a NoneType: pass a `PromptTemplate`"):
+        RankingTask(catalog, tokenizer, None)
+    with pytest.raises(ValueError, match="`trie` .* does not hold the items of `catalog`"):
+        RankingTask(ItemCatalog(["0"], ["Dune"]), tokenizer, template, trie=task.trie)
+    with pytest.raises(ValueError, match="`trie` .* does not hold the items of `catalog`"):
+        RankingTask(catalog, tokenizer, replace(template, conversational=True), trie=task.trie)
