@@ -10,9 +10,9 @@ from helpers import make_model
 from test_bad_input import DEEP, NO_UTF8, add_code, suffix, table, write
 from trl import ModelConfig
 from trl_msl.scripts import evaluate, recommend, train, update_catalog
+from trl_msl.scripts.decodings import DecodingArguments
 
 from trl_msl import DataArguments, MSLConfig, Recommender
-from trl_msl.experiments.from_scratch import ScratchArguments
 
 
 # ---------------------------------------------------------------------- users to recommend to
@@ -69,22 +69,22 @@ def test_users_that_are_no_file_or_have_no_history(tmp_path):
 # ---------------------------------------------------------------------- code that comes with a model
 
 
-def test_commands_run_no_code_unasked(task, tmp_path, monkeypatch):
-    folder, marker, asked = tmp_path / "model", tmp_path / "marker", []
+def test_commands_run_no_code_unasked(task, folder, tmp_path, monkeypatch):
+    model_folder, marker, asked = tmp_path / "model", tmp_path / "marker", []
     monkeypatch.setattr(builtins, "input", lambda question="": asked.append(question) or "no")
-    Recommender(make_model(task.tokenizer), task).save_pretrained(folder)
-    add_code(folder, marker, "config.json", "evil")
-    add_code(folder, marker, "tokenizer_config.json", "evil")
-    model = ModelConfig(model_name_or_path=str(folder))
+    Recommender(make_model(task.tokenizer), task).save_pretrained(model_folder)
+    add_code(model_folder, marker, "config.json", "evil")
+    add_code(model_folder, marker, "tokenizer_config.json", "evil")
+    model = ModelConfig(model_name_or_path=str(model_folder))
     users = write(tmp_path / "users.csv", 'user_id,item_ids\n1,"[""b0""]"\n')
     prompt = "The user has read: {history}\nNext: "  # of the task there
-    data = DataArguments(prompt_text=prompt, max_validation_users=1, max_test_users=1)
+    data = DataArguments(data_dir=str(folder), prompt_text=prompt, max_validation_users=1, max_test_users=1)
     config = MSLConfig(str(tmp_path / "out"), report_to="none", bf16=False, use_cpu=True)
     for call in (
         lambda: recommend.main(recommend.RecommendArguments(users), model),
-        lambda: train.main(train.RecipeArguments(), data, ScratchArguments(), config, model),
+        lambda: train.main(DecodingArguments(), data, config, model),
         lambda: evaluate.main(evaluate.EvaluationArguments(), data, model),
-        lambda: update_catalog.main(update_catalog.UpdateArguments(str(folder), str(tmp_path / "updated"))),
+        lambda: update_catalog.main(update_catalog.UpdateArguments(str(model_folder), str(tmp_path / "updated"))),
     ):
         with pytest.raises(ValueError, match="contains custom code which must be executed"):
             call()

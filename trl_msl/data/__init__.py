@@ -8,17 +8,18 @@ from .item_tokens import describe_end, encode_items
 from .options import DataArguments, read_data, read_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
 from .rows import build_rows, completion_text, tokenize_rows
-from .task import TASK_FILE, TASK_FILES, RankingTask
+from .task import RankingTask
+from .task_files import TASK_FILE, TASK_FILES
 
 
 __all__ = [
     "TASK_FILE",
     "TASK_FILES",
-    "RankingTask",
     "DataArguments",
     "ItemCatalog",
     "Prompt",
     "PromptTemplate",
+    "RankingTask",
     "build_rows",
     "completion_text",
     "describe_end",
