@@ -346,7 +346,7 @@ def test_recommender_json_of_other_shapes(folder, tokenizer):
     whole = json.dumps(content)[:-1]
     for text in (f'{whole}, "x": {DEEP}', f'{whole}, "x": {"9" * 5000}}}', "[]", '"format"', "null"):
         path.write_text(text)
-        with pytest.raises(ValueError, match="holds no readable task"):
+        with pytest.raises(ValueError, match="does not hold a readable task"):
             RankingTask.from_pretrained(folder, tokenizer)
 
 
@@ -365,7 +365,7 @@ METADATA = {b"trl_msl_template": b"{text}"}
     ("content", "metadata", "message"),
     [
         (table(id=["1"], text=["x"]), None, "it has no template"),
-        (table(id=["1"], text=["x"]), {b"trl_msl_template": b"\xff"}, "holds no readable"),
+        (table(id=["1"], text=["x"]), {b"trl_msl_template": b"\xff"}, "does not hold a readable"),
         (table(id=["1"], text=["x"]), {b"trl_msl_template": b"{item}"}, "exactly once"),
         (table(id=["1"], title=["x"]), METADATA, "text"),
         (table(id=[1], text=["x"]), METADATA, "both of them texts, but has id: int64"),
@@ -404,7 +404,7 @@ def test_items_that_unpack_to_gigabytes(num_rows, ids, texts, tmp_path):
     assert (tmp_path / "items.parquet").stat().st_size < 1_000_000
     run = subprocess.run([sys.executable, "-c", READ_ITEMS, str(tmp_path)], capture_output=True, text=True)
     *message, grown = run.stdout.splitlines()
-    assert "holds no readable items.parquet" in message[-1] and "unpack" in message[-1]
+    assert "does not hold a readable items.parquet" in message[-1] and "unpack" in message[-1]
     assert int(grown) < 300 << 20
 
 

@@ -149,10 +149,10 @@ def test_missing_and_damaged_files(name, folder, tmp_path, tokenizer):
     content = path.read_bytes()
     for damaged in (content[:-3], content[:10], b"", b"[1]", content[::-1]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="holds no readable task"):
+        with pytest.raises(ValueError, match="does not hold a readable task"):
             RankingTask.from_pretrained(tmp_path / "copy", tokenizer)
     path.unlink()
-    with pytest.raises(ValueError, match="holds no readable task|has no recommender.json"):
+    with pytest.raises(ValueError, match="does not hold a readable task|has no recommender.json"):
         Recommender.from_pretrained(tmp_path / "copy")
 
 

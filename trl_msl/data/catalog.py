@@ -166,14 +166,14 @@ class ItemCatalog:
         Read a catalogue written by [`ItemCatalog.save_pretrained`].
 
         Raises:
-            `ValueError`: if there is none, or it can't be read.
+            `ValueError`: if the file is missing or can't be read.
         """
         try:
             ids, texts, template = read_items_file(Path(save_directory))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(
-                f"`save_directory` = {str(save_directory)!r} holds no readable {ITEMS_FILE} ({error}). Save it again "
-                "with `ItemCatalog.save_pretrained`."
+                f"`save_directory` = {str(save_directory)!r} does not hold a readable {ITEMS_FILE} ({error}). Save it "
+                "again with `ItemCatalog.save_pretrained`."
             ) from error
         return cls(ids, texts, template=template, empty_texts="keep")
 

@@ -90,7 +90,7 @@ def read_task(folder: Path) -> tuple[dict[str, Any], str]:
 def unreadable(folder: Path, error: Exception) -> ValueError:
     """The error that says so."""
     return ValueError(
-        f"`save_directory` = {str(folder)!r} holds no readable task ({error}). Save it again, with "
+        f"`save_directory` = {str(folder)!r} does not hold a readable task ({error}). Save it again, with "
         "`Recommender.save_pretrained`, or train again."
     )
 
