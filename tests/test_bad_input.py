@@ -72,7 +72,7 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     ("ids", "texts", "message"),
     [
-        ([None, "a"], ["x", "y"], "`ids` holds 1 of 2 that are neither .* such as None"),
+        ([None, "a"], ["x", "y"], "`ids` holds 1 of 2 ids that are neither .* such as None"),
         ([12.0, float("nan")], ["x", "y"], "`ids` holds 2 of 2 .* such as 12.0"),
         ([True], ["x"], "`ids` holds 1 of 1 .* such as True"),
         ([""], ["x"], "`ids` holds 1 of 1 .* such as ''"),
@@ -94,7 +94,7 @@ def test_item_template(template):
 
 @pytest.mark.parametrize("content", [DEEP, '{"a":' * 100_000, '{"1": %s}' % ("9" * 5000), ""])
 def test_json_that_cannot_be_parsed(tmp_path, content):
-    with pytest.raises(ValueError, match="items.json' is no JSON file that can be read"):
+    with pytest.raises(ValueError, match="items.json' is not a JSON file that can be read"):
         ItemCatalog.from_json(write(tmp_path / "items.json", content))
 
 
@@ -108,7 +108,7 @@ def test_json_whose_texts_are_none(tmp_path, content):
 
 def test_items_that_are_no_file(tmp_path):
     for path in (tmp_path, tmp_path / "none", "a\0b"):
-        with pytest.raises(ValueError, match="is no JSON file that can be read"):
+        with pytest.raises(ValueError, match="is not a JSON file that can be read"):
             ItemCatalog.from_json(path)
     (tmp_path / "folder.csv").mkdir()
     for path in ("none.csv", "none.parquet", "folder.csv"):

@@ -152,7 +152,7 @@ def tokenizer_fingerprint(
 
 
 def check_decoding(decoding: dict[str, Any], num_items: int) -> None:
-    """Raise where arguments of [`recommend`] are none that it takes, or would take memory without end."""
+    """Raise a `ValueError` for what [`recommend`] does not take, or what would take memory without bound."""
     if unknown := decoding.keys() - set(_DECODING):
         raise ValueError(f"`decoding` has {sorted(unknown)}: it may have {', '.join(_DECODING)}.")
     penalty = decoding.get("length_penalty", 0.0)
