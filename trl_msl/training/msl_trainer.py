@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
-from ..data import RankingTask, tokenize_rows
+from ..data import RankingTask, have_single_items, tokenize_rows
 from ..trie import ItemTrie
 from .losses import masked_softmax_loss
 from .msl_config import MSLConfig
@@ -160,7 +161,11 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
                 nodes = torch.from_numpy(np.concatenate(batch["labels"]))
                 parents = self.trie.to("cpu").parents(nodes[nodes != -100])
                 num_targets += int((parents == self.trie.first_branching_node).sum())
-            if supervise_history and num_targets <= len(dataset):
+            if (
+                supervise_history
+                and num_targets <= len(dataset)
+                and not have_single_items(_prompts(dataset), self.task)
+            ):
                 raise ValueError(
                     f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
                     f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
@@ -249,6 +254,13 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             metrics[name].append(sums[name] / max(sums["positions"], 1))
         for name in ("lml", "lml1", "lml2") if "lml" in sums else ():
             metrics[name].append(sums[name] / max(sums["supervised"], 1))
+
+
+def _prompts(dataset: Dataset) -> Iterator[list[int]]:
+    """Tokens before the first label of rows that the user tokenised."""
+    for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=10_000):
+        for ids, labels in zip(batch["input_ids"], batch["labels"]):
+            yield ids[: next((place for place, node in enumerate(labels) if node != -100), None)]
 
 
 def _check_tokenized(
