@@ -78,7 +78,7 @@ def edit(path, **changes):
         ([""], ["x"], "`ids` holds 1 of 1 .* such as ''"),
         ([[1]], ["x"], "`ids` holds 1 of 1"),
         ([HALF], ["x"], r"`ids` holds 1 of 1 .*\\ud800"),
-        (["a", "b"], ["x", "y" + HALF], "`texts` holds 1 .* half a character .* item 'b'"),
+        (["a", "b"], ["x", "y" + HALF], "`texts` holds 1 .* lone surrogate .* item 'b'"),
     ],
 )
 def test_ids_and_texts(ids, texts, message):
