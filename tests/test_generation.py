@@ -65,6 +65,23 @@ def test_beams_when_all_items_begin_alike(model, task, tokenizer, prompts):
     torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("short", [7, 8, 9])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, 10.0, -1.0, -2.0])
+def test_beams_beyond_the_catalogue_are_not_items(length_penalty, short, model, tokenizer):
+    """With fewer items than beams, `generate` fills up with beams that it gives scores of about -1e9 / length."""
+    forced = list(range(20, 34))
+    sequences = [[first, 3] if first == short else [first, *forced, 3] for first in (7, 8, 9)]
+    trie = ItemTrie.from_sequences(sequences, len(tokenizer))
+    prompts = [[5, 6], [6, 5, 4]]
+    found, num_invalid = generate_items(
+        model, tokenizer, trie, prompts, top_k=3, num_beams=12, length_penalty=length_penalty
+    )
+    assert found.items.sort(dim=1).values.tolist() == [[0, 1, 2]] * 2
+    assert num_invalid == 0
+    expected = score_every_item(model, trie, prompts) / (trie.item_lengths.numpy() ** length_penalty)
+    np.testing.assert_allclose(found.scores, np.take_along_axis(expected, found.items.numpy(), axis=1), rtol=1e-3)
+
+
 @pytest.mark.parametrize("mode", ["exact", "generate"])
 def test_batches_prompts_lengths_and_wrapping_do_not_matter(mode, model, task, tokenizer, prompts):
     whole = recommend(model, task, prompts, top_k=4, mode=mode, batch_size=16)

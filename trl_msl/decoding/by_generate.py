@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +19,7 @@ from .logits_processor import TrieLogitsProcessor
 from .output import DecodingOutput
 
 
-_DEAD_BEAM = -1e8  # transformers gives -1e9 or -inf to beams that search made up
+_GENERATING = threading.Lock()
 
 
 def generate_items(
@@ -76,12 +77,13 @@ def generate_items(
     with _ready_to_generate(model):
         for start in tqdm(starts, desc="Recommending", disable=is_silent):
             users = by_length[start : start + batch_size]
-            sequences, scores = _generate(model, trie, [prompts[u] for u in users], pad_token, config, normalize)
-            scores = scores.view(len(users), num_beams).cpu()
-            nodes = trie.reached(sequences.cpu()).view(len(users), num_beams)
-            is_item, alive = trie.is_leaf(nodes), scores > _DEAD_BEAM
-            num_invalid += int((~is_item & alive).sum())
-            ranked = _expand_leaves(trie, nodes.where(is_item & alive, -1), scores, top_k)
+            found = _generate(model, trie, [prompts[u] for u in users], pad_token, config, normalize)
+            sequences, scores, is_alive = (values.cpu() for values in found)
+            nodes = trie.reached(sequences)
+            is_item = trie.is_leaf(nodes)
+            num_invalid += int((~is_item & is_alive).sum())
+            nodes, scores = nodes.where(is_item & is_alive, -1).view(len(users), -1), scores.view(len(users), -1)
+            ranked = _expand_leaves(trie, nodes, scores, top_k)
             for user, (user_items, user_scores) in zip(users, ranked):
                 output.items[user], output.scores[user] = torch.tensor(user_items), torch.tensor(user_scores)
     return output, num_invalid
@@ -91,16 +93,18 @@ def generate_items(
 def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
     """
     Evaluation mode, no gradient, a cache, and none of the model's own generation settings: `generate` takes from them
-    whatever a config leaves unset, and a repetition penalty or top-k breaks constrained search silently.
+    whatever a config leaves unset, and a repetition penalty or top-k breaks constrained search silently. One thread at
+    a time, as another one would take the empty settings for the model's own.
     """
     base = model.get_base_model() if is_peft_model(model) else model
-    before = base.generation_config, model.generation_config
-    base.generation_config = model.generation_config = GenerationConfig()
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        base.generation_config, model.generation_config = before
+    with _GENERATING:
+        before = base.generation_config, model.generation_config
+        base.generation_config = model.generation_config = GenerationConfig()
+        try:
+            with evaluating(model):
+                yield
+        finally:
+            base.generation_config, model.generation_config = before
 
 
 def _generate(
@@ -110,8 +114,15 @@ def _generate(
     pad_token: int,
     config: GenerationConfig,
     normalize: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens written for left-padded prompts, `(rows, length)`, and their scores, `(rows,)`."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Generate from left-padded prompts.
+
+    Returns:
+        `tuple` of three `torch.Tensor`: the tokens written, int64 of shape `(rows, length)`; the score of each row,
+        fp32 of shape `(rows,)`; and whether the row is a beam at all, bool of shape `(rows,)`. Where there are fewer
+        items than beams, `generate` fills up with repeats and unfinished rows.
+    """
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[pad_token] * (longest - len(p)) + p for p in prompts], device=model.device)
     attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -122,10 +133,18 @@ def _generate(
         input_ids=input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=processors
     )
     written = output.sequences[:, longest:]
-    if config.num_beams > 1:
-        return written, output.sequences_scores
-    steps = torch.stack(output.scores, dim=1).gather(-1, written.unsqueeze(-1)).squeeze(-1)
-    return written, steps.nan_to_num(neginf=0.0).sum(dim=1)  # greedy search: its padding has no score
+    if config.num_beams == 1:
+        steps = torch.stack(output.scores, dim=1).gather(-1, written.unsqueeze(-1)).squeeze(-1)
+        scores = steps.nan_to_num(neginf=0.0).sum(dim=1)  # its padding has no score
+        return written, scores, torch.ones_like(scores, dtype=torch.bool)
+    # Rows that fill up have -1e9 added to their score, before or after it is divided by the length, so that no
+    # threshold tells them apart: a beam's score is the sum of its tokens' log-probabilities
+    beams = output.beam_indices  # -1 past the end of a row
+    steps = [log_probs[beam, token] for log_probs, beam, token in zip(output.scores, beams.T, written.T)]
+    expected = torch.stack(steps, dim=1).masked_fill(beams < 0, 0.0).sum(dim=1)
+    length = (beams >= 0).sum(dim=1).clamp(min=1)
+    total = output.sequences_scores * length**config.length_penalty
+    return written, output.sequences_scores, (total - expected).abs() <= 1e-2 + 1e-4 * expected.abs()
 
 
 def _expand_leaves(
