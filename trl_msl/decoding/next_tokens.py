@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities of next tokens, without the logits that nobody asks for."""
+"""Log-probabilities of next tokens, computing only the logits needed."""
 
 from __future__ import annotations
 

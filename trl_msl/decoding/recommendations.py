@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
@@ -18,8 +17,9 @@ from ..data import Prompt, RankingTask
 from ..model import check_whole
 from .by_generate import generate_items
 from .decoder import TrieDecoder
+from .item_lists import Items, read_allowed, read_item_lists
 from .output import DecodingOutput
-from .restriction import check_restrictions, is_shared
+from .restriction import Allowed
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Recommendations:
         rounds (`numpy.ndarray` of shape `(num_users,)`, int64):
             Number of forward passes that the user took part in; `0` from `generate`.
         invalid_rate (`float`):
-            Share of sequences decoded that are no item. Constrained decoding makes none.
+            Share of decoded sequences that are not an item. Constrained decoding makes none.
         target_ranks (`numpy.ndarray` of shape `(num_users,)`, fp64, *optional*):
             From [`evaluate_recommendations`]: rank of each target, as [`ranks_of_targets`] gives it.
     """
@@ -64,20 +64,21 @@ def recommend(
     prompts: Sequence[Prompt] | Sequence[list[int]],
     top_k: int = 10,
     mode: str = "exact",
-    exclude: Sequence[Sequence[int]] | None = None,
-    allowed: Sequence[int] | torch.Tensor | Sequence[Sequence[int]] | None = None,
+    exclude: Sequence[Items] | None = None,
+    allowed: Allowed | Items | Sequence[Items] | None = None,
     max_expansions: int = 1024,
     num_beams: int | None = None,
     normalize: str = "trie",
     length_penalty: float = 0.0,
     batch_size: int = 16,
+    decoder: TrieDecoder | None = None,
 ) -> Recommendations:
     """
     Rank the catalogue's items for each prompt.
 
     Under `accelerate launch` each process takes a share of the prompts, and all get the whole result. Items with the
     same text share a score and follow each other in catalogue order. To answer one request after the other make a
-    [`TrieDecoder`] once: making it includes a check of the model.
+    [`TrieDecoder`] once and pass it: making it takes time in proportion to the catalogue, and a check of the model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -92,12 +93,10 @@ def recommend(
             `"exact"`, the best items there are, by [`TrieDecoder.search`]; `"beam"`, what beam search finds, by
             [`TrieDecoder.beam_search`]; or `"generate"`, the same by `model.generate`, slowly, for models that
             [`TrieDecoder`] can't run.
-        exclude (`Sequence[Sequence[int]]`, *optional*):
-            Item indices that each user must not get, such as the history. Not with `"generate"`.
-        allowed (`Sequence[int]`, `torch.Tensor` or `Sequence[Sequence[int]]`, *optional*):
-            Item indices that all users, or each of them, may get. Not with `"generate"`.
+        exclude, allowed (*optional*):
+            Item indices that users must not, and may get, as for [`TrieDecoder.search`]. Not with `"generate"`.
         max_expansions (`int`, *optional*, defaults to `1024`):
-            With `"exact"`, the number of trie nodes to expand for a user at most.
+            With `"exact"`, the number of trie nodes to expand for a user, as for [`TrieDecoder.search`].
         num_beams (`int`, *optional*):
             With beams, their number. Defaults to `top_k`.
         normalize (`str`, *optional*, defaults to `"trie"`):
@@ -107,10 +106,12 @@ def recommend(
             free.
         batch_size (`int`, *optional*, defaults to `16`):
             Prompts per process at a time.
+        decoder ([`TrieDecoder`], *optional*):
+            Decoder of this model and this task's trie, made before. `"generate"` uses none.
 
     Raises:
-        `ValueError`: if `top_k` exceeds the number of items, an argument has no meaning with `mode`, or the model or
-            the trie is not fit for it.
+        `ValueError`: if `top_k` exceeds the number of items, an argument has no meaning with `mode`, `decoder` is of
+            another model or trie, or the model or the trie can't be used with `mode`.
     """
     trie = task.trie
     beam_arguments = {"num_beams": num_beams, "normalize": normalize, "length_penalty": length_penalty}
@@ -118,8 +119,14 @@ def recommend(
     if not 0 < top_k <= trie.num_items:
         raise ValueError(f"`top_k` is {top_k}: it must lie between 1 and the number of items, {trie.num_items}.")
     if len(prompts) == 0:
-        raise ValueError("`prompts` is empty: there is nobody to recommend to.")
-    check_restrictions(len(prompts), trie.num_items, exclude, allowed)
+        raise ValueError("`prompts` is empty: pass at least one.")
+    if decoder is not None and not (decoder.model is model and decoder.trie is trie.to(decoder.trie.device)):
+        raise ValueError("`decoder` was made of another model or trie: make it with `TrieDecoder(model, task.trie)`.")
+    # All processes read all of it, so that all of them raise the same errors
+    if exclude is not None:
+        exclude = read_item_lists("exclude", exclude, len(prompts), trie.num_items)
+    if allowed is not None and not isinstance(allowed, Allowed):
+        allowed = read_allowed(allowed, len(prompts), trie.num_items)
     process = PartialState()
     is_encoded = not isinstance(prompts[0], str) and not (len(prompts[0]) > 0 and isinstance(prompts[0][0], dict))
     encoded = prompts if is_encoded else task.encode_prompts(prompts)
@@ -131,9 +138,8 @@ def recommend(
         found, num_invalid = generate_items(model, task.tokenizer, trie, **arguments, **beam_arguments)
     else:
         arguments["exclude"] = None if exclude is None else [exclude[user] for user in mine]
-        is_per_user = allowed is not None and not is_shared(allowed)
-        arguments["allowed"] = [allowed[user] for user in mine] if is_per_user else allowed
-        decoder = TrieDecoder(model, trie)
+        arguments["allowed"] = [allowed[user] for user in mine] if isinstance(allowed, list) else allowed
+        decoder = TrieDecoder(model, trie) if decoder is None else decoder
         if len(mine) == 0:  # more processes than prompts
             found = DecodingOutput.empty(0, top_k)
         elif mode == "exact":
