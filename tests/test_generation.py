@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,11 +125,27 @@ def test_what_is_missing_is_reported(model, task, prompts, caplog):
         found = recommend(model, task, prompts, top_k=3, allowed=[5, 6])
         assert "9 of 9 users got fewer than `top_k` items: there are no more that they may get" in caplog.text
         assert (found.items[:, 2] == -1).all()
-        recommend(model, task, prompts, top_k=12, max_expansions=1)
+        caplog.clear()
+        found = recommend(model, task, prompts, top_k=2, max_expansions=1)
         assert "9 of 9 users reached `max_expansions`" in caplog.text
+        assert "fewer than" not in caplog.text
+        assert (found.items >= 0).all()
         assert "raise `num_beams`" not in caplog.text
         recommend(model, task, prompts, top_k=12, mode="beam", allowed=[5, 6])
         assert "raise `num_beams`" in caplog.text
+
+
+def test_a_decoder_made_before_is_used(model, task, tokenizer, prompts, monkeypatch):
+    expected = recommend(model, task, prompts, top_k=3, allowed=[0, 2, 4, 6])
+    decoder = TrieDecoder(model, task.trie)
+    monkeypatch.setattr(TrieDecoder, "__init__", None)  # none can be made now
+    for allowed in ([0, 2, 4, 6], {0, 2, 4, 6}, decoder.prepare_allowed([0, 2, 4, 6])):
+        found = recommend(model, task, prompts, top_k=3, allowed=allowed, decoder=decoder)
+        assert np.array_equal(found.items, expected.items)
+        assert np.array_equal(found.scores, expected.scores)
+    for other in ({"model": make_model(tokenizer), "task": task}, {"model": model, "task": replace(task, trie=None)}):
+        with pytest.raises(ValueError, match="`decoder` was made of another model or trie"):
+            recommend(**other, prompts=prompts, decoder=decoder)
 
 
 def test_models_that_the_engine_cannot_run_are_sent_to_generate(task, tokenizer, prompts):
