@@ -471,7 +471,7 @@ def test_items_may_come_in_any_kind_of_list(tokenizer, trie, prompts):
     assert torch.equal(found.items, expected.items)
 
 
-def test_nobody_is_left_with_what_is_excluded(tokenizer, trie, prompts):
+def test_allowed_items_that_are_all_excluded(tokenizer, trie, prompts):
     decoder = TrieDecoder(make_model(tokenizer), trie)
     for method in (decoder.search, decoder.beam_search):
         found = method(prompts, top_k=2, exclude=[[5], [], [5], [], []], allowed=[5])

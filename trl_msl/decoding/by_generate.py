@@ -120,7 +120,7 @@ def _generate(
 
     Returns:
         `tuple` of three `torch.Tensor`: the tokens written, int64 of shape `(rows, length)`; the score of each row,
-        fp32 of shape `(rows,)`; and whether the row is a beam at all, bool of shape `(rows,)`. Where there are fewer
+        fp32 of shape `(rows,)`; and whether it is a beam of the search, bool of shape `(rows,)`. Where there are fewer
         items than beams, `generate` fills up with repeats and unfinished rows.
     """
     longest = max(map(len, prompts))
@@ -164,7 +164,7 @@ def _end_tokens(trie: ItemTrie) -> list[int]:
     inner_nodes = torch.arange(1, trie.num_nodes)[~trie.is_leaf(torch.arange(1, trie.num_nodes))]
     if not trie.is_leaf(trie.item_nodes.long()).all() or torch.isin(trie.tokens(inner_nodes), end_tokens).any():
         raise ValueError(
-            "`trie` has items that do not end with a token of their own, so `generate` can't know when one is "
+            "`trie` has items that do not end with a token of their own, so `generate` can't tell when one is "
             "finished: append an end token to every sequence, as `ItemCatalog.build_trie` does."
         )
     return end_tokens.tolist()

@@ -52,9 +52,9 @@ class TrieDecoder:
             Trie of the catalogue, built with the model's tokenizer.
 
     Raises:
-        `ValueError`: if the model can't run a tree of tokens in one forward pass. A small tree is tried: recurrent
-            layers, FlashAttention, or whatever else makes its logits differ from those of the model's own forward, is
-            found there.
+        `ValueError`: if the model can't run a tree of tokens in one forward pass. This is found by running a
+            small tree and comparing its logits with those of the model's own forward: they differ with recurrent
+            layers or FlashAttention, for example.
 
     Example:
 
@@ -116,7 +116,7 @@ class TrieDecoder:
                 Number of nodes of each user that one forward pass expands. A larger number needs fewer passes, but
                 expands more nodes that turn out not to matter.
             batch_size (`int`, *optional*, defaults to `16`):
-                Number of prompts at a time.
+                Number of prompts in a batch.
 
         Returns:
             [`DecodingOutput`]: The items of each prompt.
@@ -147,8 +147,8 @@ class TrieDecoder:
         batch_size: int = 16,
     ) -> DecodingOutput:
         """
-        The items that `model.generate` finds with `num_beams` beams and a [`TrieLogitsProcessor`], with the same
-        scores: for comparison with published numbers, which come from there.
+        Find the items that `model.generate` finds with `num_beams` beams and a [`TrieLogitsProcessor`], with the same
+        scores, for comparison with published results, which were obtained in that way.
 
         Args:
             prompts, top_k, exclude, allowed, batch_size:
@@ -176,8 +176,8 @@ class TrieDecoder:
             raise ValueError(f"`normalize` is {normalize!r}: it must be 'trie' or 'vocab'.")
         if not self._ends_at_leaves:
             raise ValueError(
-                "`trie` has items that are the beginning of others, so beams can't know when one is finished: append "
-                "an end token to every sequence, as `ItemCatalog.build_trie` does."
+                "`trie` has items that are the beginning of others, so beam search can't tell when one is finished: "
+                "append an end token to every sequence, as `ItemCatalog.build_trie` does."
             )
         output = DecodingOutput.empty(len(prompts), top_k)
         with self._ready(cast_head=normalize == "vocab") as project:
@@ -196,8 +196,8 @@ class TrieDecoder:
         items_per_pass: int = 128,
     ) -> list[Tensor]:
         """
-        Log-probability `log P_valid` of given items, for reranking and diagnosis. What the items of a user have in
-        common is computed once.
+        Log-probability `log P_valid` of given items, for reranking and diagnosis. Prefixes that the items of a user
+        have in common are computed once.
 
         Args:
             prompts (`Sequence[list[int]]`):
@@ -205,7 +205,7 @@ class TrieDecoder:
             items (`Sequence[Sequence[int]]`):
                 Item indices to score for each prompt.
             batch_size (`int`, *optional*, defaults to `16`):
-                Number of prompts at a time.
+                Number of prompts in a batch.
             items_per_pass (`int`, *optional*, defaults to `128`):
                 Number of items of a user that one forward pass scores, which bounds its memory.
 
@@ -233,8 +233,8 @@ class TrieDecoder:
 
     def prepare_allowed(self, items: Items) -> Allowed:
         """
-        Items that all users may get, to be passed as `allowed` to any number of searches: it takes time in proportion
-        to their number once, and none in a search.
+        Prepare items that all users may get, to be passed as `allowed` to any number of searches. The time it takes is
+        in proportion to the number of items; a search then does no such work.
 
         Args:
             items (`Sequence[int]`, `set[int]` or `torch.Tensor` of shape `(num_allowed,)`):
@@ -254,7 +254,7 @@ class TrieDecoder:
     # ------------------------------------------------------------------ parts
 
     def _batches(self, prompts: Sequence[list[int]], batch_size: int) -> Iterator[tuple[Tensor, TreeCache]]:
-        """Users and the cache of their prompts, a batch at a time, prompts of similar length together."""
+        """Users of each batch and the cache of their prompts. Prompts of similar length share a batch."""
         order = sorted(range(len(prompts)), key=lambda user: -len(prompts[user]))
         shared = _common_length(min(prompts), max(prompts)) if len(prompts) > 1 else 0
         shared = min(shared, len(prompts[order[-1]]) - 1)  # each prompt keeps a token to read on from
@@ -267,7 +267,7 @@ class TrieDecoder:
 
     @contextlib.contextmanager
     def _ready(self, cast_head: bool = False) -> Iterator[Project]:
-        """Evaluation mode, no gradient, and the head that the model has now; in fp32 if all of it is used often."""
+        """Evaluation mode without gradients, and the head as the model has it now, in fp32 if all of it is used."""
         project = head_projection(self.base)
         if cast_head:
             project = functools.partial(project, weight=project.keywords["weight"].float())
@@ -300,7 +300,7 @@ class TrieDecoder:
         prompts = [[int(token) for token in prompt] for prompt in prompts]
         lengths = list(map(len, prompts))
         if min(lengths) == 0:
-            raise ValueError(f"`prompts` has no token for user {lengths.index(0)}: an item must come after something.")
+            raise ValueError(f"`prompts` has no token for user {lengths.index(0)}: pass at least one token each.")
         check_length(self.backbone, max(lengths), self.trie.depth)
         return prompts
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What best-first search keeps of each user of a batch: the open nodes and the best items so far."""
+"""State of best-first search for a batch of users: open nodes and the best items found so far."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Frontier:
         expansions, rounds (`torch.Tensor` of shape `(num_users,)`, int64):
             Number of nodes expanded, and number of rounds in which some were.
         is_finishing (`torch.Tensor` of shape `(num_users,)`, bool):
-            Whose search finishes by beams.
+            Whether the search of each user finishes by beams.
         best_dropped (`torch.Tensor` of shape `(num_users,)`, fp32):
             Best score of the nodes that were not kept, since too few may still be expanded to get to them.
     """
@@ -68,7 +68,7 @@ class Frontier:
 
     def add(self, rows: Tensor, nodes: Tensor, scores: Tensor) -> None:
         """
-        Add nodes that were reached: the items that end in them, and what may be found below them.
+        Add nodes that were reached: the items that end in them, and the nodes themselves if items may be found below.
 
         Args:
             rows (`torch.Tensor` of shape `(num_reached,)`, int64):
@@ -95,14 +95,14 @@ class Frontier:
         nodes = torch.cat([self.nodes, pad_rows(rows, nodes, num_users, fill=-1)], dim=1)
         self.scores, order = scores.sort(dim=1, descending=True, stable=True)
         self.nodes = nodes.gather(1, order)
-        # Enough to finish by, too
+        # At least as many as finishing by beams needs
         self._keep((self.max_expansions - self.expansions).clamp(min=top_k))
         width = int((self.scores > -torch.inf).sum(1).max())
         self.scores, self.nodes = self.scores[:, :width], self.nodes[:, :width]
 
     def take(self, num_nodes: int) -> tuple[Tensor, Tensor]:
         """
-        Take out each user's best open nodes, as far as they may lead to one of the K best items.
+        Take out the best open nodes of each user, of those that may lead to one of the K best items.
 
         Args:
             num_nodes (`int`):
@@ -114,7 +114,7 @@ class Frontier:
         """
         top_k, remaining = self.keys.shape[1], self.max_expansions - self.expansions
         self.is_finishing = self.is_finishing | ((remaining <= 0) & (self.keys[:, -1] == NO_ITEM))
-        # Beams go down and not back, so the nodes that are not among them are given up
+        # Beams never go back, so nodes that are not among them are given up
         self._keep(torch.where(self.is_finishing, top_k, self.scores.shape[1]))
         limit = torch.where(self.is_finishing, top_k, remaining.clamp(max=num_nodes))
         taken = self._is_promising & (torch.arange(self.scores.shape[1], device=limit.device) < limit[:, None])
@@ -143,11 +143,11 @@ class Frontier:
 
     @property
     def is_exact(self) -> Tensor:
-        """Whether each user's items beat whatever may be found below an open node, bool of shape `(num_users,)`."""
+        """Whether each user's items beat all that could be found below an open node, bool of shape `(num_users,)`."""
         best_open = torch.cat([self.best_dropped[:, None], self.scores], dim=1).amax(1)
         return (best_open < self.threshold) | (best_open == -torch.inf)
 
     def select(self, rows: Tensor) -> None:
-        """Keep only some users, given by their row."""
+        """Keep only some users, given by a mask over rows."""
         for name in ("users", "keys", "nodes", "scores", "expansions", "rounds", "is_finishing", "best_dropped"):
             setattr(self, name, getattr(self, name)[rows])

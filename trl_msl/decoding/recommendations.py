@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recommending: ranked items for prompts, by exact search, beam search, or `generate`."""
+"""Ranked items for prompts, by exact search, beam search, or `generate`."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def recommend(
         top_k (`int`, *optional*, defaults to `10`):
             Number of items to rank.
         mode (`str`, *optional*, defaults to `"exact"`):
-            `"exact"`, the best items there are, by [`TrieDecoder.search`]; `"beam"`, what beam search finds, by
-            [`TrieDecoder.beam_search`]; or `"generate"`, the same by `model.generate`, slowly, for models that
+            `"exact"`, the best items, by [`TrieDecoder.search`]; `"beam"`, those that beam search finds, by
+            [`TrieDecoder.beam_search`]; or `"generate"`, the same by `model.generate`, which is slow, for models that
             [`TrieDecoder`] can't run.
         exclude, allowed (*optional*):
             Item indices that users must not, and may get, as for [`TrieDecoder.search`]. Not with `"generate"`.
@@ -103,7 +103,7 @@ def recommend(
             With beams, as for [`TrieLogitsProcessor`].
         length_penalty (`float`, *optional*, defaults to `0.0`):
             With beams, as for `generate`. Its own default of 1.0 favours long titles, whose last tokens are forced and
-            free.
+            cost nothing.
         batch_size (`int`, *optional*, defaults to `16`):
             Prompts per process at a time.
         decoder ([`TrieDecoder`], *optional*):
@@ -172,10 +172,10 @@ def _check_mode(mode: str, beam_arguments: dict[str, Any], max_expansions: int, 
 
 
 def _report(found: Recommendations, mode: str) -> None:
-    """Say for how many users the result is less than was asked for."""
+    """Warn if some users got fewer items than were asked for, or items that may not be the best."""
     num_short, num_inexact = int((found.items[:, -1] < 0).sum()), int((~found.exact).sum())
     if num_short:
-        remedy = "there are no more that they may get" if mode == "exact" else "raise `num_beams`"
+        remedy = "`exclude` and `allowed` leave no more" if mode == "exact" else "raise `num_beams`"
         logger.warning("%d of %d users got fewer than `top_k` items: %s.", num_short, len(found.items), remedy)
     if mode == "exact" and num_inexact:
         logger.warning(
