@@ -501,10 +501,9 @@ def test_a_request_does_no_work_in_proportion_to_the_catalogue():
     decoder = TrieDecoder(model, trie)
     task = SimpleNamespace(trie=trie, tokenizer=None)
     allowed = decoder.prepare_allowed(set(range(20_000)) - {17})
-    half = decoder.prepare_allowed(torch.arange(0, 20_000, 2))
     prompts = [[4, 5, 6], [7, 8]]
     decoder.beam_search(prompts)  # what is derived from the trie once, at first use
-    for arguments in ({}, {"allowed": allowed}, {"allowed": half}, {"exclude": [[1, 2], {3}], "allowed": allowed}):
+    for arguments in ({}, {"exclude": [[1, 2], {3}], "allowed": allowed}):
         for mode in ("exact", "beam"):
             with LargeTensors(10_000) as large:
                 found = recommend(model, task, prompts, 3, mode, decoder=decoder, **arguments)
@@ -532,7 +531,7 @@ def test_threads_get_what_each_gets_alone(tokenizer, task, prompts):
     ]
     expected = [call() for call in calls]
     with ThreadPoolExecutor(8) as pool:
-        for _ in range(6):
+        for _ in range(4):
             found = [(index, pool.submit(calls[index])) for index in range(len(calls)) for _ in range(2)]
             for index, future in found:
                 assert np.array_equal(future.result().scores, expected[index].scores)
