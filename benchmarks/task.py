@@ -62,7 +62,7 @@ def _compare_requests(model: LlamaForCausalLM, task: RankingTask, rounds: int = 
     updated = recommender.update(withdraw=["12345"])
     half = range(0, NUM_ITEMS, 2)
     allowed, allowed_ids = decoder.prepare_allowed(half), recommender.prepare_allowed(map(str, half))
-    history = [f"{index}" for index in range(7, 10 * 54_321, 54_321)]
+    history = [f"{index}" for index in range(7, NUM_ITEMS, NUM_ITEMS // 10)]
     indices = task.catalog.indices(history)
     written = [task.catalog.completions[index] for index in indices]
     rows = {"prompt": [task.prompt_template.render(written)], "history": [written]}
