@@ -458,8 +458,7 @@ def test_items_may_come_in_any_kind_of_list(tokenizer, trie, prompts):
     decoder = TrieDecoder(make_model(tokenizer), trie)
     history, stock = [1, 2], [0, 1, 3, 4, 5, 6]
     expected = decoder.search(prompts, top_k=3, exclude=[history] * 5, allowed=stock)
-    kinds = (set, frozenset, tuple, np.array, torch.tensor, lambda items: torch.tensor(items, dtype=torch.int32))
-    for kind in kinds:
+    for kind in (set, frozenset, tuple, np.array, np.uint32, torch.tensor, torch.IntTensor):
         given = kind(stock)
         for allowed in (given, [given] * 5, decoder.prepare_allowed(given)):
             found = decoder.search(prompts, top_k=3, exclude=[kind(history)] * 5, allowed=allowed)

@@ -94,10 +94,11 @@ def _read_items(name: str, row: Items, user: int, num_items: int) -> Tensor:
             f"`{name}` holds {items.dtype} (list {user}), but must hold item indices: pass "
             "`mask.nonzero().squeeze(1)` instead of a mask."
         )
+    items = items.long()
     if items.min() < 0 or items.max() >= num_items:
         off = items[(items < 0) | (items >= num_items)]
         raise ValueError(
             f"`{name}` holds item {int(off[0])} (list {user}), but the catalogue has items 0 to {num_items - 1}: "
             "pass indices, such as `catalog.indices(ids)`."
         )
-    return items.long()
+    return items
