@@ -9,10 +9,10 @@ import pytest
 from helpers import make_model
 from test_bad_input import DEEP, NO_UTF8, add_code, suffix, table, write
 from trl import ModelConfig
-from trl_msl.scripts import evaluate, recommend, train, update_catalog
-from trl_msl.scripts.train_and_evaluate import DecodingArguments
 
 from trl_msl import DataArguments, MSLConfig, Recommender
+from trl_msl.scripts import evaluate, recommend, train, update_catalog
+from trl_msl.scripts.train_and_evaluate import DecodingArguments
 
 
 # ---------------------------------------------------------------------- users to recommend to

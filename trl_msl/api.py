@@ -57,7 +57,6 @@ from .trie import CompressedTrie, ItemTrie
 
 
 __all__ = [
-    "RankingTask",
     "CompressedTrie",
     "DataArguments",
     "DataCollatorForSoftmaxPreference",
@@ -67,6 +66,7 @@ __all__ = [
     "MSLConfig",
     "MSLTrainer",
     "PromptTemplate",
+    "RankingTask",
     "RecommendationCallback",
     "Recommendations",
     "RecommendedItems",
