@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from trl_msl import ItemCatalog, ItemTrie, PromptTemplate, build_rows, encode_items, encode_prompts, read_windows
+from trl_msl import ItemCatalog, ItemTrie, PromptTemplate, RankingTask, build_rows, encode_items, read_windows
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -83,8 +83,9 @@ def load_prompts(num_users: int) -> list[list[int]]:
         return tokens.tolist()
     catalog = ItemCatalog.from_json(data / "id2name4Rec.json", template='"{text}"', empty_texts="keep")
     windows = read_windows(data)["test"].select(range(num_users))
-    rows = build_rows(windows, catalog, PromptTemplate.from_paper("book", "books", "read"))
-    return encode_prompts(AutoTokenizer.from_pretrained(tokenizer), rows["prompt"][:])
+    template = PromptTemplate.from_paper("book", "books", "read")
+    task = RankingTask(catalog, AutoTokenizer.from_pretrained(tokenizer), template, max_length=None)
+    return task.ranking_prompts(build_rows(windows, task)[:])
 
 
 def generate_sequences(num_items: int, length: int, seed: int = 0) -> np.ndarray:

@@ -3,8 +3,8 @@
 Forward and backward of LM head and loss, given the hidden states: the sparse head with masked softmax loss, against
 
 - dense: logits of every token, prompts included, of which those of the titles are masked by one bool mask over the
-  vocabulary per title token, as the released code of the MSL paper does (the loss over all logits that it lets the
-  model compute besides, and does not use, is left out);
+  vocabulary per title token, as the released code of the MSL paper does (without the unused loss over all logits that
+  it also lets the model compute);
 - TRL's fused LM head, which computes plain language modeling, not MSL. Without Triton it scores every position.
 
 Both are also measured on the title's positions alone, which is the least that a full softmax needs: the keys that end
@@ -29,7 +29,7 @@ BATCH_SIZE, PROMPT_LENGTH, HIDDEN_SIZE = 8, 200, 1_024
 
 
 class StoredStates(nn.Module):
-    """Stands for a backbone: gives the hidden states that were stored in it."""
+    """A stand-in for a backbone: returns the hidden states stored in it."""
 
     hidden: Tensor
 
@@ -38,7 +38,7 @@ class StoredStates(nn.Module):
 
 
 class HeadOnlyModel(PreTrainedModel):
-    """A causal language model that is nothing but its head."""
+    """A causal language model that consists of its head alone."""
 
     config_class = PretrainedConfig
     base_model_prefix = "backbone"
@@ -119,7 +119,7 @@ class Steps:
         return loss
 
     def reset(self, hidden: Tensor) -> None:
-        """Forget gradients, and let the backbone give these states."""
+        """Clear the gradients, and make the backbone return these states."""
         self.hidden.grad = self.model.lm_head.weight.grad = None
         self.model.backbone.hidden = hidden
 
@@ -132,7 +132,7 @@ class Steps:
             logits = logits[:, PROMPT_LENGTH - 1 : -1]
         logits = logits.masked_fill(~self.masks, -torch.inf)
         supervised = self.title_tokens != -100
-        # Positions with a single valid token add zero; the mean is over the others
+        # Positions with a single valid token contribute zero; the mean is over the others
         loss = nn.functional.cross_entropy(logits[supervised], self.title_tokens[supervised], reduction="sum")
         loss = loss / self.num_positions
         loss.backward()

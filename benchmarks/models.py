@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def small_llama(hidden_size: int, num_layers: int, sharpness: float = 1.0) -> LlamaForCausalLM:
-    """A Llama with random weights, whose matrices are multiplied by `sharpness`: the larger, the surer it is."""
+    """A Llama with random weights, its matrices multiplied by `sharpness`: the larger, the more confident it is."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,

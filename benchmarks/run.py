@@ -34,7 +34,7 @@ BENCHMARKS = {
     "bundle": benchmark_bundle,
     "softmax_dpo": benchmark_softmax_dpo,
 }
-# What is promised: result → (at least or at most, limit, the absolute values behind it)
+# Targets: result → (at least or at most, limit, the absolute values behind it)
 TARGETS = {
     "loss_vs_dense": (">=", 500, "loss_dense_s", "loss_sparse_s"),
     "loss_vs_trl_fused": (">=", 500, "loss_fused_s", "loss_sparse_s"),
@@ -54,7 +54,7 @@ TARGETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure speed and memory beside the references.")
+    parser = argparse.ArgumentParser(description="Measure speed and memory relative to the references.")
     parser.add_argument("names", nargs="*", help=f"benchmarks to run, of {', '.join(BENCHMARKS)}; all by default")
     parser.add_argument("--in-process", action="store_true", help="don't start a process for each benchmark")
     args = parser.parse_args()
@@ -66,8 +66,8 @@ def main() -> None:
             run(name)
             continue
         start = time.perf_counter()
-        # A process of its own: what one benchmark leaves in memory must not weigh on the next. And threads that sleep
-        # while they wait: those that spin, the default, make short steps up to 50 times slower beside another job
+        # A process of its own, so that what one benchmark leaves in memory does not affect the next, and threads that
+        # sleep while they wait: by default they spin, which makes short steps up to 50 times slower beside another job
         environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
         subprocess.run([sys.executable, __file__, "--in-process", name], check=True, env=environment)
         print_results(name, time.perf_counter() - start)
@@ -83,7 +83,7 @@ def run(name: str) -> None:
 
 
 def print_results(name: str, seconds: float) -> None:
-    """Print what is promised first, then every other number that the benchmark measured."""
+    """Print the results that have targets first, then every other number that the benchmark measured."""
     results = json.loads((OUTPUT_DIR / f"{name}.json").read_text(encoding="utf-8"))["results"]
     print(f"\n{name} ({seconds:.0f} s)")
     for key, (relation, limit, *behind) in TARGETS.items():

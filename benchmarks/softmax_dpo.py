@@ -12,6 +12,7 @@ import logging
 
 import torch
 from catalogs import SHARED
+from datasets import Dataset
 from models import small_llama
 from peft import LoraConfig
 from timing import peak_memory, summarize, time_calls
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer
 from trl_msl import (
     ItemCatalog,
     PromptTemplate,
+    RankingTask,
     SoftmaxDPOConfig,
     SoftmaxDPOTrainer,
     build_preferences,
@@ -43,13 +45,13 @@ def benchmark_softmax_dpo(rounds: int = 3) -> dict:
     logging.getLogger("trl_msl").setLevel(logging.ERROR)  # it would report repeated titles
     tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     catalog = ItemCatalog.from_json(data / "id2name4Rec.json", template='"{text}"', empty_texts="keep")
-    trie = catalog.build_trie(tokenizer)
+    task = RankingTask(catalog, tokenizer, PromptTemplate.from_paper("book", "books", "read"))
     windows = read_windows(data, train_file="train_10000.csv")["train"].select(range(8))
-    rows = build_rows(windows, catalog, PromptTemplate.from_paper("book", "books", "read"))
+    rows = build_rows(windows, task)
     results: dict = {"hidden_size": HIDDEN_SIZE, "num_layers": NUM_LAYERS}
     for num_rejected in (3, 15):
-        preferences = build_preferences(rows, catalog, draw_negatives(rows, catalog, trie, "uniform", num_rejected))
-        ours, ours_vocab = (_make_trainer(preferences, tokenizer, trie, kind) for kind in ("trie", "vocab"))
+        preferences = build_preferences(rows, task, draw_negatives(rows, task, "uniform", num_rejected))
+        ours, ours_vocab = (_make_trainer(preferences, task, kind) for kind in ("trie", "vocab"))
         examples = [ours.train_dataset[0]]
         steps = {
             f"dpo_{num_rejected}": lambda trainer=ours, batch=examples: _our_step(trainer, batch),
@@ -68,7 +70,7 @@ def benchmark_softmax_dpo(rounds: int = 3) -> dict:
     return results
 
 
-def _make_trainer(preferences, tokenizer, trie, normalize: str) -> SoftmaxDPOTrainer:
+def _make_trainer(preferences: Dataset, task: RankingTask, normalize: str) -> SoftmaxDPOTrainer:
     config = SoftmaxDPOConfig(
         "outputs/bench/softmax_dpo", normalize=normalize, report_to="none", bf16=False, gradient_checkpointing=False,
         save_strategy="no",
@@ -76,8 +78,7 @@ def _make_trainer(preferences, tokenizer, trie, normalize: str) -> SoftmaxDPOTra
     adapter = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     torch.manual_seed(0)
     return SoftmaxDPOTrainer(
-        small_llama(HIDDEN_SIZE, NUM_LAYERS), args=config, train_dataset=preferences, processing_class=tokenizer,
-        trie=trie, peft_config=adapter,
+        small_llama(HIDDEN_SIZE, NUM_LAYERS), args=config, task=task, train_dataset=preferences, peft_config=adapter,
     )  # fmt: skip
 
 

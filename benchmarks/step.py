@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 A whole training step, from token ids to gradients, with the sparse LM head and the masked softmax loss, against
-forward and backward of its backbone alone: what head and loss add to the work that no loss can avoid.
+forward and backward of its backbone alone: what head and loss add to the work that every loss needs.
 
 The model is a small Llama with Llama 3's vocabulary. `step_vs_backbone` trains LoRA adapters with the settings of the
 MSL paper (rank 8, query and value projections), as that is how the method is used. Under full fine-tuning
-(`step_vs_backbone_full`) the head is trained too, so there is a gradient as large as the head to be filled with zeros:
-an effect of the size of the vocabulary beside a backbone this small.
+(`step_vs_backbone_full`) the head is trained too, so a gradient as large as the head has to be filled with zeros,
+which takes long relative to a backbone this small.
 """
 
 import statistics
@@ -26,7 +26,7 @@ HIDDEN_SIZE, NUM_LAYERS = 256, 4
 
 
 def benchmark_step(rounds: int = 24) -> dict:
-    """Time of a training step beside that of its backbone; see the module's docstring."""
+    """Time of a training step relative to that of its backbone; see the module's docstring."""
     books = load_books()
     batch = _make_batch(books)
     results = {
@@ -75,7 +75,7 @@ def _compare(model: nn.Module, backbone: nn.Module, batch: dict[str, Tensor], su
 
     names = f"step{suffix}", f"backbone{suffix}"
     seconds = time_calls(dict(zip(names, (step, backbone_only))), rounds, warmup=2)
-    # Neighbouring runs are slowed alike by other jobs, so the median of their ratios is steadier than that of medians
+    # Other jobs slow neighbouring runs alike, so the median of their ratios is steadier than the ratio of medians
     ratios = [one / other for one, other in zip(*(seconds[name] for name in names))]
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return summarize(seconds) | {

@@ -26,13 +26,13 @@ def time_calls(
     warmup: int = 1,
 ) -> dict[str, list[float]]:
     """
-    Time functions in turn, so that whatever else the machine does slows all of them alike.
+    Time functions in turn, so that other load on the machine slows all of them alike.
 
     Args:
         functions (`dict[str, Callable]`):
             What to time, by name.
         rounds (`int`):
-            Number of rounds; each calls every function, every other one in reverse order.
+            Number of rounds. Each calls every function, every second round in reverse order.
         calls_per_round (`dict[str, int]`, *optional*):
             How often a round calls a function. Defaults to once; quick functions need more calls for a good median.
         warmup (`int`, *optional*, defaults to `1`):
@@ -68,14 +68,14 @@ _M_MMAP_THRESHOLD = -3  # of malloc.h
 
 def peak_memory(function: Callable[[], object], device: torch.device | None = None) -> int | None:
     """
-    By how many bytes one call of `function` raises the memory that the process has in use; call it once before.
+    By how many bytes one call of `function` raises the memory in use by the process. Call `function` once before.
 
-    Linux keeps the peak (`VmHWM`) of a process, and resets it to the present use (`VmRSS`) on request. Before that,
-    glibc is told to give back what it keeps of freed memory, and to give back freed tensors at once from here on: so
-    nothing which the call needs is hidden there, and what it has freed does not count. Time nothing afterwards.
-    Unlike `ru_maxrss` this does not miss what stays below an earlier peak, and unlike a profiler of tensors it counts
-    the buffers of the matrix library and Python's objects. `None` where there is no `/proc`. On a GPU, the
-    `device`, what counts is the allocator's peak.
+    Linux keeps the peak (`VmHWM`) of a process, and resets it to the current use (`VmRSS`) on request. Before that,
+    glibc is told to return the freed memory that it keeps, and to return freed tensors at once from then on, so that
+    the call cannot reuse hidden memory and what it frees does not count. Do not time anything afterwards. Unlike
+    `ru_maxrss` this does not miss what stays below an earlier peak, and unlike a profiler of tensors it counts the
+    buffers of the matrix library and Python's objects. `None` where there is no `/proc`. On a GPU (`device`) it is
+    the peak of PyTorch's allocator.
     """
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -96,7 +96,7 @@ def peak_memory(function: Callable[[], object], device: torch.device | None = No
 
 
 def describe_machine() -> dict[str, str | int | float]:
-    """What a reader needs to know to compare times: processor, memory, threads and versions."""
+    """What is needed to compare times: processor, memory, threads and versions."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from trl_msl import MSLTrainer, is_sharded, masked_softmax_loss
+from trl_msl.training import SparseHeadOptions
 
 
 class ScaledLossTrainer(MSLTrainer):
@@ -81,7 +82,8 @@ class LossProbe(TrainerCallback):
         num_tokens = 0
         with torch.enable_grad():
             for start in range(0, len(self.rows), 16):
-                output = model(**self._batch(self.rows[start : start + 16]), sparse_lm_head=True, vocab_lm_head=True)
+                batch = self._batch(self.rows[start : start + 16])
+                output = model(**batch, sparse_lm_head=SparseHeadOptions(vocab_losses=True))
                 num_tokens += len(output.vocab_losses)
                 restricted = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
                 for name, losses in (("lml", output.vocab_losses), ("lml2", restricted)):

@@ -105,7 +105,7 @@ def test_item_template(template):
 
 @pytest.mark.parametrize("content", [DEEP, '{"a":' * 100_000, '{"1": %s}' % ("9" * 5000), ""])
 def test_json_that_cannot_be_parsed(tmp_path, content):
-    with pytest.raises(ValueError, match="items.json' is no JSON file that can be read"):
+    with pytest.raises(ValueError, match="items.json' is not a JSON file that can be read"):
         ItemCatalog.from_json(write(tmp_path / "items.json", content))
 
 
@@ -119,7 +119,7 @@ def test_json_whose_texts_are_none(tmp_path, content):
 
 def test_items_that_are_no_file(tmp_path):
     for path in (tmp_path, tmp_path / "none", "a\0b"):
-        with pytest.raises(ValueError, match="is no JSON file that can be read"):
+        with pytest.raises(ValueError, match="is not a JSON file that can be read"):
             ItemCatalog.from_json(path)
     (tmp_path / "folder.csv").mkdir()
     for path in ("none.csv", "none.parquet", "folder.csv"):

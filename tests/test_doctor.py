@@ -8,10 +8,10 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from helpers import TITLES, make_model, make_windows
+from transformers import BloomConfig
 
-from trl_msl import ItemCatalog, PromptTemplate
-from trl_msl.doctor.diagnose import diagnose
-from trl_msl.experiments.from_scratch import train_tokenizer
+from trl_msl import ItemCatalog, PromptTemplate, RankingTask, read_windows
+from trl_msl.doctor import diagnose
 
 
 def make_splits(catalog, **changed):
@@ -29,156 +29,193 @@ def find(findings, what):
     return found[0]
 
 
+def names(findings):
+    return [finding.what for finding in findings]
+
+
 @pytest.fixture(scope="module")
-def findings(catalog, tokenizer, template):
-    model = make_model(tokenizer)
-    model.generation_config.update(repetition_penalty=1.2, top_k=20, max_new_tokens=3, eos_token_id=[5, 6])
-    return diagnose(catalog, tokenizer, template, make_splits(catalog), model)
+def plain_task(tokenizer, template):
+    """Items that no check has anything to say about."""
+    letters = list("abcdefghijklmnop")
+    return RankingTask(ItemCatalog(range(len(letters)), letters), tokenizer, template)
+
+
+def test_data_and_a_model_with_nothing_to_do(plain_task):
+    """Facts only: no row says that all is well."""
+    model = make_model(plain_task.tokenizer)
+    findings = diagnose(plain_task, make_splits(plain_task.catalog), model)
+    assert {finding.status for finding in findings} == {"ok"}, findings
+    assert names(findings) == ["An item as the model writes it", "Valid tokens (AVT)", "Splits", "Exact decoding"]
+    assert find(findings, "An item as the model writes it").seen == "'a<|eos|>'"
+    assert find(findings, "Splits").seen == "train 10, validation 10, test 10"
+    assert not any(finding.advice for finding in findings)
 
 
 @pytest.mark.parametrize(
     ("what", "status", "seen"),
     [
-        ("Items of the log in the catalogue", "ok", "all, in 30 windows"),
-        ("Empty titles", "ok", "none of 12"),
         ("Duplicate titles", "note", "1 of 12, such as 'A History of Tea'"),
-        ("HTML entities in titles", "ok", "none of 12"),
-        ("Token that ends an item", "ok", "'<|eos|>'"),
-        ("Closing characters of the template", "ok", "none of 12"),
-        ("Where items begin to differ", "note", "after 1 token(s) that all share"),
+        ("An item as the model writes it", "ok", "'\"The Silent River\"<|eos|>'"),
         ("Tokens that are forced", "note", "of the targets' tokens"),
         ("First token where items differ", "note", "of the targets have"),
-        ("Targets that never come to a choice", "ok", "0 of 10"),
-        ("Longest item", "ok", "0 of 12 longer than 128"),
-        ("Rows longer than 1024 tokens", "ok", "0 of 10"),
-        ("Items that constrained generation can't write", "ok", "0 of 12; 0 steps without a constraint"),
-        ("Splits", "ok", "train 10, validation 10, test 10"),
-        ("Test windows before the end of train", "ok", "none of 10"),
-        ("Test windows that are in train, too", "ok", "none of 10"),
-        ("Targets that their history holds", "ok", "none of 30"),
-        ("Items left to fill a top 10", "note", "at least 7 of 12"),
-        ("LM head", "ok", "rows for a tokenizer of"),
-        ("Exact decoding", "ok", "a tree of tokens"),
-        ("Generation settings of the model", "note", '{"top_k": 20, "repetition_penalty": 1.2}'),
-        ("End tokens of `generate`", "note", "[5, 6] lacks"),
-        ("Length limit of `generate`", "note", "3 tokens, and the longest item has"),
+        ("Items left for a top 10", "note", "7 of 12"),
     ],
 )
-def test_what_is_seen_on_small_data(what, status, seen, findings):
-    found = find(findings, what)
+def test_what_is_seen_on_small_data(what, status, seen, task):
+    found = find(diagnose(task, make_splits(task.catalog)), what)
     assert (found.status, seen in found.seen) == (status, True), found
     assert found.advice or status == "ok"
 
 
-def test_logits_that_bf16_can_not_tell_apart(catalog, tokenizer, template):
-    model = make_model(tokenizer)
-    fine = find(diagnose(catalog, tokenizer, template, make_splits(catalog), model), "Logits in bf16")
+def test_shares_of_targets_counted_by_hand(task):
+    """Of train and validation, and not of test."""
+    findings = diagnose(task, splits := make_splits(task.catalog))
+    targets = [ids[-1] for name in ("train", "validation") for ids in splits[name]["item_ids"]]
+    nodes = task.trie.item_nodes[task.catalog.indices(targets)]
+    assert f"{task.trie.average_valid_tokens(nodes):.2f} " in find(findings, "Valid tokens (AVT)").seen
+    paths = [path[path >= 0] for path in task.trie.paths(nodes)]
+    forced = sum(int((task.trie.num_valid_tokens(path) == 1).sum()) for path in paths)
+    share = forced / sum(map(len, paths))
+    assert find(findings, "Tokens that are forced").seen == f"{share:.0%} of the targets' tokens"
+    place = [depth for depth in range(3) if len({int(path[depth]) for path in paths}) > 1][0]
+    first = [task.tokenizer.decode(task.trie.tokens(path[place : place + 1]).tolist()) for path in paths]
+    token = max(set(first), key=first.count)
+    expected = f"{first.count(token) / 20:.0%} of the targets have {token!r}; {len(set(first))} different ones"
+    assert find(findings, "First token where items differ").seen == expected
+
+
+@pytest.mark.parametrize(("name", "expected"), [("amazon_books", 70.90), ("amazon_office", 8.97)])
+def test_average_valid_tokens_of_the_papers_data(shared, name, expected):
+    """Table 4 of the MSL paper counts all of the train file: the split `train` alone gives another number."""
+    from transformers import AutoTokenizer
+
+    folder = shared / "data" / name
+    catalog = ItemCatalog.from_json(folder / "id2name4Rec.json", template='"{text}"', empty_texts="keep")
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/llama3")
+    task = RankingTask(catalog, tokenizer, PromptTemplate("{history}"))
+    findings = diagnose(task, read_windows(folder, train_file="train_10000.csv"), max_rows=10)
+    assert find(findings, "Valid tokens (AVT)").seen.startswith(f"{expected:.2f} at")
+
+
+def test_settings_of_generate(plain_task):
+    what, splits = "Generation settings of the model", make_splits(plain_task.catalog)
+    model = make_model(plain_task.tokenizer)
+    model.generation_config.update(repetition_penalty=1.2, top_k=20, max_new_tokens=1, eos_token_id=[5, 6])
+    found = find(diagnose(plain_task, splits, model), what)
+    assert json.loads(found.seen) == {
+        "top_k": 20, "repetition_penalty": 1.2, "eos_token_id": [5, 6], "max_new_tokens": 1
+    }  # fmt: skip
+    end, depth = plain_task.tokenizer.eos_token_id, plain_task.trie.depth
+    for remedy in ("reset them", f"pass `eos_token_id=[{end}]`", f"pass `max_new_tokens={depth}`"):
+        assert remedy in found.advice
+    model.generation_config.update(repetition_penalty=1.0, top_k=50, max_new_tokens=depth, eos_token_id=[5, end])
+    assert what not in names(diagnose(plain_task, splits, model))
+
+
+def test_logits_that_bf16_cannot_tell_apart(task):
+    splits, model = make_splits(task.catalog), make_model(task.tokenizer)
     with torch.no_grad():  # all tokens nearly alike
         model.lm_head.weight.copy_(model.lm_head.weight[:1] + 1e-3 * model.lm_head.weight)
-    close = find(diagnose(catalog, tokenizer, template, make_splits(catalog), model), "Logits in bf16")
-    number = [int(found.seen.split(";")[1].split()[0]) for found in (fine, close)]
-    assert close.status == "note" and number[1] > number[0]
+    close = find(diagnose(task, splits, model), "Logits in bf16")
+    assert close.status == "note" and int(close.seen.split(";")[1].split()[0]) > 0
     with torch.no_grad():
         model.lm_head.weight.fill_(float("inf"))
-    assert (
-        find(diagnose(catalog, tokenizer, template, make_splits(catalog), model), "Logits in bf16").status == "error"
-    )
+    assert find(diagnose(task, splits, model), "Logits").status == "error"
 
 
-def test_interactions_that_spoil_a_result(catalog, tokenizer, template):
-    splits = make_splits(catalog)
+def test_a_model_stored_in_bf16(task):
+    """Its own logits are bf16, and could not differ from bf16."""
+    model = make_model(task.tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight[:1] + 1e-2 * model.lm_head.weight)
+    for one in (model, model.bfloat16()):
+        assert find(diagnose(task, make_splits(task.catalog), one), "Logits in bf16").status == "note"
+
+
+def test_interactions_that_distort_a_result(task):
+    catalog, splits = task.catalog, make_splits(task.catalog)
     rows = [{"user_id": "7", "item_ids": splits["train"][0]["item_ids"], "timestamp": 3}]
     rows += [{"user_id": "8", "item_ids": ["b1", "b2", "b1"], "timestamp": 900}]
     twice = Dataset.from_list([{**row, "user_id": "9"} for row in splits["validation"]])
-    findings = diagnose(
-        catalog, tokenizer, template, make_splits(catalog, test=Dataset.from_list(rows), validation=twice)
-    )
+    findings = diagnose(task, make_splits(catalog, test=Dataset.from_list(rows), validation=twice))
     assert find(findings, "Test windows before the end of train").seen.startswith("1 of 2")
-    assert find(findings, "Test windows that are in train, too").seen.startswith("1 of 2")
-    assert find(findings, "Targets that their history holds").seen == "1 of 22, such as 'b1'"
+    assert find(findings, "Test windows that are also in train").seen.startswith("1 of 2")
+    assert find(findings, "Targets that are in their history").seen == "1 of 22, such as 'b1'"
     assert find(findings, "Users with several validation windows").seen == "1 of 1, such as '9'"
 
     unknown = Dataset.from_list([{"user_id": "1", "item_ids": ["b1", "b99", "b2"], "timestamp": 900}])
-    findings = diagnose(catalog, tokenizer, template, make_splits(catalog, test=unknown))
-    found = find(findings, "Items of the log in the catalogue")
-    assert found.status == "error" and found.seen == "1 ids are not, such as 'b99', in 1 of 21 windows"
+    findings = diagnose(task, make_splits(catalog, test=unknown))
+    found = find(findings, "Items that the catalogue lacks")
+    assert found.status == "error" and found.seen == "1 ids, such as 'b99', in 1 of 21 windows"
     assert find(findings, "Splits").status == "error"  # nothing is left of test
 
 
-def test_data_that_is_hardly_there(catalog, tokenizer, template):
+def test_data_with_almost_nothing_usable(task):
     strangers = DatasetDict({"train": Dataset.from_list([{"item_ids": ["x", "y"]}])})
-    findings = diagnose(catalog, tokenizer, template, strangers)
-    assert [finding.status for finding in findings] == ["error"]
-    bare = make_splits(catalog).select_columns("item_ids")
+    assert [finding.status for finding in diagnose(task, strangers)] == ["error"]
+    bare = make_splits(task.catalog).select_columns("item_ids")
     bare["train"] = Dataset.from_list([{"item_ids": ["b1", "b2"]}, {"item_ids": ["b3"]}])
-    findings = diagnose(catalog, tokenizer, template, bare)
+    findings = diagnose(task, bare)
     assert find(findings, "Windows of a single item").seen == "1 of 22"
-    assert find(findings, "Test windows that are in train, too").status == "ok"
-
-
-def test_a_model_stored_in_bf16(catalog, tokenizer, template):
-    """Its own logits are bf16, and could not differ from bf16."""
-    model = make_model(tokenizer)
-    with torch.no_grad():
-        model.lm_head.weight.copy_(model.lm_head.weight[:1] + 1e-2 * model.lm_head.weight)
-    seen = [
-        find(diagnose(catalog, tokenizer, template, make_splits(catalog), one), "Logits in bf16")
-        for one in (model, model.bfloat16())
-    ]
-    assert [finding.status for finding in seen] == ["note", "note"]
+    only_test = DatasetDict({"test": bare["test"]})
+    assert find(diagnose(task, only_test), "Splits").seen == "test 10; no train and no validation"
 
 
 def test_texts_and_lengths(tokenizer):
-    texts = ["", "Tom &amp; Jerry", "a\tb", "long " * 200, *TITLES]
+    special = tokenizer.eos_token
+    texts = ["", "Tom &amp; Jerry", "a\tb", "long " * 200, f"Buy {special} me", *TITLES]
     catalog = ItemCatalog(range(len(texts)), texts, empty_texts="keep")
-    template = PromptTemplate("{history}")
-    findings = diagnose(catalog, tokenizer, template, make_splits(catalog), max_length=60)
+    task = RankingTask(catalog, tokenizer, PromptTemplate("{history}"), max_length=60)
+    findings = diagnose(task, make_splits(catalog))
     for what, seen in (
-        ("Empty titles", "1 of 16, such as '0'"),
-        ("HTML entities in titles", "1 of 16, such as 'Tom &amp; Jerry'"),
-        ("Control characters in titles", "1 of 16, such as 'a\\tb'"),
-        ("Longest item", "1 of 16 longer than 128, such as 'long long"),
+        ("Empty titles", "1 of 17, such as '0'"),
+        ("HTML entities in titles", "1 of 17, such as 'Tom &amp; Jerry'"),
+        ("Control characters in titles", "1 of 17, such as 'a\\tb'"),
+        ("Special tokens in titles", f"1 of 17, such as 'Buy {special} me'"),
+        ("Long items", f"1 of 17 have more than 128 tokens, up to {task.trie.depth}, such as 'long long"),
     ):
         found = find(findings, what)
-        assert found.status == "note" and seen in found.seen, found
+        assert found.status == "note" and seen in found.seen and found.advice, found
     assert find(findings, "Rows longer than 60 tokens").status == "error"
-    assert find(findings, "Closing characters of the template").seen == "none"
-    one = ItemCatalog(["0", "1"], ["Emma", "Emma"])
+
+    short = RankingTask(task.catalog, tokenizer, PromptTemplate("{history}"), max_length=1200)
+    windows = DatasetDict({"train": Dataset.from_list([{"item_ids": ["3", "4", "5"]}, {"item_ids": ["5", "6"]}])})
+    assert "Rows longer than 1200 tokens" not in names(diagnose(short, windows))
+    longest = max(map(len, short.encode_prompts(["".join(texts[3]) + ", " + texts[4]])))
+    short = RankingTask(task.catalog, tokenizer, PromptTemplate("{history}"), max_length=longest)
+    found = find(diagnose(short, windows), f"Rows longer than {longest} tokens")
+    assert (found.status, found.seen) == ("note", "1 of 2")
+
+
+def test_items_that_are_written_alike(tokenizer, template):
+    task = RankingTask(ItemCatalog(["0", "1"], ["Emma", "Emma"]), tokenizer, template)
     splits = DatasetDict({"train": Dataset.from_list([{"item_ids": ["0", "1"]}])})
-    assert find(diagnose(one, tokenizer, template, splits), "Where items begin to differ").status == "error"
-    ended = ItemCatalog(["0", "1"], ["Emma", f"Emma{tokenizer.eos_token}"])
-    assert "must hold the end token" in find(diagnose(ended, tokenizer, template, splits), "Tokens of the items").seen
+    findings = diagnose(task, splits, make_model(tokenizer))
+    assert find(findings, "Where items begin to differ").status == "error"
+    assert find(findings, "Exact decoding").status == "ok"  # an error in the data does not stop the model's checks
 
 
-def test_tokens_that_merge(template):
-    """Across the prompt's end, and across the end of a title, with a tokenizer that has seen them together."""
-    titles = ["Help", "Help!", "Stop!"]
-    tokenizer = train_tokenizer(["Next: Help!!", "Next: Stop!!", "Next: Stop", "::", "!!"] * 20, vocab_size=400)
-    catalog = ItemCatalog(["0", "1", "2"], titles, template=":{text}!")
-    windows = DatasetDict({"train": Dataset.from_list([{"item_ids": ["0", "1"]}, {"item_ids": ["1", "2"]}])})
-    findings = diagnose(catalog, tokenizer, PromptTemplate("{history} Next:"), windows)
-    assert find(findings, "Tokens across the prompt's end").seen == "2 of 2, such as ':Help!!'"
-    assert find(findings, "Closing characters of the template").seen == "2 of 3, such as ':Help!!'"
-    plain = ItemCatalog(["0", "1", "2"], titles)
-    seen = find(diagnose(plain, tokenizer, template, windows), "Token that ends an item").seen
-    assert seen == "'<|eos|>'; 1 items begin another one, such as 'Help', and only it can end them"
+def test_chat_template(chat_task):
+    findings = diagnose(chat_task, make_splits(chat_task.catalog))
+    assert find(findings, "An item as the model writes it").seen.endswith("The Silent River\"<|im_end|>'")
 
 
-def test_chat_template(catalog, tokenizer):
-    findings = diagnose(catalog, tokenizer, PromptTemplate("{history}", conversational=True), make_splits(catalog))
-    assert find(findings, "Tokens across the prompt's end").seen == "the chat template parts prompt and item"
-    assert find(findings, "Token that ends an item").seen == "'<|im_end|>'"
+def test_a_model_that_does_not_fit(task):
+    small = make_model(task.tokenizer)
+    small.resize_token_embeddings(len(task.tokenizer) - 5)
+    findings = diagnose(task, make_splits(task.catalog), small)
+    assert find(findings, "LM head").status == "error"
+    assert findings[-1].what == "LM head"  # the model is not run
 
 
-def test_a_model_that_does_not_fit(catalog, tokenizer, template):
-    small = make_model(tokenizer)
-    small.resize_token_embeddings(len(tokenizer) - 5)
-    found = find(diagnose(catalog, tokenizer, template, make_splits(catalog), small), "LM head")
-    assert found.status == "error"
+def test_a_model_that_cannot_decode_exactly(plain_task):
+    model = make_model(plain_task.tokenizer, BloomConfig, n_layer=2, n_head=4)
+    found = find(diagnose(plain_task, make_splits(plain_task.catalog), model), "Exact decoding")
+    assert found.status == "note" and "can't run a tree of tokens" in found.seen
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "trl_msl.doctor", *map(str, arguments)]
+    command = [sys.executable, "-m", "trl_msl.scripts.doctor", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
@@ -196,7 +233,7 @@ def test_on_the_command_line(tmp_path, tokenizer):
         frame.to_csv(tmp_path / name, index=False)
     result = run("--data_dir", tmp_path, "--model_name_or_path", tmp_path / "model", "--load_model", "true")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "WHAT TO DO" in result.stdout and " checks: 0 errors, " in result.stdout
+    assert "WHAT TO DO" in result.stdout and " 0 errors, " in result.stdout
     assert "Exact decoding" in result.stdout
 
     (tmp_path / "id2name4Rec.json").write_text(json.dumps({**dict(zip(ids, TITLES)), "99": " "}))

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers import TITLES, make_model, make_windows
@@ -9,15 +11,15 @@ from trl_msl import (
     ItemCatalog,
     MSLConfig,
     MSLTrainer,
-    PromptTemplate,
+    RankingTask,
     RecommendationCallback,
     build_rows,
-    encode_prompts,
     evaluate_recommendations,
-    ranking_metrics,
-    ranks_of_targets,
     recommend,
 )
+from trl_msl.data import encode_prompts
+from trl_msl.decoding import Recommendations
+from trl_msl.evaluation import ranking_metrics, ranks_of_targets
 
 
 NUM_TEXTS = len(set(TITLES))
@@ -29,14 +31,12 @@ def model(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def rows(catalog, template):
+def rows(catalog, task):
     return build_rows(make_windows(catalog.ids, num_rows=9), task)
 
 
-def test_metrics_are_those_of_the_ranking(model, tokenizer, trie, catalog, rows):
-    metrics, found = evaluate_recommendations(
-        model, tokenizer, trie, catalog, rows, ks=(2, 5), batch_size=4, return_recommendations=True
-    )
+def test_metrics_are_those_of_the_ranking(model, task, catalog, rows):
+    metrics, found = evaluate_recommendations(model, task, rows, ks=(2, 5), batch_size=4, return_recommendations=True)
     assert np.array_equal(found.items, recommend(model, task, rows["prompt"][:], top_k=5).items)
     expected = ranking_metrics(ranks_of_targets(found.items, np.array(catalog.indices(rows["item_id"]))), (2, 5))
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
@@ -45,74 +45,157 @@ def test_metrics_are_those_of_the_ranking(model, tokenizer, trie, catalog, rows)
     assert metrics["coverage"] == len(np.unique(found.items)) / len(catalog)
 
 
-def test_items_with_the_same_text_follow_each_other_or_count_as_one(model, tokenizer, trie, catalog, rows):
-    found = recommend(model, task, rows["prompt"][:], top_k=trie.num_items)
+def test_items_with_the_same_text_follow_each_other_or_count_as_one(model, task, rows):
+    found = recommend(model, task, rows["prompt"][:], top_k=task.trie.num_items)
     for user in found.items.tolist():
         assert user.index(6) == user.index(5) + 1  # "A History of Tea", twice
     second = rows.map(lambda row: {"item_id": "b6"})
     by_id = evaluate_recommendations(model, task, second, ks=(12,))
     by_text = evaluate_recommendations(model, task, second, ks=(12,), match="text")
-    first = evaluate_recommendations(
-        model, tokenizer, trie, catalog, rows.map(lambda row: {"item_id": "b5"}), ks=(12,)
-    )
+    first = evaluate_recommendations(model, task, rows.map(lambda row: {"item_id": "b5"}), ks=(12,))
     assert by_text["mrr@12"] == first["mrr@12"] > by_id["mrr@12"]
 
 
-def test_conversational_prompts(model, tokenizer, chat_trie, catalog, template):
-    chat = PromptTemplate(template.text, conversational=True)
-    rows = build_rows(make_windows(catalog.ids, num_rows=3), catalog, chat)
-    metrics = evaluate_recommendations(model, tokenizer, chat_trie, catalog, rows, ks=(5,))
-    by_generate = evaluate_recommendations(
-        model, tokenizer, chat_trie, catalog, rows, ks=(5,), mode="generate", num_beams=12
-    )
+def test_as_many_texts_as_places(model, task, rows):
+    """Items 5 and 6 are written alike, and take one place together."""
+    everything = recommend(model, task, rows["prompt"][:], top_k=12).items
+    num_checked = 0
+    for user, items in enumerate(everything.tolist()):
+        place = items.index(5)  # so item 6 has the next one
+        if place == 10:
+            continue
+        row = rows.select([user]).map(
+            lambda row, target: {"item_id": target}, fn_kwargs={"target": f"b{items[place + 2]}"}
+        )
+        k = place + 2  # different texts up to the target, which is the last of them
+        by_text, found = evaluate_recommendations(model, task, row, ks=(k,), match="text", return_recommendations=True)
+        assert (by_text[f"hr@{k}"], by_text[f"mrr@{k}"]) == (1, 1 / k)
+        assert found.items.tolist() == [[*items[: place + 1], items[place + 2]]]
+        assert by_text["coverage"] == k / NUM_TEXTS
+        assert evaluate_recommendations(model, task, row, ks=(k,))[f"hr@{k}"] == 0
+        by_text = evaluate_recommendations(
+            model, task, row, ks=(k + 1,), match="text", exclude=[[]] if user % 2 else None, allowed=list(range(12))
+        )
+        assert by_text[f"mrr@{k + 1}"] == 1 / k
+        num_checked += 1
+    assert num_checked == 3
+
+
+def test_repeats_in_a_list_take_no_rank(model, task, rows, monkeypatch):
+    """The first two rows hold the texts A, A, B, C, the third B, A, C, A."""
+    items = np.array([[5, 6, 0, 7], [5, 6, 0, 7], [0, 5, 7, 6]])
+    rest = {name: np.zeros(3) for name in ("scores", "expansions", "rounds")}
+    found = Recommendations(items, exact=np.zeros(3, dtype=bool), **rest)
+    monkeypatch.setattr("trl_msl.evaluation.evaluate.recommend", lambda *args, **kwargs: found)
+    targets = rows.select(range(3)).map(lambda row, index: {"item_id": ["b6", "b0", "b7"][index]}, with_indices=True)
+    by_text = evaluate_recommendations(model, task, targets, ks=(4,), match="text", mode="generate")
+    assert found.target_ranks.tolist() == [0, 1, 2]
+    assert by_text["mrr@4"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    evaluate_recommendations(model, task, targets, ks=(4,), mode="generate")
+    assert found.target_ranks.tolist() == [1, 2, 2]
+
+
+def test_conversational_prompts(model, chat_task, catalog):
+    rows = build_rows(make_windows(catalog.ids, num_rows=3), chat_task)
+    metrics = evaluate_recommendations(model, chat_task, rows, ks=(5,))
+    by_generate = evaluate_recommendations(model, chat_task, rows, ks=(5,), mode="generate", num_beams=12)
     assert metrics["ndcg@5"] == by_generate["ndcg@5"]
     assert (metrics["invalid_rate"], by_generate["invalid_rate"], by_generate["exact_rate"]) == (0, 0, 0)
 
 
-def test_long_prompts_are_shortened_as_in_training(model, tokenizer, trie, catalog, rows, template):
+def test_long_prompts_are_shortened_as_in_training(model, tokenizer, task, rows, template):
     short = rows.map(lambda row: {"prompt": template.render(row["history"][-1:])})
     longest = max(len(ids) for ids in encode_prompts(tokenizer, short["prompt"][:]))
-    title_length = int(trie.item_lengths.double().mean())
-    settings = {"max_length": longest + title_length, "prompt_template": template}
-    found = evaluate_recommendations(model, task, rows, ks=(5,), **settings)
+    title_length = int(task.trie.item_lengths.double().mean())
+    tight = replace(task, max_length=longest + title_length)
+    found = evaluate_recommendations(model, tight, rows, ks=(5,))
     untouched = evaluate_recommendations(model, task, rows, ks=(5,))
     assert found != untouched
     with pytest.raises(ValueError, match="`max_length`: .* can't be shortened"):
-        evaluate_recommendations(model, task, rows, max_length=longest + title_length)
+        evaluate_recommendations(model, tight, rows.remove_columns("history"))
 
 
-def test_catalogue_and_trie_belong_together(model, tokenizer, trie, catalog, rows):
+def test_catalogue_and_trie_belong_together(trie, catalog, tokenizer, template):
     reordered = ItemCatalog(catalog.ids, catalog.texts[::-1], template=catalog.template)
-    with pytest.raises(ValueError, match="do not belong together"):
-        evaluate_recommendations(model, tokenizer, trie, reordered, rows)
+    for other in (reordered, ItemCatalog(["b0"], ["Dune"])):
+        with pytest.raises(ValueError, match="`trie` .* does not hold the items of `catalog`"):
+            RankingTask(other, tokenizer, template, trie=trie)
 
 
-def test_bad_arguments(model, tokenizer, trie, catalog, rows):
+def test_bad_arguments(model, task, rows):
     with pytest.raises(ValueError, match="`match` is 'title'"):
         evaluate_recommendations(model, task, rows, match="title")
     with pytest.raises(ValueError, match=r"`rows` lacks the column\(s\) \['item_id'\]"):
         evaluate_recommendations(model, task, rows.remove_columns("item_id"))
-    with pytest.raises(ValueError, match="`catalog` with 1 items and `trie` with 12 do not belong together"):
-        evaluate_recommendations(model, tokenizer, trie, ItemCatalog(["b0"], ["Dune"]), rows)
+    with pytest.raises(ValueError, match="`rows` is empty: pass at least one row"):
+        evaluate_recommendations(model, task, rows.select([]))
+    with pytest.raises(ValueError, match="`rows` is empty: pass at least one row"):
+        RecommendationCallback(None, rows.select([]), task)
 
 
-def test_a_model_that_cannot_be_evaluated_is_found_before_the_training(tokenizer, trie, catalog, rows, tmp_path):
+def test_a_model_that_cannot_be_evaluated_is_found_before_the_training(tokenizer, task, rows, tmp_path):
     args = SFTConfig(tmp_path, max_steps=1, report_to="none", use_cpu=True, bf16=False, max_length=None)
     trainer = SFTTrainer(make_model(tokenizer, MambaConfig), args, train_dataset=rows, processing_class=tokenizer)
-    trainer.add_callback(RecommendationCallback(trainer, trie, catalog, rows))
+    trainer.add_callback(RecommendationCallback(trainer, rows, task))
     with pytest.raises(ValueError, match="MambaForCausalLM, can't run a tree of tokens"):
         trainer.train()
     assert trainer.state.global_step == 0
 
 
-def test_full_fine_tuning_in_bf16_is_evaluated_in_fp32(tokenizer, trie, catalog, rows, tmp_path):
+def test_full_fine_tuning_in_bf16_is_evaluated_in_fp32(tokenizer, task, rows, tmp_path):
     """The trainer runs the model's forward under autocast; a deep model's own logits differ a lot then."""
     model = make_model(tokenizer, num_hidden_layers=8, hidden_size=128)
     args = MSLConfig(tmp_path, max_steps=1, report_to="none", use_cpu=True, bf16=True, save_strategy="no")
-    trainer = MSLTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer, trie=trie)
-    trainer.add_callback(RecommendationCallback(trainer, trie, catalog, rows, ks=(5,)))
+    trainer = MSLTrainer(model, args, train_dataset=rows, eval_dataset=rows, task=task)
+    trainer.add_callback(RecommendationCallback(trainer, rows, ks=(5,)))
     trainer.train()
     found = trainer.evaluate()
     fp32 = make_model(tokenizer, num_hidden_layers=8, hidden_size=128)
     fp32.load_state_dict(model.state_dict())
-    assert found["eval_ndcg@5"] == evaluate_recommendations(fp32, tokenizer, trie, catalog, rows, ks=(5,))["ndcg@5"]
+    assert found["eval_ndcg@5"] == evaluate_recommendations(fp32, task, rows, ks=(5,))["ndcg@5"]
+
+
+def test_metrics_are_those_of_the_best_weights_once_they_are_loaded(tokenizer, task, rows, tmp_path):
+    args = MSLConfig(
+        tmp_path, max_steps=2, learning_rate=0.5, report_to="none", use_cpu=True, bf16=False, eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_ndcg@5", greater_is_better=True,
+    )  # fmt: skip
+    trainer = MSLTrainer(make_model(tokenizer), args, train_dataset=rows, eval_dataset=rows, task=task)
+    trainer.add_callback(RecommendationCallback(trainer, rows, ks=(5,)))
+    trainer.train()
+    first, last = (entry["eval_ndcg@5"] for entry in trainer.state.log_history if "eval_ndcg@5" in entry)
+    assert trainer.state.best_global_step == 1 and first > last
+    assert trainer.evaluate(rows, metric_key_prefix="eval_other")["eval_ndcg@5"] == first
+    # Other weights, without a step
+    weights = make_model(tokenizer, seed=1).state_dict()
+    trainer.model.load_state_dict(weights)
+    expected = evaluate_recommendations(trainer.model, task, rows, ks=(5,))["ndcg@5"]
+    assert trainer.evaluate(rows, metric_key_prefix="eval_other")["eval_ndcg@5"] == expected != first
+
+
+@pytest.mark.parametrize("include_num_input_tokens_seen", ["no", "all"])
+def test_several_datasets_of_one_evaluation_rank_once(
+    include_num_input_tokens_seen, tokenizer, task, rows, tmp_path, monkeypatch
+):
+    calls = []
+
+    def count(*args, **kwargs):
+        calls.append(args)
+        return evaluate_recommendations(*args, **kwargs)
+
+    monkeypatch.setattr("trl_msl.evaluation.evaluate.evaluate_recommendations", count)
+    args = MSLConfig(
+        tmp_path, max_steps=2, report_to="none", use_cpu=True, bf16=False, eval_strategy="steps", eval_steps=1,
+        save_strategy="no", include_num_input_tokens_seen=include_num_input_tokens_seen,
+    )  # fmt: skip
+    trainer = MSLTrainer(
+        make_model(tokenizer), args, train_dataset=rows, eval_dataset={"a": rows, "b": rows.select([0])}, task=task
+    )
+    trainer.add_callback(RecommendationCallback(trainer, rows, ks=(5,)))
+    trainer.train()
+    assert len(calls) == 2
+    trainer.evaluate()
+    assert len(calls) == 3
+    trainer.evaluate(metric_key_prefix="test")  # not an evaluation of the training
+    assert len(calls) == 3

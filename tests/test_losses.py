@@ -136,6 +136,7 @@ def test_first_positions_equal_the_released_formula():
     targets = torch.tensor([3, 4, 5, 6, 22])
     logits[torch.arange(5), targets] += 5
     tau = adaptive_temperature(temperature_statistics(logits, valid_mask, targets), eta=0.25)
+    logits = logits.double()
     pooled = logits[valid_mask]
     difference = logits[torch.arange(5), targets].mean() - pooled.mean()
     c = math.log(20 * 0.25)
@@ -167,6 +168,22 @@ def test_statistics_add_up_over_micro_batches():
     )
     torch.testing.assert_close(whole, parts)
     assert not whole.requires_grad
+
+
+@pytest.mark.parametrize("num_items", [None, 5])
+def test_a_common_offset_leaves_the_temperature_as_it_is(num_items):
+    generator = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(5, 64, generator=generator)).mul(64).round() / 64  # which fp32 holds with the offset
+    logits += torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0]).unsqueeze(1)  # the rows' means differ, and count when pooled
+    targets = torch.arange(5)
+    logits[torch.arange(5), targets] += 9
+    valid_mask = torch.rand(5, 64, generator=generator).scatter(1, targets.unsqueeze(1), 0.0) < 0.7
+    expected, found = (
+        adaptive_temperature(temperature_statistics(logits + offset, valid_mask, targets), num_items=num_items)
+        for offset in (0.0, 3000.0)
+    )
+    assert 0.5 < expected < 5
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_few_valid_tokens_need_no_sharpening():

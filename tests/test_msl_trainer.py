@@ -389,8 +389,12 @@ def test_bad_arguments_are_found_before_training(tmp_path, rows, tokenizer, task
         trainer(args=MSLConfig(str(tmp_path), **COMMON, **best))
     with pytest.raises(ValueError, match="`compute_metrics` is not supported"):
         trainer(compute_metrics=lambda prediction: {})
-    with pytest.raises(ValueError, match="1 of the 80 rows read are no item"):
+    with pytest.raises(ValueError, match="1 of the 80 rows read are not items"):
         trainer(train_dataset=Dataset.from_list([{**rows[0], "completion": "Ulysses"}, *rows.to_list()[1:]]))
+    with pytest.raises(ValueError, match="The train dataset is empty: pass at least one row"):
+        trainer(train_dataset=rows.select([]))
+    with pytest.raises(ValueError, match="The eval dataset is empty: pass at least one row"):
+        trainer(eval_dataset=rows.map(tokenize_rows, batched=True, fn_kwargs={"task": task}).select([]))
     with pytest.raises(ValueError, match="`input_ids` but no `labels`"):
         trainer(train_dataset=Dataset.from_list([{"input_ids": [1, 2]}]))
     kwargs = {"batched": True, "remove_columns": rows.column_names}

@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from datasets import Dataset
 from helpers import make_model, make_windows, score_every_item
 
-from trl_msl import (
-    ItemCatalog,
-    PromptTemplate,
-    build_preferences,
-    build_rows,
-    count_interactions,
-    draw_negatives,
-    encode_prompts,
-    model_negatives,
-    split_pairs,
-)
+from trl_msl import ItemCatalog, RankingTask, build_rows
+from trl_msl.data import encode_prompts
+from trl_msl.softmax_dpo import build_preferences, count_interactions, draw_negatives, model_negatives, split_pairs
 
 
 @pytest.fixture(scope="module")
-def rows(catalog, template):
+def rows(catalog, task):
     return build_rows(make_windows(catalog.ids, 30), task)
 
 
@@ -34,32 +28,32 @@ def check_allowed(drawn, rows, catalog, count):
 
 
 @pytest.mark.parametrize("source", ["uniform", "popular", "near"])
-def test_neither_target_nor_history_nor_what_is_written_like_them(source, rows, catalog, trie):
+def test_neither_target_nor_history_nor_what_is_written_like_them(source, rows, catalog, task):
     popularity = np.arange(1, 13) if source == "popular" else None
-    drawn = draw_negatives(rows, catalog, trie, source, 4, popularity, seed=1)
+    drawn = draw_negatives(rows, task, source, 4, popularity, seed=1)
     check_allowed(drawn, rows, catalog, 4)
-    assert drawn == draw_negatives(rows, catalog, trie, source, 4, popularity, seed=1)
-    assert drawn != draw_negatives(rows, catalog, trie, source, 4, popularity, seed=2)
+    assert drawn == draw_negatives(rows, task, source, 4, popularity, seed=1)
+    assert drawn != draw_negatives(rows, task, source, 4, popularity, seed=2)
 
 
-def test_draws_follow_the_weights(tokenizer):
+def test_draws_follow_the_weights(tokenizer, template):
     catalog = ItemCatalog([str(i) for i in range(40)], [f"item {i}" for i in range(40)])
-    trie = catalog.build_trie(tokenizer)
+    task = RankingTask(catalog, tokenizer, template)
     rows = Dataset.from_dict({"item_id": ["0"] * 4000, "history_ids": [["1"]] * 4000})
     weights = np.array([5.0, 5.0, *range(38)])
     for source, expected in (("uniform", np.array([0, 0, *[1] * 38])), ("popular", np.array([0, 0, *range(38)]))):
-        drawn = draw_negatives(rows, catalog, trie, source, 1, weights if source == "popular" else None)
+        drawn = draw_negatives(rows, task, source, 1, weights if source == "popular" else None)
         shares = np.bincount(np.concatenate(drawn), minlength=40) / 4000
         np.testing.assert_allclose(shares, expected / expected.sum(), atol=0.01)
     # All that may be drawn, when that many are asked for
-    every = draw_negatives(rows.select([0]), catalog, trie, "popular", 37, weights)
+    every = draw_negatives(rows.select([0]), task, "popular", 37, weights)
     assert sorted(every[0]) == list(range(3, 40))  # item 2 has no weight
 
 
-def test_near_ones_share_the_longest_prefix(rows, catalog, trie, tokenizer):
+def test_near_ones_share_the_longest_prefix(rows, catalog, task, trie):
     """Compared with counting the tokens that each pair of items shares."""
     paths = trie.paths(trie.item_nodes.long()).numpy()
-    drawn = draw_negatives(rows, catalog, trie, "near", 3)
+    drawn = draw_negatives(rows, task, "near", 3)
     check_allowed(drawn, rows, catalog, 3)
     for row, items in zip(rows, drawn):
         target = catalog.indices([row["item_id"]])[0]
@@ -69,9 +63,9 @@ def test_near_ones_share_the_longest_prefix(rows, catalog, trie, tokenizer):
         assert [shared[item] for item in items] == sorted(of_text.values(), reverse=True)[:3]
 
 
-def test_the_models_own_mistakes(rows, catalog, trie, tokenizer, template):
+def test_the_models_own_mistakes(rows, catalog, task, trie, tokenizer):
     model = make_model(tokenizer)
-    drawn = model_negatives(model, tokenizer, trie, catalog, rows, num_negatives=4)
+    drawn = model_negatives(model, task, rows, num_negatives=4)
     check_allowed(drawn, rows, catalog, 4)
     scores = score_every_item(model, trie, encode_prompts(tokenizer, rows["prompt"][:5]))
     for row, items, score in zip(rows, drawn, scores):
@@ -81,15 +75,15 @@ def test_the_models_own_mistakes(rows, catalog, trie, tokenizer, template):
         assert [catalog.texts[item] for item in items] == best
 
 
-def test_too_few_are_counted(catalog, trie, template, caplog):
+def test_too_few_are_counted(catalog, task, caplog):
     window = Dataset.from_list([{"item_ids": catalog.ids[:9]}, {"item_ids": catalog.ids[:2]}])
     rows = build_rows(window, task)
-    drawn = draw_negatives(rows, catalog, trie, "uniform", 6)
+    drawn = draw_negatives(rows, task, "uniform", 6)
     assert [len(items) for items in drawn] == [3, 6]
-    assert "1 of 2 rows got fewer than 6 negatives" in caplog.text
+    assert "1 of 2 rows have fewer than 6 negatives" in caplog.text
     rows = build_rows(Dataset.from_list([{"item_ids": catalog.ids}]), task)
-    with pytest.raises(ValueError, match="for 1 of 1 there is no item to be rejected"):
-        draw_negatives(rows, catalog, trie)
+    with pytest.raises(ValueError, match="1 of 1 have no item left to reject"):
+        draw_negatives(rows, task)
 
 
 @pytest.mark.parametrize(
@@ -97,29 +91,31 @@ def test_too_few_are_counted(catalog, trie, template, caplog):
     [
         ({"source": "hard"}, "`source` is 'hard'"),
         ({"num_negatives": 0}, "`num_negatives` is 0"),
-        ({"source": "popular"}, "`popularity` belongs to"),
-        ({"source": "popular", "popularity": [1.0]}, "`popularity` must hold 12 numbers"),
+        ({"source": "popular"}, "`popularity` and source=.popular. belong together"),
+        ({"source": "popular", "popularity": [1.0]}, "`popularity` must hold 12 finite numbers"),
     ],
 )
-def test_bad_arguments(arguments, message, rows, catalog, trie):
+def test_bad_arguments(arguments, message, rows, task):
     with pytest.raises(ValueError, match=message):
-        draw_negatives(rows, catalog, trie, **arguments)
+        draw_negatives(rows, task, **arguments)
 
 
-def test_preference_rows_and_pairs(rows, catalog, trie):
-    drawn = draw_negatives(rows, catalog, trie, num_negatives=3)
-    preferences = build_preferences(rows, catalog, drawn)
+def test_preference_rows_and_pairs(rows, catalog, task, chat_task):
+    drawn = draw_negatives(rows, task, num_negatives=3)
+    preferences = build_preferences(rows, task, drawn)
     assert preferences["chosen"][:] == rows["completion"][:]
     assert preferences[0]["rejected"] == [catalog.completions[item] for item in drawn[0]]
     pairs = split_pairs(preferences)
     assert pairs.column_names == ["prompt", "chosen", "rejected"] and len(pairs) == 90
     assert pairs["rejected"][:3] == preferences[0]["rejected"]
     assert pairs[5]["chosen"] == preferences[1]["chosen"]
-    chat = build_rows(make_windows(catalog.ids, 3), catalog, PromptTemplate("{history}", conversational=True))
-    message = build_preferences(chat, catalog, [[1], [2, 3], [4]])[1]["rejected"][0]
+    chat = build_rows(make_windows(catalog.ids, 3), chat_task)
+    message = build_preferences(chat, chat_task, [[1], [2, 3], [4]])[1]["rejected"][0]
     assert message == [{"role": "assistant", "content": catalog.completions[2]}]
     with pytest.raises(ValueError, match="`negatives` has 1 entries for 30 rows"):
-        build_preferences(rows, catalog, [[1]])
+        build_preferences(rows, task, [[1]])
+    with pytest.raises(ValueError, match="`rows` is empty: pass at least one row"):
+        build_preferences(rows.select([]), task, [])
 
 
 def test_counts(catalog):
@@ -130,11 +126,9 @@ def test_counts(catalog):
 def test_mistakes_of_a_catalogue_with_many_repeats(tokenizer, template):
     texts = [*["The Silent River"] * 4, *["Dune"] * 4, *["A History of Tea"] * 4, "Emma", "The Silver Key"]
     catalog = ItemCatalog(range(len(texts)), texts)
-    trie = catalog.build_trie(tokenizer)
+    task = RankingTask(catalog, tokenizer, template)
     rows = build_rows(Dataset.from_list([{"item_ids": ["12", "13"]}] * 3), task)
-    drawn = model_negatives(make_model(tokenizer), tokenizer, trie, catalog, rows, num_negatives=3)
+    drawn = model_negatives(make_model(tokenizer), task, rows, num_negatives=3)
     assert all({texts[item] for item in items} == set(texts[:12]) for items in drawn)
-    shortened = model_negatives(
-        make_model(tokenizer), tokenizer, trie, catalog, rows, max_length=60, prompt_template=template
-    )
+    shortened = model_negatives(make_model(tokenizer), replace(task, max_length=60), rows)
     assert shortened == drawn

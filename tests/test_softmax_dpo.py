@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,20 +11,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from trl_msl import (
-    DataCollatorForSoftmaxPreference,
-    ItemTrie,
-    PromptTemplate,
-    Recommender,
-    SoftmaxDPOConfig,
-    SoftmaxDPOTrainer,
-    build_rows,
-    encode_prompts,
-    softmax_dpo_loss,
-    tokenize_preferences,
-)
+from trl_msl import PromptTemplate, Recommender, SoftmaxDPOConfig, SoftmaxDPOTrainer, build_rows
+from trl_msl.data import encode_prompts
+from trl_msl.softmax_dpo import DataCollatorForSoftmaxPreference, tokenize_preferences
 from trl_msl.softmax_dpo.collator import segment_mask
 from trl_msl.softmax_dpo.preferences import gather_rejected
+from trl_msl.training import softmax_dpo_loss
+from trl_msl.trie import ItemTrie
 
 
 COMMON = {
@@ -33,8 +27,9 @@ COMMON = {
 }  # fmt: skip
 
 
-def make_preferences(catalog, template, num_rejected=3, num_rows=40, ragged=False):
+def make_preferences(task, num_rejected=3, num_rows=40, ragged=False):
     """Rows with random other items rejected."""
+    catalog = task.catalog
     rows = build_rows(make_windows(catalog.ids, num_rows), task)
     rng = random.Random(0)
     rejected = []
@@ -83,11 +78,11 @@ def test_batches():
     assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 0, 1]]
 
 
-def make_trainer(tmp_path, model, rows, tokenizer, trie, **kwargs):
-    names = ("normalize", "precompute_ref_log_probs", "max_length", "max_steps", "per_device_train_batch_size",
+def make_trainer(tmp_path, model, rows, task, **kwargs):
+    names = ("normalize", "precompute_ref_log_probs", "max_steps", "per_device_train_batch_size",
              "learning_rate")  # fmt: skip
     config = SoftmaxDPOConfig(tmp_path, **{**COMMON, **{k: kwargs.pop(k) for k in names if k in kwargs}})
-    return SoftmaxDPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, trie=trie, **kwargs)
+    return SoftmaxDPOTrainer(model, args=config, train_dataset=rows, task=task, **kwargs)
 
 
 def first_batch(trainer):
@@ -97,15 +92,11 @@ def first_batch(trainer):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("normalize", ["trie", "vocab"])
-def test_log_probs_are_those_of_each_completion_alone(
-    normalize, attention, tmp_path, catalog, template, tokenizer, trie
-):
-    rows = make_preferences(catalog, template, ragged=True)
+def test_log_probs_are_those_of_each_completion_alone(normalize, attention, tmp_path, task, tokenizer, catalog, trie):
+    rows = make_preferences(task, ragged=True)
     model = make_model(tokenizer)
     model.set_attn_implementation(attention)
-    trainer = make_trainer(
-        tmp_path, model, rows, tokenizer, trie, normalize=normalize, ref_model=make_model(tokenizer)
-    )
+    trainer = make_trainer(tmp_path, model, rows, task, normalize=normalize, ref_model=make_model(tokenizer))
     assert trainer.data_collator.share_prompt
     with torch.no_grad():
         shared = trainer._log_probs(model, first_batch(trainer))
@@ -129,13 +120,13 @@ def test_log_probs_are_those_of_each_completion_alone(
 
 
 @pytest.mark.parametrize("normalize", ["trie", "vocab"])
-def test_gradients_of_shared_prompts(normalize, tmp_path, catalog, template, tokenizer, trie):
-    rows = make_preferences(catalog, template, ragged=True)
+def test_gradients_of_shared_prompts(normalize, tmp_path, task, tokenizer):
+    rows = make_preferences(task, ragged=True)
     gradients = []
     for share_prompt in (True, False):
         model = make_model(tokenizer)
         trainer = make_trainer(
-            tmp_path, model, rows, tokenizer, trie, normalize=normalize, ref_model=make_model(tokenizer, seed=1)
+            tmp_path, model, rows, task, normalize=normalize, ref_model=make_model(tokenizer, seed=1)
         )
         trainer.data_collator.share_prompt = share_prompt
         trainer.compute_loss(model.train(), first_batch(trainer)).backward()
@@ -153,10 +144,10 @@ class Losses(TrainerCallback):
 
 
 @pytest.mark.parametrize("kind", ["full", "precomputed", "new adapter", "old adapter"])
-def test_one_rejected_item_is_dpo(kind, tmp_path, catalog, tokenizer, trie):
+def test_one_rejected_item_is_dpo(kind, tmp_path, task, tokenizer):
     """Ten steps follow TRL's trainer: losses, rewards, and weights in the end."""
-    template = PromptTemplate("Read: {history}\n")  # whose tokens do not merge with an item's
-    rows = make_preferences(catalog, template, num_rejected=1)
+    task = replace(task, prompt_template=PromptTemplate("Read: {history}\n"))  # whose tokens do not merge with items
+    rows = make_preferences(task, num_rejected=1)
     pairs = rows.map(lambda row: {"rejected": row["rejected"][0]})
     make_model(tokenizer).save_pretrained(tmp_path / "base")
     weights, logs = [], []
@@ -180,7 +171,7 @@ def test_one_rejected_item_is_dpo(kind, tmp_path, catalog, tokenizer, trie):
             torch.manual_seed(0)
             trainer = SoftmaxDPOTrainer(
                 model, args=SoftmaxDPOConfig(tmp_path / "ours", normalize="vocab", **options), train_dataset=rows,
-                processing_class=tokenizer, trie=trie, callbacks=[callback], **kwargs,
+                task=task, callbacks=[callback], **kwargs,
             )  # fmt: skip
         trainer.train()
         logs.append([entry for entry in callback.logs if "loss" in entry])
@@ -198,15 +189,15 @@ def test_one_rejected_item_is_dpo(kind, tmp_path, catalog, tokenizer, trie):
         torch.testing.assert_close(weights[1][name], value, atol=1e-4, rtol=1e-3)
 
 
-def test_it_learns_and_its_adapter_carries_the_catalogue(tmp_path, catalog, template, tokenizer, trie):
-    rows = make_preferences(catalog, template, num_rows=8)
+def test_it_learns_and_its_adapter_carries_the_catalogue(tmp_path, task, tokenizer):
+    rows = make_preferences(task, num_rows=8)
     make_model(tokenizer).save_pretrained(tmp_path / "base")
     callback = Losses()
     trainer = make_trainer(
-        tmp_path / "out", str(tmp_path / "base"), rows, tokenizer, trie, max_steps=30, per_device_train_batch_size=8,
+        tmp_path / "out", str(tmp_path / "base"), rows, task, max_steps=30, per_device_train_batch_size=8,
         learning_rate=5e-3,
-        callbacks=[callback], peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=64), catalog=catalog,
-        prompt_template=template, precompute_ref_log_probs=True,
+        callbacks=[callback], peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=64),
+        precompute_ref_log_probs=True,
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
@@ -220,14 +211,14 @@ def test_it_learns_and_its_adapter_carries_the_catalogue(tmp_path, catalog, temp
     assert "2406.09215" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_columns_of_the_papers_data_and_pairs(catalog, template, tokenizer, trie):
-    rows = make_preferences(catalog, template, num_rejected=10)
+def test_columns_of_the_papers_data_and_pairs(task, catalog):
+    rows = make_preferences(task, num_rejected=10)
     columns = rows.map(lambda row: {f"rejected{i + 1}": text for i, text in enumerate(row["rejected"])})
     gathered = gather_rejected(columns.remove_columns("rejected"))
     assert gathered["rejected"][:] == rows["rejected"][:]  # rejected10 comes after rejected9
     kwargs = {
         "batched": True,
-        "fn_kwargs": {"tokenizer": tokenizer, "trie": trie},
+        "fn_kwargs": {"task": task},
         "remove_columns": rows.column_names,
     }
     assert gathered.map(tokenize_preferences, **kwargs)[:] == rows.map(tokenize_preferences, **kwargs)[:]
@@ -237,35 +228,35 @@ def test_columns_of_the_papers_data_and_pairs(catalog, template, tokenizer, trie
     ]
 
 
-def test_conversational_rows(catalog, tokenizer, chat_trie):
+def test_conversational_rows(catalog, chat_task, chat_trie):
     def message(text):
         return [{"role": "assistant", "content": text}]
 
     batch = {"prompt": [[{"role": "user", "content": "Hi"}]], "chosen": [message(catalog.completions[0])]}
     several = tokenize_preferences(
-        {**batch, "rejected": [[message(text) for text in catalog.completions[1:4]]]}, tokenizer, chat_trie
+        {**batch, "rejected": [[message(text) for text in catalog.completions[1:4]]]}, chat_task
     )
     assert chat_trie.find(several["rejected_ids"][0]).tolist() == chat_trie.item_nodes[1:4].tolist()
-    single = tokenize_preferences({**batch, "rejected": [message(catalog.completions[1])]}, tokenizer, chat_trie)
+    single = tokenize_preferences({**batch, "rejected": [message(catalog.completions[1])]}, chat_task)
     assert single["rejected_ids"] == [several["rejected_ids"][0][:1]]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rejected": [["Ulysses"]]}, "1 of the 2 completions read are no item of the catalogue, such as .'Ulysses'"),
+        ({"rejected": [["Ulysses"]]}, "1 of the 2 completions read are not items of the catalogue, such as .'Uly"),
         ({"rejected": [[]]}, "1 of the 1 rows read have no rejected"),
-        ({"rejected": [['"Dune"']]}, "1 of the 1 rows read reject what they have chosen"),
+        ({"rejected": [['"Dune"']]}, "1 of the 1 rows read reject their chosen item"),
     ],
 )
-def test_bad_rows(change, message, tokenizer, trie):
+def test_bad_rows(change, message, task):
     batch = {"prompt": ["Next: "], "chosen": ['"Dune"'], "rejected": [['"Emma"']], **change}
     with pytest.raises(ValueError, match=message):
-        tokenize_preferences(batch, tokenizer, trie)
+        tokenize_preferences(batch, task)
     with pytest.raises(ValueError, match=r"lacks the column\(s\) \['rejected'\]"):
-        tokenize_preferences({"prompt": ["Next: "], "chosen": ['"Dune"']}, tokenizer, trie)
+        tokenize_preferences({"prompt": ["Next: "], "chosen": ['"Dune"']}, task)
     with pytest.raises(ValueError, match="`max_length`: 1 of the 1 rows"):
-        tokenize_preferences({**batch, "rejected": [['"Emma"']]}, tokenizer, trie, max_length=5)
+        tokenize_preferences({**batch, "rejected": [['"Emma"']]}, replace(task, max_length=5))
 
 
 @pytest.mark.parametrize(
@@ -277,44 +268,52 @@ def test_bad_options(options, tmp_path):
         SoftmaxDPOConfig(tmp_path, report_to="none", bf16=False, use_cpu=True, **options)
 
 
-def test_a_model_that_can_not_run_a_tree(tmp_path, catalog, template, tokenizer, trie, caplog):
+def test_a_metric_that_only_trl_measures(tmp_path, task, tokenizer):
+    args = SoftmaxDPOConfig(tmp_path, **COMMON, metric_for_best_model="eval_mean_token_accuracy")
+    with pytest.raises(
+        ValueError, match="'eval_mean_token_accuracy' is not measured .* use 'eval_rewards/accuracies'"
+    ):
+        SoftmaxDPOTrainer(make_model(tokenizer), args=args, task=task, train_dataset=make_preferences(task))
+
+
+def test_a_model_that_can_not_run_a_tree(tmp_path, task, tokenizer, caplog):
     """ALiBi, recurrent, FlashAttention...: completions get a prompt of their own each, and a warning says so."""
     from transformers import BloomConfig, BloomForCausalLM
 
-    rows = make_preferences(catalog, template)
+    rows = make_preferences(task)
     torch.manual_seed(0)
     model, reference = (
         BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)) for _ in range(2)
     )
-    trainer = make_trainer(tmp_path, model, rows, tokenizer, trie, max_steps=1, ref_model=reference)
+    trainer = make_trainer(tmp_path, model, rows, task, max_steps=1, ref_model=reference)
     assert not trainer.data_collator.share_prompt
     assert "Each completion is run with a prompt of its own" in caplog.text
 
 
-def test_learned_positions(tmp_path, catalog, template, tokenizer, trie):
-    rows = make_preferences(catalog, template)
+def test_learned_positions(tmp_path, task, tokenizer):
+    rows = make_preferences(task)
     model, reference = (make_model(tokenizer, GPT2Config, n_embd=32, n_layer=1, n_head=4, seed=s) for s in (0, 1))
-    trainer = make_trainer(tmp_path, model, rows, tokenizer, trie, ref_model=reference, max_steps=1)
+    trainer = make_trainer(tmp_path, model, rows, task, ref_model=reference, max_steps=1)
     with torch.no_grad():
         shared = trainer._log_probs(model, first_batch(trainer))
         trainer.data_collator.share_prompt = False
         torch.testing.assert_close(shared, trainer._log_probs(model, first_batch(trainer)), atol=1e-4, rtol=1e-4)
 
 
-def test_another_dataset_is_no_preference_data(tmp_path, tokenizer, trie):
+def test_another_dataset_is_no_preference_data(tmp_path, task, tokenizer):
     rows = Dataset.from_list([{"prompt": "Next: ", "completion": '"Dune"'}])
     with pytest.raises(ValueError, match=r"lacks the column\(s\) \['chosen', 'rejected'\]"):
-        make_trainer(tmp_path, make_model(tokenizer), rows, tokenizer, trie)
+        make_trainer(tmp_path, make_model(tokenizer), rows, task)
 
 
-def test_precomputed_references_of_one_form_are_not_taken_for_another(tmp_path, catalog, template, tokenizer, trie):
+def test_precomputed_references_of_one_form_are_not_taken_for_another(tmp_path, task, tokenizer):
     """TRL caches them beside the files of the data, by rows and model."""
-    make_preferences(catalog, template).to_parquet(tmp_path / "rows.parquet")
+    make_preferences(task, ragged=True).to_parquet(tmp_path / "rows.parquet")
     make_model(tokenizer).save_pretrained(tmp_path / "base")
     for normalize in ("trie", "vocab"):
         rows = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
         trainer = make_trainer(
-            tmp_path / "out", str(tmp_path / "base"), rows, tokenizer, trie, normalize=normalize,
+            tmp_path / "out", str(tmp_path / "base"), rows, task, normalize=normalize,
             precompute_ref_log_probs=True,
         )  # fmt: skip
         batch = first_batch(trainer)
@@ -323,61 +322,98 @@ def test_precomputed_references_of_one_form_are_not_taken_for_another(tmp_path, 
         torch.testing.assert_close(batch["ref_chosen_logps"], now[:, 0], atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(batch["ref_rejected_logps"], now[:, 1:], atol=1e-3, rtol=1e-4)
     # Rows with more rejected items come along, and the training goes on with its own
-    trainer.evaluate(make_preferences(catalog, template, num_rejected=6, num_rows=8), metric_key_prefix="other")
+    trainer.evaluate(make_preferences(task, num_rejected=6, num_rows=8), metric_key_prefix="other")
     trainer.train()
 
 
-def test_policy_and_reference_of_other_attention(tmp_path, catalog, template, tokenizer, trie):
-    rows = make_preferences(catalog, template)
+def test_policy_and_reference_of_other_attention(tmp_path, task, tokenizer):
+    rows = make_preferences(task)
     model, reference = make_model(tokenizer), make_model(tokenizer)
     reference.set_attn_implementation("eager")
-    trainer = make_trainer(tmp_path, model, rows, tokenizer, trie, ref_model=reference)
+    trainer = make_trainer(tmp_path, model, rows, task, ref_model=reference)
     batch = first_batch(trainer)
     with torch.no_grad():
         ours = trainer._log_probs(model, batch)
     torch.testing.assert_close(trainer.compute_ref_log_probs(reference, batch)[0], ours[:, 0], atol=1e-4, rtol=1e-4)
 
 
-def test_rows_that_the_user_tokenised(tmp_path, catalog, template, tokenizer, trie):
-    rows = make_preferences(catalog, template)
+def test_rows_that_the_user_tokenised(tmp_path, task, tokenizer):
+    rows = make_preferences(task)
     kwargs = {
-        "fn_kwargs": {"tokenizer": tokenizer, "trie": trie},
+        "fn_kwargs": {"task": task},
         "remove_columns": rows.column_names,
         "batched": True,
     }
     tokenized = rows.map(tokenize_preferences, **kwargs)
-    trainer = make_trainer(
-        tmp_path, make_model(tokenizer), tokenized, tokenizer, trie, ref_model=make_model(tokenizer)
-    )
+    trainer = make_trainer(tmp_path, make_model(tokenizer), tokenized, task, ref_model=make_model(tokenizer))
     assert trainer.train_dataset[0] == tokenized[0]
     with pytest.raises(ValueError, match="`predict` is not supported"):
         trainer.predict(tokenized)
     cut = tokenized.map(lambda row: {"chosen_ids": row["chosen_ids"][:-1]})
+    none = tokenized.map(lambda row, index: {"rejected_ids": row["rejected_ids"][: 1 - index % 2]}, with_indices=True)
     flat = tokenized.map(lambda row: {"rejected_ids": row["rejected_ids"][0]})
-    for wrong, message, options in (
-        (cut, r"has 40 completion\(s\) that are no item of `trie`", {}),
-        (flat, "but not `chosen_ids`, tokens, and `rejected_ids`", {}),
-        (tokenized, r"`max_length` = 20: 40 row\(s\) of the train dataset are longer", {"max_length": 20}),
+    for wrong, message, other_task in (
+        (cut, r"has 40 completion\(s\) that are not items of the task", task),
+        (flat, "but not in each row `chosen_ids`, a list of tokens, and `rejected_ids`", task),
+        (none, "but not in each row `chosen_ids`, a list of tokens, and `rejected_ids`", task),
+        (tokenized, r"`max_length` = 20: 40 row\(s\) of the train dataset are longer", replace(task, max_length=20)),
     ):
         with pytest.raises(ValueError, match=message):
-            make_trainer(tmp_path, make_model(tokenizer), wrong, tokenizer, trie, **options)
+            make_trainer(tmp_path, make_model(tokenizer), wrong, other_task)
 
 
-def test_columns_with_gaps_and_too_many(catalog, template):
+def test_columns_with_gaps_and_too_many():
     rows = Dataset.from_list([{"rejected1": "a", "rejected2": None}, {"rejected1": "a", "rejected2": "b"}])
     assert gather_rejected(rows)["rejected"][:] == [["a"], ["a", "b"]]
     with pytest.raises(ValueError, match="has a column 'rejected' and .'rejected2'."):
         gather_rejected(Dataset.from_list([{"rejected": "a", "rejected2": "b"}]))
 
 
-def test_virtual_tokens_and_padding(tmp_path, catalog, template, tokenizer, trie):
+def test_virtual_tokens_and_padding(tmp_path, task, tokenizer, trie):
     from peft import PromptTuningConfig
 
-    rows = make_preferences(catalog, template)
+    rows = make_preferences(task)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    trainer = make_trainer(tmp_path, make_model(tokenizer), rows, tokenizer, trie, max_steps=1, peft_config=config)
+    trainer = make_trainer(tmp_path, make_model(tokenizer), rows, task, max_steps=1, peft_config=config)
     assert not trainer.data_collator.share_prompt
     trainer.train()
     collator = DataCollatorForSoftmaxPreference(trie, 0, pad_to_multiple_of=64)
     batch = collator([trainer.train_dataset[0]])
     assert batch["input_ids"].shape[1] % 64 == 0 and batch["segments"][0, -1] == -1
+
+
+@pytest.mark.parametrize("is_tokenized", [False, True])
+def test_empty_datasets(is_tokenized, tmp_path, task, tokenizer):
+    rows = make_preferences(task, num_rows=4)
+    if is_tokenized:
+        rows = rows.map(tokenize_preferences, batched=True, fn_kwargs={"task": task}, remove_columns=rows.column_names)
+    model, reference = make_model(tokenizer), make_model(tokenizer)
+    for empty in (rows.select([]), rows.to_iterable_dataset().take(0)):
+        with pytest.raises(ValueError, match="The train dataset is empty: pass at least one row"):
+            make_trainer(tmp_path, model, empty, task, ref_model=reference)
+        with pytest.raises(ValueError, match="The other dataset is empty: pass at least one row"):
+            make_trainer(tmp_path, model, rows, task, ref_model=reference, eval_dataset={"other": empty})
+    trainer = make_trainer(tmp_path, model, rows, task, ref_model=reference)
+    with pytest.raises(ValueError, match="The eval dataset is empty: pass at least one row"):
+        trainer.evaluate(rows.select([]))
+
+
+def test_a_stream_of_rows(tmp_path, task, tokenizer):
+    """Trained on like the same rows in memory."""
+    rows, losses = make_preferences(task), []
+    for train_dataset in (rows, rows.to_iterable_dataset()):
+        models = (make_model(tokenizer, seed=seed) for seed in (0, 1))
+        trainer = make_trainer(tmp_path, next(models), train_dataset, task, ref_model=next(models), max_steps=1)
+        losses.append(trainer.evaluate(train_dataset)["eval_loss"])
+        trainer.train()
+    assert losses[1] == pytest.approx(losses[0])
+
+
+def test_a_diverged_model_says_so(tmp_path, task, tokenizer, caplog):
+    model, rows = make_model(tokenizer), make_preferences(task)
+    trainer = make_trainer(tmp_path, model, rows, task, ref_model=make_model(tokenizer), max_steps=2)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    trainer.train()
+    assert caplog.text.count("the training has diverged") == 1
+    assert np.isnan(float(trainer.state.log_history[0]["loss"]))

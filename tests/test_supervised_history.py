@@ -2,9 +2,11 @@
 """Histories tokenised item by item, every item of them a target, and items that are single tokens."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import make_model, make_windows
 
 from trl_msl import (
@@ -12,6 +14,7 @@ from trl_msl import (
     MSLConfig,
     MSLTrainer,
     PromptTemplate,
+    RankingTask,
     add_sparse_lm_head,
     build_rows,
     encode_items,
@@ -28,19 +31,29 @@ TEMPLATE = PromptTemplate("Read: {history}; ", separator="; ", separate_items=Tr
 
 
 @pytest.fixture(scope="module")
-def rows(catalog):
-    return build_rows(make_windows(catalog.ids), catalog, TEMPLATE)
+def task(catalog, tokenizer):
+    return RankingTask(catalog, tokenizer, TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def chat_task(catalog, tokenizer):
+    return RankingTask(catalog, tokenizer, replace(TEMPLATE, conversational=True))
+
+
+@pytest.fixture(scope="module")
+def rows(catalog, task):
+    return build_rows(make_windows(catalog.ids), task)
 
 
 @pytest.mark.parametrize("conversational", [False, True])
 @pytest.mark.parametrize("shortened", [False, True])
-def test_labels_of_a_history(conversational, shortened, catalog, tokenizer, trie, chat_trie):
+def test_labels_of_a_history(conversational, shortened, catalog, tokenizer, task, chat_task):
     """Read back from the right, by the texts alone."""
-    trie = chat_trie if conversational else trie
-    template = PromptTemplate(TEMPLATE.text, "; ", conversational, separate_items=True)
-    rows = build_rows(make_windows(catalog.ids), task)
     max_length = None if not shortened else 60 if conversational else 40
-    encoded = tokenize_rows(rows[:], tokenizer, trie, max_length, template, supervise_history=True)
+    task = replace(chat_task if conversational else task, max_length=max_length)
+    trie = task.trie
+    rows = build_rows(make_windows(catalog.ids), task)
+    encoded = tokenize_rows(rows[:], task, supervise_history=True)
     num_dropped = 0
     for row, ids, labels in zip(rows, encoded["input_ids"], encoded["labels"]):
         completion = catalog.completions[catalog.index_of_id[row["item_id"]]]
@@ -66,12 +79,12 @@ def test_labels_of_a_history(conversational, shortened, catalog, tokenizer, trie
     assert (num_dropped > 0) == shortened
 
 
-def test_one_forward_gives_the_losses_of_all_shorter_histories(rows, catalog, tokenizer, trie):
+def test_one_forward_gives_the_losses_of_all_shorter_histories(catalog, tokenizer, task):
     model = make_model(tokenizer)
-    add_sparse_lm_head(model, trie)
+    add_sparse_lm_head(model, task.trie)
 
     def loss(rows, **kwargs):
-        encoded = tokenize_rows(rows, tokenizer, trie, prompt_template=TEMPLATE, **kwargs)
+        encoded = tokenize_rows(rows, task, **kwargs)
         total = 0.0
         for ids, labels in zip(encoded["input_ids"], encoded["labels"]):
             output = model(torch.tensor([ids]), labels=torch.tensor([labels]), sparse_lm_head=True)
@@ -79,18 +92,18 @@ def test_one_forward_gives_the_losses_of_all_shorter_histories(rows, catalog, to
         return total
 
     windows = make_windows(catalog.ids, num_rows=6)
-    at_once = loss(build_rows(windows, catalog, TEMPLATE)[:], supervise_history=True)
+    at_once = loss(build_rows(windows, task)[:], supervise_history=True)
     prefixes = [window["item_ids"][:end] for window in windows for end in range(2, len(window["item_ids"]) + 1)]
-    one_by_one = loss(build_rows(type(windows).from_dict({"item_ids": prefixes}), catalog, TEMPLATE)[:])
+    one_by_one = loss(build_rows(type(windows).from_dict({"item_ids": prefixes}), task)[:])
     torch.testing.assert_close(at_once, one_by_one)
     gradients = [torch.autograd.grad(value, list(model.parameters())) for value in (at_once, one_by_one)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
-def test_labels_as_tokens(rows, tokenizer, trie):
-    settings = {"prompt_template": TEMPLATE, "supervise_history": True}
+def test_labels_as_tokens(rows, task):
+    trie = task.trie
     nodes, tokens = (
-        tokenize_rows(rows[:], tokenizer, trie, labels=form, **settings)["labels"] for form in ("nodes", "tokens")
+        tokenize_rows(rows[:], task, labels=form, supervise_history=True)["labels"] for form in ("nodes", "tokens")
     )
     for row, other in zip(nodes, tokens):
         assert [node == -100 for node in row] == [token == -100 for token in other]
@@ -99,46 +112,67 @@ def test_labels_as_tokens(rows, tokenizer, trie):
         ]
 
 
-def test_trainer(tmp_path, rows, catalog, tokenizer, trie):
+def test_trainer(tmp_path, rows, tokenizer, task):
     trainer = MSLTrainer(
         make_model(tokenizer),
         MSLConfig(
             str(tmp_path), supervise_history=True, temperature=1.0, max_steps=100, learning_rate=1e-2, use_cpu=True,
             per_device_train_batch_size=8, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
         ),
-        trie=trie, train_dataset=rows, processing_class=tokenizer, prompt_template=TEMPLATE, catalog=catalog,
+        task=task, train_dataset=rows,
     )  # fmt: skip
     trainer.train()
     # learned by heart, and recommended from prompts that are tokenised in the same way
-    metrics = evaluate_recommendations(trainer.model, tokenizer, trie, catalog, rows, (1,), prompt_template=TEMPLATE)
+    metrics = evaluate_recommendations(trainer.model, task, rows, (1,))
     assert metrics["hr@1"] > 0.5
 
     def make(train_dataset):
-        return MSLTrainer(
-            make_model(tokenizer), trainer.args, trie=trie, train_dataset=train_dataset, processing_class=tokenizer
-        )
+        return MSLTrainer(make_model(tokenizer), trainer.args, task=task, train_dataset=train_dataset)
 
     # rows that the user tokenised, where an end stands over another token
     assert make(trainer.train_dataset).train_dataset[:] == trainer.train_dataset[:]
-    settings = {"tokenizer": tokenizer, "trie": trie, "prompt_template": TEMPLATE}
-    last_items = rows.map(tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs=settings)
+    last_items = rows.map(tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs={"task": task})
     with pytest.raises(
         ValueError, match="the 40 tokenised rows of the train dataset have 40 targets, their last items"
     ):
         make(last_items)
-    with pytest.raises(ValueError, match="has 40 label.* that are no node of `trie` with the token that stands there"):
+    with pytest.raises(
+        ValueError, match="has 40 label.* that are no node of the task's trie with the token that stands there"
+    ):
         make(trainer.train_dataset.map(lambda row: {"input_ids": row["input_ids"][:-1] + [0]}))
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_trainer_with_histories_of_one_item(tmp_path, conversational, catalog, tokenizer, task, chat_task):
+    """There is nothing more to supervise, so that tokenised rows of both kinds are the same, and right."""
+    task = chat_task if conversational else task
+
+    def make(windows):
+        rows = build_rows(windows, task)
+        tokenized = rows.map(tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs={"task": task})
+        args = MSLConfig(
+            str(tmp_path), supervise_history=True, use_cpu=True, bf16=False, report_to="none",
+            per_device_train_batch_size=8, max_steps=1,
+        )  # fmt: skip
+        return MSLTrainer(make_model(tokenizer), args, task=task, train_dataset=tokenized)
+
+    windows = make_windows(catalog.ids)
+    short = windows.map(lambda window: {"item_ids": window["item_ids"][:2]})
+    assert len(make(short).train_dataset) == len(short)
+    one_longer = [*short["item_ids"][:-1], windows[-1]["item_ids"]]
+    with pytest.raises(ValueError, match="the 40 tokenised rows of the train dataset have 40 targets"):
+        make(Dataset.from_dict({"item_ids": one_longer}))
 
 
 def test_items_as_tokens(catalog):
     """A trie of depth one: then MSL is the full softmax over items."""
     catalog = ItemCatalog(catalog.ids, catalog.ids)
     tokenizer = item_tokenizer(catalog.completions)
-    trie = catalog.build_trie(tokenizer)
+    task = RankingTask(catalog, tokenizer, PromptTemplate("{history}", separate_items=True))
+    trie = task.trie
     assert trie.num_nodes == 1 + 2 * len(catalog)  # an item, and the end that is forced
-    template = PromptTemplate("{history}", separate_items=True)
     rows = build_rows(make_windows(catalog.ids), task)
-    encoded = tokenize_rows(rows[:], tokenizer, trie, prompt_template=template, supervise_history=True)
+    encoded = tokenize_rows(rows[:], task, supervise_history=True)
     for row, ids, labels in zip(rows, encoded["input_ids"], encoded["labels"]):
         items = [*row["history_ids"], row["item_id"]]
         assert tokenizer.convert_ids_to_tokens(ids) == ["<|bos|>", *items, "<|eos|>"]
@@ -158,33 +192,31 @@ def test_items_as_tokens(catalog):
 # ---------------------------------------------------------------------- bad input
 
 
-def test_templates_that_do_not_fit(rows, catalog, template, tokenizer, trie):
-    for other in (None, template):
-        with pytest.raises(ValueError, match="`supervise_history` needs .* `separate_items=True`"):
-            plain = build_rows(make_windows(catalog.ids), task)[:]
-            tokenize_rows(plain, tokenizer, trie, prompt_template=other, supervise_history=True)
+def test_templates_that_do_not_fit(rows, catalog, template, task):
+    plain = replace(task, prompt_template=template)
+    with pytest.raises(ValueError, match="`supervise_history` needs .* `separate_items=True`"):
+        tokenize_rows(build_rows(make_windows(catalog.ids), plain)[:], plain, supervise_history=True)
     with pytest.raises(ValueError, match="`separate_items` needs rows with a `history` column"):
-        tokenize_rows({k: v for k, v in rows[:].items() if k != "history"}, tokenizer, trie, prompt_template=TEMPLATE)
+        tokenize_rows({k: v for k, v in rows[:].items() if k != "history"}, task)
+    other = replace(task, prompt_template=PromptTemplate("{history}", separate_items=True))
     with pytest.raises(ValueError, match="`prompt_template` must be the one that the rows were made with"):
-        tokenize_rows(rows[:], tokenizer, trie, prompt_template=PromptTemplate("{history}", separate_items=True))
+        tokenize_rows(rows[:], other)
     with pytest.raises(ValueError, match="`separate_items` is 1: it must be `True` or `False`"):
         PromptTemplate("{history}", separate_items=1)
 
 
-def test_histories_of_nothing(rows, tokenizer, trie):
+def test_histories_of_nothing(rows, task):
     batch = {name: values[:2] for name, values in rows[:].items()}
     batch |= {"history": [[], []], "prompt": [TEMPLATE.render([])] * 2}
-    encoded = tokenize_rows(batch, tokenizer, trie, prompt_template=TEMPLATE, supervise_history=True)
-    assert encoded == tokenize_rows(batch, tokenizer, trie, prompt_template=TEMPLATE)
+    assert tokenize_rows(batch, task, supervise_history=True) == tokenize_rows(batch, task)
 
 
-def test_chat_templates_without_the_users_message(rows, catalog, tokenizer, trie):
+def test_chat_templates_without_the_users_message(catalog, tokenizer, chat_task):
     silent = copy.deepcopy(tokenizer)
     silent.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
-    chat = PromptTemplate("{history}", conversational=True, separate_items=True)
-    chat_rows = build_rows(make_windows(catalog.ids), catalog, chat)
+    chat_rows = build_rows(make_windows(catalog.ids), chat_task)
     with pytest.raises(ValueError, match="writes a user's message not once, but 0 times"):
-        fit_prompts(silent, chat_rows[:], [100] * len(chat_rows), chat)
+        fit_prompts(silent, chat_rows[:], [100] * len(chat_rows), chat_task.prompt_template)
 
 
 def test_items_with_commas_are_no_tokens():
@@ -194,11 +226,11 @@ def test_items_with_commas_are_no_tokens():
         item_tokenizer(["a", "a, b"])
 
 
-def test_histories_off_the_catalogue(rows, tokenizer, trie):
+def test_histories_off_the_catalogue(rows, task):
     batch = rows[:]
     batch["history"][0] = ['"Ulysses"', '"Dune"']
     batch["prompt"][0] = TEMPLATE.render(batch["history"][0])
     with pytest.raises(
-        ValueError, match=r"`history` holds 1 text\(s\) that are no item of the trie, such as .*Ulysses"
+        ValueError, match=r"`history` holds 1 text\(s\) that are not items of the trie, such as .*Ulysses"
     ):
-        tokenize_rows(batch, tokenizer, trie, prompt_template=TEMPLATE, supervise_history=True)
+        tokenize_rows(batch, task, supervise_history=True)

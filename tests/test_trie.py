@@ -222,7 +222,7 @@ ONE_ITEM = np.array([1 << 24, 1 << 25], np.uint32)
         ({"nodes": np.zeros(3, np.int64), "item_nodes": np.ones(1, np.int32)}, "`nodes` is int64"),
         ({"nodes": np.zeros((3, 3), np.uint32), "item_nodes": np.ones(1, np.int32)}, "`nodes` is uint32"),
         ({"nodes": np.zeros(3, np.uint32)}, "item_nodes"),
-        ({"nodes": np.zeros(3, np.uint32), "item_nodes": np.ones(1, np.int32)}, "`nodes` are no trie"),
+        ({"nodes": np.zeros(3, np.uint32), "item_nodes": np.ones(1, np.int32)}, "`nodes` are not a trie"),
         ({"nodes": ONE_ITEM, "item_nodes": np.ones(0, np.int32)}, "`item_nodes` is int32"),
         ({"nodes": ONE_ITEM, "item_nodes": np.full(1, 2, np.int32)}, "outside the trie"),
     ],

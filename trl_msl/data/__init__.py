@@ -2,36 +2,38 @@
 """Catalogue, interactions, prompts, rows, and the one object that holds what belongs together."""
 
 from .catalog import ItemCatalog
-from .fit_prompts import fit_prompts, ranking_prompts
+from .fit_prompts import fit_prompts
 from .interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
-from .item_tokens import describe_end, encode_items
+from .item_tokens import describe_end, encode_items, texts_with_special_tokens
 from .options import DataArguments, read_data, read_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
-from .rows import build_rows, completion_text, tokenize_rows
+from .rows import build_rows, check_columns, completion_text, have_single_items, tokenize_rows
 from .task import TASK_FILE, TASK_FILES, RankingTask
 
 
 __all__ = [
-    "TASK_FILE",
-    "TASK_FILES",
-    "RankingTask",
     "DataArguments",
     "ItemCatalog",
     "Prompt",
     "PromptTemplate",
+    "RankingTask",
+    "TASK_FILE",
+    "TASK_FILES",
     "build_rows",
+    "check_columns",
     "completion_text",
     "describe_end",
     "encode_items",
     "encode_prompts",
     "fit_prompts",
+    "have_single_items",
     "k_core",
-    "ranking_prompts",
     "read_data",
     "read_interactions",
     "read_items",
     "read_windows",
     "sliding_windows",
     "split_by_time",
+    "texts_with_special_tokens",
     "tokenize_rows",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The catalogue's items, and the one place where item text becomes tokens."""
+"""The catalogue: the items that can be recommended."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ItemCatalog:
 
     Raises:
         `ValueError`: if there are no items, an id is neither string nor integer, ids repeat, a text is not a string or
-            can't be written, or a policy says so.
+            can't be encoded, or a policy is `"error"` and finds something.
 
     Example:
 
@@ -85,14 +85,14 @@ class ItemCatalog:
             raise ValueError(f"`template` is {template!r}: it must be a text that contains {{text}} exactly once.")
         if len(ids) != len(texts) or len(ids) == 0:
             raise ValueError(
-                f"`ids` and `texts` have {len(ids)} and {len(texts)} entries: they must be as many, not 0."
+                f"`ids` and `texts` have {len(ids)} and {len(texts)} entries: pass the same number of each, not 0."
             )
         # Not floats: str(12.0) is another id than str(12), and a missing id must not become "nan" or "None"
         not_ids = [item for item in ids if not _is_id(item)]
         if not_ids:
             raise ValueError(
-                f"`ids` holds {len(not_ids)} of {len(ids)} that are neither a text nor a whole number, such as "
-                f"{not_ids[0]!r}: mend them, or leave these items out."
+                f"`ids` holds {len(not_ids)} of {len(ids)} ids that are neither strings nor integers, such as "
+                f"{not_ids[0]!r}. Fix them, or leave these items out."
             )
         self.template = template
         self.ids = [str(item) for item in ids]
@@ -104,13 +104,13 @@ class ItemCatalog:
         not_text = [item for item, text in zip(self.ids, texts) if not isinstance(text, str)]
         if not_text:
             raise ValueError(
-                f"`texts` holds {len(not_text)} value(s) that are no string, such as item {not_text[0]!r}."
+                f"`texts` holds {len(not_text)} value(s) that are not strings, such as item {not_text[0]!r}."
             )
         broken = [item for item, text in zip(self.ids, texts) if not is_unicode(text)]
         if broken:
             raise ValueError(
-                f"`texts` holds {len(broken)} value(s) with half a character (a lone surrogate), such as item "
-                f"{broken[0]!r}. Mend them, by text.encode(errors='replace').decode() for example."
+                f"`texts` holds {len(broken)} value(s) with a lone surrogate (half a character), such as item "
+                f"{broken[0]!r}. Fix them, by text.encode(errors='replace').decode() for example."
             )
         self.texts = self._with_empty_texts(self._with_html_entities(texts, html_entities), empty_texts)
         self._report_duplicates(duplicate_texts)
@@ -128,7 +128,7 @@ class ItemCatalog:
         try:
             pairs = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=list)
         except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"`path` = {str(path)!r} is no JSON file that can be read ({error}).") from error
+            raise ValueError(f"`path` = {str(path)!r} is not a JSON file that can be read ({error}).") from error
         if not (isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)):
             raise ValueError(f"`path` = {str(path)!r} must hold one JSON object that maps item ids to texts.")
         return cls([item for item, _ in pairs], [text for _, text in pairs], **kwargs)
@@ -140,7 +140,7 @@ class ItemCatalog:
         """Catalogue from two columns of a [`~datasets.Dataset`]; `kwargs` as for [`ItemCatalog`]."""
         for argument, column in (("id_column", id_column), ("text_column", text_column)):
             if column not in dataset.column_names:
-                raise ValueError(f"`{argument}` = {column!r} is no column of the dataset: {dataset.column_names}.")
+                raise ValueError(f"`{argument}` = {column!r} is not a column of the dataset: {dataset.column_names}.")
         return cls(dataset[id_column][:], dataset[text_column][:], **kwargs)
 
     def extend(self, items: ItemCatalog) -> ItemCatalog:
@@ -174,27 +174,27 @@ class ItemCatalog:
         Read a catalogue written by [`ItemCatalog.save_pretrained`].
 
         Raises:
-            `ValueError`: if there is none, or it can't be read.
+            `ValueError`: if the file is missing or can't be read.
         """
         path = Path(save_directory) / ITEMS_FILE
         try:
             table = pq.read_table(path, columns=["id", "text"])
             if table.schema.types != [pa.string()] * 2 or _TEMPLATE_KEY not in (table.schema.metadata or {}):
-                raise ValueError(f"it has no texts and their template, but {table.schema}")
-            table.validate(full=True)  # a text that is no UTF-8, say
+                raise ValueError(f"it must hold texts and their template, but has {table.schema}")
+            table.validate(full=True)  # for example, whether texts are UTF-8
             template = table.schema.metadata[_TEMPLATE_KEY].decode()
             ids, texts = table["id"].to_pylist(), table["text"].to_pylist()
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(
-                f"`save_directory` = {str(save_directory)!r} holds no readable {ITEMS_FILE} ({error}). Save it again "
-                "with `ItemCatalog.save_pretrained`."
+                f"`save_directory` = {str(save_directory)!r} does not hold a readable {ITEMS_FILE} ({error}). Save it "
+                "again with `ItemCatalog.save_pretrained`."
             ) from error
         return cls(ids, texts, template=template, empty_texts="keep")
 
     # ------------------------------------------------------------------ items
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without what is derived, so that `datasets` fingerprints a map by the catalogue alone
+        # Without derived values, so that `datasets` fingerprints a map by the catalogue alone
         derived = ("index_of_id", "completions", "counts")
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
@@ -231,7 +231,7 @@ class ItemCatalog:
         Raises:
             `ValueError`: if ids are not in the catalogue; it says how many and shows the first ones.
         """
-        if isinstance(ids, str):  # its characters may well be ids
+        if isinstance(ids, str):  # its characters could be ids
             raise ValueError(f"`ids` is the text {ids!r}: it must be a list of ids.")
         ids = [str(item) for item in ids]
         unknown = [item for item in ids if item not in self.index_of_id]
@@ -280,7 +280,7 @@ class ItemCatalog:
         found = f"{len(empty)} of {len(self)} items have an empty text, such as item {empty[0]!r}"
         if policy == "error":
             raise ValueError(
-                f"`texts`: {found}. Mend them, or pass empty_texts='id' to use the id as the text, or 'keep'."
+                f"`texts`: {found}. Fix them, or pass empty_texts='id' to use the id as the text, or 'keep'."
             )
         logger.warning("%s (empty_texts=%r).", found, policy)
         return texts if policy == "keep" else [text if text.strip() else i for i, text in zip(self.ids, texts)]
@@ -296,11 +296,8 @@ class ItemCatalog:
         logger.warning("%s: they share a leaf and are recommended together.", found)
 
 
-# ---------------------------------------------------------------------- text to tokens
-
-
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written and tokenised: half a character, as JSON's `"\\ud800"` gives, can't."""
+    """Whether a text can be encoded: one with a lone surrogate, as JSON's `"\\ud800"` gives, can't."""
     try:
         text.encode()
     except UnicodeEncodeError:

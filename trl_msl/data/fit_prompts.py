@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..trie import ItemTrie
-from .prompts import PromptTemplate, encode_prompts
-from .separate_items import SeparateItems
+from .prompts import Prompt, PromptTemplate, encode_prompts
+from .separate_items import SeparateItems, check_histories
 
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def fit_prompts(
     tokenizer: PreTrainedTokenizerBase,
     rows: dict[str, list],
-    room: Sequence[int],
+    room: Sequence[float],
     template: PromptTemplate | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[list[int]]:
@@ -32,21 +32,57 @@ def fit_prompts(
             As for [`encode_prompts`].
         rows (`dict[str, list]`):
             `prompt`, and `history` where a prompt is to be shortened, as [`build_rows`] makes them.
-        room (`Sequence[int]`):
-            Most tokens of each prompt.
+        room (`Sequence[float]`):
+            Maximum number of tokens of each prompt, infinite for no limit.
         template ([`PromptTemplate`], *optional*):
             Template that the prompts were made with.
 
     Raises:
         `ValueError`: if a prompt is too long and can't be shortened, or was not made with `template`.
     """
-    is_separate = template is not None and template.separate_items
-    if is_separate:
-        _check_histories(rows, range(len(rows["prompt"])), template)
-        layout = SeparateItems(tokenizer, template, rows["history"], chat_template_kwargs)
-        prompts = [layout.prompt(history) for history in rows["history"]]
-    else:
-        prompts = encode_prompts(tokenizer, rows["prompt"], chat_template_kwargs)
+    if template is not None and template.separate_items:
+        return _fit(rows, room, template, SeparateItems(tokenizer, template, rows, chat_template_kwargs).prompts)
+
+    def encode(prompts: list[Prompt], _: list[list[str]] | None) -> list[list[int]]:
+        return encode_prompts(tokenizer, prompts, chat_template_kwargs, template)
+
+    return _fit(rows, room, template, encode)
+
+
+def supervised_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    trie: ItemTrie,
+    rows: dict[str, list],
+    room: Sequence[float],
+    template: PromptTemplate,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """
+    Token ids of prompts as by [`fit_prompts`], and their labels: the trie's nodes where an item of the history stands
+    that has one before it, the end node behind it, and -100 elsewhere.
+
+    Raises:
+        `ValueError`: as [`fit_prompts`], or if the template does not separate items or a history holds another text
+        than an item's.
+    """
+    if not template.separate_items:
+        raise ValueError(
+            "`supervise_history` needs histories with the trie's tokens: pass a `prompt_template` with "
+            "`separate_items=True`, in training and wherever prompts are encoded."
+        )
+    layout = SeparateItems(tokenizer, template, rows, chat_template_kwargs)
+    prompts = _fit(rows, room, template, layout.prompts)
+    return prompts, layout.labels(trie, [len(prompt) for prompt in prompts])
+
+
+def _fit(
+    rows: dict[str, list],
+    room: Sequence[float],
+    template: PromptTemplate | None,
+    encode: Callable[[list[Prompt], list[list[str]] | None], list[list[int]]],
+) -> list[list[int]]:
+    """Prompts encoded from their texts and histories, with fewer items until each has the room it needs."""
+    prompts = encode(rows["prompt"], rows.get("history"))
     too_long = [row for row in range(len(prompts)) if len(prompts[row]) > room[row]]
     if too_long and (template is None or "history" not in rows):
         raise ValueError(
@@ -54,7 +90,7 @@ def fit_prompts(
             f"such as a prompt of {len(prompts[too_long[0]])} tokens where there is room for {room[too_long[0]]}. "
             "Raise it, or give rows a `history` column (see `build_rows`) and pass the `prompt_template`."
         )
-    _check_histories(rows, too_long, template)
+    check_histories(rows, too_long, template)
     num_shortened, dropped = len(too_long), 0
     while too_long:  # one more item in each round
         dropped += 1
@@ -66,13 +102,7 @@ def fit_prompts(
                 f"{room[stuck[0]]}. Raise it."
             )
         shorter = [rows["history"][row][dropped:] for row in too_long]
-        if is_separate:
-            encoded = [layout.prompt(history) for history in shorter]
-        else:
-            encoded = encode_prompts(
-                tokenizer, [template.render(history) for history in shorter], chat_template_kwargs
-            )
-        for row, prompt in zip(too_long, encoded):
+        for row, prompt in zip(too_long, encode([template.render(history) for history in shorter], shorter)):
             prompts[row] = prompt
         too_long = [row for row in too_long if len(prompts[row]) > room[row]]
     if num_shortened:
@@ -81,31 +111,3 @@ def fit_prompts(
             num_shortened, len(prompts), dropped,
         )  # fmt: skip
     return prompts
-
-
-def _check_histories(rows: dict[str, list], indices: Sequence[int], template: PromptTemplate) -> None:
-    """Whether the prompts of some rows are their histories in `template`."""
-    if len(indices) and "history" not in rows:
-        raise ValueError(
-            "`prompt_template` with `separate_items` needs rows with a `history` column (see `build_rows`)."
-        )
-    for row in indices:
-        if template.render(rows["history"][row]) != rows["prompt"][row]:
-            raise ValueError(
-                "`prompt_template` must be the one that the rows were made with: it renders "
-                f"{template.render(rows['history'][row])!r}, the row has {rows['prompt'][row]!r}."
-            )
-
-
-def ranking_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    trie: ItemTrie,
-    rows: dict[str, list],
-    max_length: int | None = None,
-    template: PromptTemplate | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> list[list[int]]:
-    """Token ids of prompts to rank items for: as [`fit_prompts`], with room for an item of average length."""
-    limit = float("inf") if max_length is None else max_length
-    room = [limit - int(trie.item_lengths.double().mean())] * len(rows["prompt"])
-    return fit_prompts(tokenizer, rows, room, template, chat_template_kwargs)

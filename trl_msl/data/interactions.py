@@ -84,7 +84,7 @@ def k_core(interactions: pd.DataFrame, k: int = 5) -> pd.DataFrame:
         interactions (`pandas.DataFrame`):
             Interactions, with columns as [`read_interactions`] returns them.
         k (`int`, *optional*, defaults to `5`):
-            Fewest interactions of a user and of an item; repeated ones count. MSL (Section 5.1) uses 5.
+            Minimum number of interactions of a user and of an item; repeated ones count. MSL (Section 5.1) uses 5.
 
     Example: item `z` is too rare, and without it so is user `b`.
     ```python
@@ -124,7 +124,7 @@ def sliding_windows(interactions: pd.DataFrame, window: int = 11) -> Dataset:
         interactions (`pandas.DataFrame`):
             Interactions, with columns as [`read_interactions`] returns them.
         window (`int`, *optional*, defaults to `11`):
-            Most items in a window, the target included.
+            Maximum number of items in a window, the target included.
 
     Example:
     ```python
@@ -203,7 +203,7 @@ def _parse_items(cell: str, where: str) -> list[str]:
 def read_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
     """
     Returns the rows of `source`, as for [`read_interactions`], and its name for error messages. It has each of
-    `columns` once, and maybe others. Cells of a CSV file are strings as they are written, empty ones missing.
+    `columns` once, and possibly others. Cells of a CSV file are strings as they are written, empty ones missing.
     """
     name = str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"
     names = None
@@ -212,8 +212,8 @@ def read_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
             table = source.to_pandas() if isinstance(source, Dataset) else source
         elif name.endswith(".parquet"):
             table = pq.read_table(name)
-            table.validate(full=True)  # texts that are no UTF-8, say
-            # Without what pandas notes of its types and its index: from elsewhere it may be anything
+            table.validate(full=True)  # for example, whether texts are UTF-8
+            # Without what pandas notes of its types and its index: in files from elsewhere they can be anything
             table = table.select([column for column in table.column_names if not column.startswith("__index_level_")])
             table = table.to_pandas(ignore_metadata=True)
         elif name.endswith(".csv"):

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where item text becomes tokens."""
+"""The one place where item text becomes tokens, and never control tokens, whatever it contains."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 
 _CONTENT = "\u2063item text\u2063"  # stands for the item where a chat template is rendered once for all items
+_CUT = "\ufdd0cut\ufdd0"  # where a text is cut before it is tokenised. Unicode reserves U+FDD0 for use within programs
 
 
 def encode_items(
@@ -25,6 +28,10 @@ def encode_items(
     tokens that the chat template puts after the generation prompt (an empty think block, say), up to and including the
     token that ends the assistant's turn, which need not be the tokenizer's EOS.
 
+    Special tokens that are written out in an item's text are tokenised as text: see [`texts_with_special_tokens`].
+    Tokens that are added to stand for items, such as semantic ids, must therefore be added as ordinary ones, by
+    `tokenizer.add_tokens(...)`.
+
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
@@ -36,23 +43,71 @@ def encode_items(
             Passed to the chat template.
 
     Raises:
-        `ValueError`: if the tokenizer has no end token or chat template, the template does not continue its own
-        generation prompt, or a text holds the end token.
+        `ValueError`: if the tokenizer has no end token or chat template, or the template does not continue its own
+        generation prompt.
     """
     if conversational:
         before, after, end_token = _chat_turn(tokenizer, chat_template_kwargs or {})
     elif tokenizer.eos_token_id is None:
-        raise ValueError("`tokenizer` has no EOS token, which must end an item: set `tokenizer.eos_token`.")
+        raise ValueError("`tokenizer` has no EOS token, with which an item must end: set `tokenizer.eos_token`.")
     else:
         before, after, end_token = "", tokenizer.eos_token, tokenizer.eos_token_id
-    sequences = tokenizer([before + text + after for text in completions], add_special_tokens=False)["input_ids"]
+    sequences = encode_texts(tokenizer, [before + text + after for text in cut_special_tokens(tokenizer, completions)])
     for text, sequence in zip(completions, sequences):
+        # A tokenizer could still make the end token from a text, by normalising it for example
         if sequence.count(end_token) != 1 or sequence[-1] != end_token:
             raise ValueError(
                 f"`completions`: the tokens of {text!r} must hold the end token {tokenizer.decode([end_token])!r} "
-                "once, at the end. Remove it from the item's text."
+                "once, at the end. Change the item's text."
             )
     return sequences
+
+
+def texts_with_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """
+    Those of `texts` in which a special token, or another token that the chat template writes (such as `<think>`), is
+    written out. In items it is tokenised as text, so that no title can end an item or open a turn of a conversation.
+    """
+    return [text for text, cut in zip(texts, cut_special_tokens(tokenizer, texts)) if text != cut]
+
+
+def cut_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """
+    Texts with a mark within each special token that is written out in them, for [`encode_texts`] to cut there.
+
+    A text that is cut, rather than tokenised with `split_special_tokens=True`, may stand within another one whose
+    special tokens are meant, and within a chat template. It holds for slow and fast tokenizers alike, and for tokens
+    that a chat template writes but the tokenizer does not call special. All other texts stay as they are.
+    """
+    template, joined = str(tokenizer.chat_template or ""), "\n".join(texts)
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {token.content for token in added if token.special or token.content in template}
+    tokens.update(tokenizer.all_special_tokens)
+    # Not those of white space, which some tokenizers add for runs of blanks and templates write as ordinary text
+    found = [re.escape(token) for token in tokens if token in joined and len(token) > 1 and not token.isspace()]
+    if not found:
+        return list(texts)
+    first_character = re.compile(f"(?={'|'.join(found)}).", re.DOTALL)  # of each token, also where two overlap
+    return [first_character.sub(rf"\g<0>{_CUT}", text) for text in texts]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], begin: bool = False) -> list[list[int]]:
+    """
+    Token ids of texts, in parts where they are marked by [`cut_special_tokens`].
+
+    With `begin` they start with the special tokens that the tokenizer puts before a text (BOS), and do not end with
+    the EOS that some put after it.
+    """
+    if len(texts) == 0:
+        return []
+    parts = [text.split(_CUT) for text in texts]
+    encoded = tokenizer([first for first, *_ in parts], add_special_tokens=begin)["input_ids"]
+    if begin and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
+        encoded = [ids[:-1] for ids in encoded]
+    for ids, (_, *rest) in zip(encoded, parts):
+        if rest:
+            ids += chain.from_iterable(tokenizer(rest, add_special_tokens=False)["input_ids"])
+    return encoded
 
 
 def describe_end(

@@ -32,11 +32,11 @@ class DataArguments:
         user_column, item_column, timestamp_column, text_column (`str`, *optional*):
             Columns of the log and of the items.
         min_interactions (`int`, *optional*, defaults to `5`):
-            Fewest interactions of a user and of an item in the log (k-core).
+            Minimum number of interactions of a user and of an item in the log (k-core).
         item_text (`str`, *optional*, defaults to `"text"`):
-            What stands for an item: its `text`, or its `id`, for models of item tokens.
+            What represents an item: its `text`, or its `id`, for models of item tokens.
         item_template (`str`, *optional*, defaults to `'"{text}"'`):
-            How that is written.
+            How it is written into prompts and completions.
         empty_texts, html_entities (`str`, *optional*):
             As for [`ItemCatalog`].
         prompt_words (`list[str]`, *optional*, defaults to `["item", "items", "interacted with"]`):
@@ -50,7 +50,7 @@ class DataArguments:
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template, as JSON: `{"enable_thinking": false}`.
         max_validation_users, max_test_users (`int`, *optional*):
-            Evaluate on so many users at most, the first by time.
+            Maximum number of users to evaluate on, the first of each split.
     """
 
     data_dir: str | None = field(default=None, metadata={"help": "Folder in the format of the MSL paper's authors."})
@@ -61,8 +61,8 @@ class DataArguments:
     item_column: str = field(default="item_id", metadata={"help": "Item column of the log and of the items."})
     timestamp_column: str = field(default="timestamp", metadata={"help": "Time column of the log."})
     text_column: str = field(default="title", metadata={"help": "Text column of the items."})
-    min_interactions: int = field(default=5, metadata={"help": "Fewest interactions of a user and of an item."})
-    item_text: str = field(default="text", metadata={"help": "What stands for an item.", "choices": ["text", "id"]})
+    min_interactions: int = field(default=5, metadata={"help": "Minimum interactions of a user and of an item."})
+    item_text: str = field(default="text", metadata={"help": "What represents an item.", "choices": ["text", "id"]})
     item_template: str = field(default='"{text}"', metadata={"help": "How an item is written."})
     empty_texts: str = field(default="error", metadata={"help": "Items without text: 'error', 'keep' or 'id'."})
     html_entities: str = field(default="keep", metadata={"help": "HTML entities in texts: 'keep' or 'decode'."})
@@ -74,21 +74,27 @@ class DataArguments:
     conversational: bool = field(default=False, metadata={"help": "Whether to use the tokenizer's chat template."})
     separate_items: bool = field(default=False, metadata={"help": "Whether histories are tokenised item by item."})
     chat_template_kwargs: str | None = field(default=None, metadata={"help": "For the chat template, as JSON."})
-    max_validation_users: int | None = field(default=None, metadata={"help": "Validate on so many users at most."})
-    max_test_users: int | None = field(default=None, metadata={"help": "Test on so many users at most."})
+    max_validation_users: int | None = field(default=None, metadata={"help": "Maximum number of validation users."})
+    max_test_users: int | None = field(default=None, metadata={"help": "Maximum number of test users."})
 
     def __post_init__(self):
         if self.data_dir and self.interactions:
-            raise ValueError("`data_dir` and `interactions` are both given: pass one of them.")
+            raise ValueError("`data_dir` and `interactions` are both given: pass only one of them.")
         if bool(self.interactions) != bool(self.items):
-            raise ValueError("`interactions` and `items` belong together: pass both or neither.")
+            raise ValueError("`interactions` and `items` belong together: pass both, or neither.")
         if self.item_text not in ("text", "id"):
             raise ValueError(f"`item_text` is {self.item_text!r}: it must be 'text' or 'id'.")
         if isinstance(self.chat_template_kwargs, str):  # a YAML file may hold the dictionary itself
             try:
                 self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
             except ValueError as error:
-                raise ValueError(f"`chat_template_kwargs` is {self.chat_template_kwargs!r}: not JSON.") from error
+                raise ValueError(
+                    f"`chat_template_kwargs` is {self.chat_template_kwargs!r}: it must be JSON."
+                ) from error
+        for name in ("max_validation_users", "max_test_users"):
+            most = getattr(self, name)
+            if most is not None and most < 1:
+                raise ValueError(f"`{name}` is {most}: it must be at least 1, or left out for all users.")
         if len(self.prompt_words) != 3:
             raise ValueError(f"`prompt_words` is {self.prompt_words}: it must be a singular, a plural and a verb.")
 
@@ -101,7 +107,9 @@ class DataArguments:
 
 def read_data(args: DataArguments) -> tuple[ItemCatalog, DatasetDict]:
     """
-    The catalogue and the windows of interactions, in splits, that `args` name.
+    The catalogue and the windows of interactions that `args` name, in splits: `train`, `validation` and `test`, which
+    follow each other in time. With `data_dir` the train file is `train` and `validation` together, all of both unless
+    `max_validation_users` is given.
 
     Raises:
         `ValueError`: if they name none, or it can't be read.
@@ -125,6 +133,9 @@ def read_data(args: DataArguments) -> tuple[ItemCatalog, DatasetDict]:
         raise ValueError("`data_dir` and `interactions` are both missing: pass one of them.")
     if args.item_text == "id":
         catalog = ItemCatalog(catalog.ids, catalog.ids, template=args.item_template)
+    for split, most in (("validation", args.max_validation_users), ("test", args.max_test_users)):
+        if most is not None:
+            windows[split] = windows[split].select(range(min(most, len(windows[split]))))
     return catalog, windows
 
 
@@ -133,5 +144,5 @@ def read_items(source: str, item_column: str = "item_id", text_column: str = "ti
     if source.endswith(".json"):
         return ItemCatalog.from_json(source, **policies)
     table, _ = read_table(source, [item_column, text_column])
-    texts = table[text_column].astype(object).where(table[text_column].notna(), "")  # none is an empty one
+    texts = table[text_column].astype(object).where(table[text_column].notna(), "")  # a missing text is an empty one
     return ItemCatalog(table[item_column].tolist(), texts.tolist(), **policies)

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A history of items → a prompt → its token ids, shortened where it is too long."""
+"""A history of items → a prompt → its token ids."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .catalog import is_unicode
+from .item_tokens import cut_special_tokens, encode_texts
 
-
-logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, str]]
 
@@ -82,22 +81,50 @@ class PromptTemplate:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat_template_kwargs: dict[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chat_template_kwargs: dict[str, Any] | None = None,
+    template: PromptTemplate | None = None,
 ) -> list[list[int]]:
     """
     Token ids of prompts, up to where the item begins.
 
     A text gets the special tokens that the tokenizer puts before it (BOS), not an EOS after it; a list of messages is
     put into the chat template, generation prompt included.
+
+    Special tokens that are written out in a prompt become special tokens, as its author may mean them. But in prompts
+    made by `template` those in items, whose texts come from elsewhere, are tokenised as text.
     """
-    if len(prompts) == 0:
-        return []
-    if not isinstance(prompts[0], str):
+    if template is not None:
+        prompts = _with_cut_items(tokenizer, prompts, template)
+    if len(prompts) and not isinstance(prompts[0], str):
         prompts = [render_chat(tokenizer, messages, chat_template_kwargs) for messages in prompts]
-        return tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    encoded = tokenizer(list(prompts))["input_ids"]
-    adds_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    return [ids[:-1] for ids in encoded] if adds_eos else encoded
+        return encode_texts(tokenizer, prompts)
+    return encode_texts(tokenizer, prompts, begin=True)
+
+
+def _with_cut_items(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], template: PromptTemplate
+) -> list[Prompt]:
+    """Prompts, those made by `template` with marks in their items: see [`cut_special_tokens`]."""
+    before, after = template.text.split("{history}")
+    histories = {}
+    for place, prompt in enumerate(prompts):
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        if not isinstance(text, str):
+            continue
+        # A prompt of another form is its author's own text
+        if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
+            history = text[len(before) : len(text) - len(after)]
+            # Without the separators, which may hold special tokens as the rest of the template
+            histories[place] = history.split(template.separator) if template.separator else [history]
+    cut = iter(cut_special_tokens(tokenizer, list(chain.from_iterable(histories.values()))))
+    prompts = list(prompts)
+    for place, items in histories.items():
+        text = before + template.separator.join(islice(cut, len(items))) + after
+        is_text = isinstance(prompts[place], str)
+        prompts[place] = text if is_text else [*prompts[place][:-1], {**prompts[place][-1], "content": text}]
+    return prompts
 
 
 def render_chat(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,11 +77,11 @@ def tokenize_rows(
             prompt template with `separate_items`.
 
     Returns:
-        `dict` of `input_ids` and `labels` (`-100` on the prompt, or on what is no item in it), lists of int. Labels
-        are of the token that *should* stand there: after an item of the history that is the end token.
+        `dict` of `input_ids` and `labels` (`-100` on the prompt, or on its parts that are not items), lists of int.
+        Labels are of the token that *should* stand there: after an item of the history that is the end token.
 
     Raises:
-        `ValueError`: if a completion is no item of the catalogue, or a row is too long and can't be shortened.
+        `ValueError`: if a completion is not an item of the catalogue, or a row is too long and can't be shortened.
 
     Example:
 
@@ -92,7 +93,11 @@ def tokenize_rows(
         raise ValueError(f"`labels` is {labels!r}: it must be 'nodes' or 'tokens'.")
     missing = {"prompt", "completion"} - batch.keys()
     if missing:
-        raise ValueError(f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}.")
+        raise ValueError(
+            f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}. Pass prompt/completion rows, "
+            "whose completion is an item, as `build_rows` makes them from windows of interactions."
+        )
+    check_columns(batch)
     conversational = is_conversational({key: values[0] for key, values in batch.items()})
     texts = [completion_text(completion, conversational) for completion in batch["completion"]]
     _check_form(conversational, task)
@@ -101,20 +106,33 @@ def tokenize_rows(
     if (nodes < 0).any():
         unknown = [text for text, node in zip(texts, nodes.tolist()) if node < 0]
         raise ValueError(
-            f"`completion`: {len(unknown)} of the {len(texts)} rows read are no item of the catalogue, such as "
+            f"`completion`: {len(unknown)} of the {len(texts)} rows read are not items of the catalogue, such as "
             f"{unknown[:3]}. Write items as `ItemCatalog.completions` has them."
         )
     limit = float("inf") if task.max_length is None else task.max_length
-    prompts = task.fit_prompts(batch, [limit - len(item) for item in items])
+    room = [limit - len(item) for item in items]
     if supervise_history:
-        targets = task.history_labels(batch, [len(prompt) for prompt in prompts])
+        prompts, targets = task.supervised_prompts(batch, room)
     else:
+        prompts = task.fit_prompts(batch, room)
         targets = [[-100] * len(prompt) for prompt in prompts]
     for target, path, item in zip(targets, trie.paths(nodes).tolist(), items):
         target += path[: len(item)]
     if labels == "tokens":
         targets = [_tokens(trie, target) for target in targets]
     return {"input_ids": [prompt + item for prompt, item in zip(prompts, items)], "labels": targets}
+
+
+def have_single_items(prompts: Iterable[list[int]], task: RankingTask) -> bool:
+    """Whether the histories of tokenised prompts hold one item or none, so that no item of theirs is a target."""
+    left = set(map(tuple, prompts))
+    for start in range(0, len(task.catalog), 10_000):
+        histories = [[], *([text] for text in task.catalog.completions[start : start + 10_000])]
+        rows = {"prompt": [task.prompt_template.render(history) for history in histories], "history": histories}
+        left.difference_update(map(tuple, task.fit_prompts(rows, [float("inf")] * len(histories))))
+        if not left:
+            return True
+    return False
 
 
 def _tokens(trie: ItemTrie, labels: list[int]) -> list[int]:
@@ -127,6 +145,16 @@ def _check_form(conversational: bool, task: RankingTask) -> None:
         kinds = "conversational rows", "text rows"
         given, expected = kinds if conversational else kinds[::-1]
         raise ValueError(f"`batch` holds {given}, but the task's prompt template makes {expected}: make rows with it.")
+
+
+def check_columns(batch: dict[str, list]) -> None:
+    """Raise where rows bring their own options of the chat template, which TRL's trainers would follow."""
+    for name in ("chat_template_kwargs", "tools"):
+        if any(batch.get(name) or ()):
+            raise ValueError(
+                f"`{name}` is a column of the rows, but all prompts are written alike, in training and in use: remove "
+                "it, and pass `chat_template_kwargs` to the `RankingTask`."
+            )
 
 
 def completion_text(completion: Any, conversational: bool, argument: str = "completion") -> str:

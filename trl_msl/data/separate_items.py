@@ -9,20 +9,35 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..trie import ItemTrie
-from .item_tokens import encode_items
-from .prompts import PromptTemplate, encode_prompts, render_chat
+from .item_tokens import cut_special_tokens, encode_items, encode_texts
+from .prompts import Prompt, PromptTemplate, render_chat
 
 
 class SeparateItems:
-    """Token ids of `before item separator item ... after`, the parts of a template, each tokenised by itself."""
+    """
+    Token ids of `before item separator item ... after`, the parts of a template, each tokenised by itself.
+
+    Args:
+        tokenizer, chat_template_kwargs:
+            As for [`encode_prompts`].
+        template ([`PromptTemplate`]):
+            Template with `separate_items`.
+        rows (`dict[str, list]`):
+            `prompt` and `history`, as [`build_rows`] makes them.
+
+    Raises:
+        `ValueError`: if the rows have no history or were not made with `template`, or the chat template does not
+        write a user's message exactly once.
+    """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         template: PromptTemplate,
-        histories: Sequence[Sequence[str]],
+        rows: dict[str, list],
         chat_template_kwargs: dict[str, Any] | None,
     ):
+        check_histories(rows, range(len(rows["prompt"])), template)
         mark = "\u2063history\u2063"  # stands for the items where the prompt is rendered once for all rows
         prompt = template.render([mark])
         if template.conversational:
@@ -33,24 +48,35 @@ class SeparateItems:
                 f"{prompt.count(mark)} times: `separate_items` needs to know where it stands. Leave it out."
             )
         before, after = prompt.split(mark)
-        special = {"add_special_tokens": False}
-        # a text begins with what the tokenizer puts there (BOS), which a chat template writes itself
-        self.before = (
-            tokenizer(before, **special)["input_ids"]
-            if template.conversational
-            else (encode_prompts(tokenizer, [before])[0])
-        )
-        self.separator, self.after = tokenizer([template.separator, after], **special)["input_ids"]
-        texts = list(dict.fromkeys(text for history in histories for text in history))
-        self.items = dict(zip(texts, tokenizer(texts, **special)["input_ids"] if texts else []))
+        # A text begins with what the tokenizer puts there (BOS), which a chat template writes itself
+        (self.before,) = encode_texts(tokenizer, [before], begin=not template.conversational)
+        self.separator, self.after = encode_texts(tokenizer, [template.separator, after])
+        self.histories = rows["history"]
+        texts = list(dict.fromkeys(text for history in self.histories for text in history))
+        self.items = dict(zip(texts, encode_texts(tokenizer, cut_special_tokens(tokenizer, texts))))
+        self._encoding = tokenizer, template.conversational, chat_template_kwargs
 
-    def prompt(self, history: Sequence[str]) -> list[int]:
+    def prompts(self, prompts: Sequence[Prompt], histories: Sequence[Sequence[str]]) -> list[list[int]]:
+        """Token ids of prompts by their histories alone, of items that the rows hold."""
+        return [self._prompt(history) for history in histories]
+
+    def _prompt(self, history: Sequence[str]) -> list[int]:
         ids = list(self.before)
         for place, text in enumerate(history):
             ids += (self.separator if place else []) + self.items[text]
         return ids + self.after
 
-    def labels(self, history: Sequence[str], length: int, nodes: dict[str, list[int]]) -> list[int]:
+    def labels(self, trie: ItemTrie, lengths: Sequence[int]) -> list[list[int]]:
+        """
+        Labels of the rows' prompts, of `lengths` tokens as some may have been shortened: see [`supervised_prompts`].
+
+        Raises:
+            `ValueError`: if a text of a history is not an item, or has other tokens there than as a recommendation.
+        """
+        nodes = self._nodes(trie)
+        return [self._labels(history, length, nodes) for history, length in zip(self.histories, lengths)]
+
+    def _labels(self, history: Sequence[str], length: int, nodes: dict[str, list[int]]) -> list[int]:
         """Labels of the prompt of `length` tokens, which holds the last items of `history`, or all of them."""
         labels, stop, gap = [-100] * length, length - len(self.after), len(self.after)
         for text in reversed(history):
@@ -63,42 +89,40 @@ class SeparateItems:
             stop, gap = start - len(self.separator), len(self.separator)
         return labels
 
-
-def history_labels(
-    tokenizer: PreTrainedTokenizerBase,
-    trie: ItemTrie,
-    rows: dict[str, list],
-    lengths: Sequence[int],
-    template: PromptTemplate | None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> list[list[int]]:
-    """
-    Labels of prompts by [`fit_prompts`], of `lengths` tokens: the trie's nodes where an item of the history stands
-    that has one before it, the end node behind it, and -100 elsewhere.
-    """
-    if template is None or not template.separate_items:
-        raise ValueError(
-            "`supervise_history` needs histories with the trie's tokens: pass a `prompt_template` with "
-            "`separate_items=True`, in training and wherever prompts are encoded."
-        )
-    layout = SeparateItems(tokenizer, template, rows["history"], chat_template_kwargs)
-    if not layout.items:
-        return [[-100] * length for length in lengths]
-    sequences = encode_items(tokenizer, list(layout.items), template.conversational, chat_template_kwargs)
-    ends = trie.find(sequences).cpu()
-    if (ends < 0).any():
-        unknown = [text for text, end in zip(layout.items, ends.tolist()) if end < 0]
-        raise ValueError(
-            f"`history` holds {len(unknown)} text(s) that are no item of the trie, such as {unknown[:3]}: write items "
-            "as `ItemCatalog.completions` has them."
-        )
-    nodes = {}
-    for (text, ids), sequence, path in zip(layout.items.items(), sequences, trie.to("cpu").paths(ends).tolist()):
-        start = len(sequence) - 1 - len(ids)  # behind what a chat template writes before an item
-        if sequence[start:-1] != ids:
+    def _nodes(self, trie: ItemTrie) -> dict[str, list[int]]:
+        """Nodes of each item's tokens as they stand in a history, and of its end."""
+        if not self.items:
+            return {}
+        tokenizer, conversational, chat_template_kwargs = self._encoding
+        sequences = encode_items(tokenizer, list(self.items), conversational, chat_template_kwargs)
+        ends = trie.find(sequences).cpu()
+        if (ends < 0).any():
+            unknown = [text for text, end in zip(self.items, ends.tolist()) if end < 0]
             raise ValueError(
-                f"`supervise_history`: {text!r} has the tokens {ids} in a history, and {sequence} as a recommendation "
-                "in this chat template. Leave it out, or use text prompts."
+                f"`history` holds {len(unknown)} text(s) that are not items of the trie, such as {unknown[:3]}: write "
+                "items as `ItemCatalog.completions` has them."
             )
-        nodes[text] = path[start : len(sequence)]
-    return [layout.labels(history, length, nodes) for history, length in zip(rows["history"], lengths)]
+        nodes = {}
+        for (text, ids), sequence, path in zip(self.items.items(), sequences, trie.to("cpu").paths(ends).tolist()):
+            start = len(sequence) - 1 - len(ids)  # behind what a chat template writes before an item
+            if sequence[start:-1] != ids:
+                raise ValueError(
+                    f"`supervise_history`: {text!r} has the tokens {ids} in a history, and {sequence} as a "
+                    "recommendation in this chat template. Leave it out, or use text prompts."
+                )
+            nodes[text] = path[start : len(sequence)]
+        return nodes
+
+
+def check_histories(rows: dict[str, list], indices: Sequence[int], template: PromptTemplate | None) -> None:
+    """Raise where the prompts of some rows are not their histories in `template`."""
+    if len(indices) and "history" not in rows:
+        raise ValueError(
+            "`prompt_template` with `separate_items` needs rows with a `history` column (see `build_rows`)."
+        )
+    for row in indices:
+        if template.render(rows["history"][row]) != rows["prompt"][row]:
+            raise ValueError(
+                "`prompt_template` must be the one that the rows were made with: it renders "
+                f"{template.render(rows['history'][row])!r}, the row has {rows['prompt'][row]!r}."
+            )

@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..trie import TRIE_FILE, ItemTrie
 from .catalog import ITEMS_FILE, ItemCatalog
-from .fit_prompts import fit_prompts
+from .fit_prompts import fit_prompts, supervised_prompts
 from .item_tokens import encode_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
-from .separate_items import history_labels
 
 
 logger = logging.getLogger(__name__)
@@ -120,7 +119,8 @@ class RankingTask:
         """Whether a sample of the items stand in the trie where the tokenizer puts them."""
         if len(self.catalog) == self.trie.num_items:
             sample = list(range(0, len(self.catalog), max(1, len(self.catalog) // 50)))
-            sequences = self.encode_items([self.catalog.completions[index] for index in sample])
+            texts = [self.catalog.completions[index] for index in sample]
+            sequences = encode_items(self.tokenizer, texts, self.conversational, self.chat_template_kwargs)
             reached = [int(self.trie.to("cpu").walk(torch.tensor(sequence))[-1]) for sequence in sequences]
             if reached == self.trie.item_nodes[sample].tolist():
                 return
@@ -130,8 +130,21 @@ class RankingTask:
         )
 
     def encode_items(self, completions: Sequence[str]) -> list[list[int]]:
-        """Token ids that the model has to write for each item, end token included: see [`encode_items`]."""
-        return encode_items(self.tokenizer, completions, self.conversational, self.chat_template_kwargs)
+        """
+        Token ids that the model has to write for each item, end token included: see [`encode_items`].
+
+        Raises:
+            `ValueError`: if the tokenizer ends items with another token than when the task was made.
+        """
+        sequences = encode_items(self.tokenizer, completions, self.conversational, self.chat_template_kwargs)
+        expected = int(self.trie.tokens(self.trie.item_nodes[0]))
+        if sequences and sequences[0][-1] != expected:
+            end, expected = (self.tokenizer.decode([token]) for token in (sequences[0][-1], expected))
+            raise ValueError(
+                f"`tokenizer` ends items with {end!r} now, and did with {expected!r} when the task was made: its "
+                "`eos_token` or chat template has been changed since. Make the `RankingTask` again."
+            )
+        return sequences
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """
@@ -143,7 +156,7 @@ class RankingTask:
         if any(isinstance(prompt, str) == self.conversational for prompt in prompts):
             expected = "lists of messages" if self.conversational else "texts"
             raise ValueError(f"`prompts` must be {expected}, as `prompt_template` renders them: make them with it.")
-        return encode_prompts(self.tokenizer, prompts, self.chat_template_kwargs)
+        return encode_prompts(self.tokenizer, prompts, self.chat_template_kwargs, self.prompt_template)
 
     def fit_prompts(self, rows: dict[str, list], room: Sequence[float]) -> list[list[int]]:
         """Token ids of the prompts of `rows`, shortened to `room` tokens each: see [`fit_prompts`]."""
@@ -162,10 +175,12 @@ class RankingTask:
         room = [limit - int(self.trie.item_lengths.double().mean())] * len(rows["prompt"])
         return self.fit_prompts(rows, room)
 
-    def history_labels(self, rows: dict[str, list], lengths: Sequence[int]) -> list[list[int]]:
-        """Labels of the prompts of `rows` that supervise the items of their histories: see [`history_labels`]."""
+    def supervised_prompts(
+        self, rows: dict[str, list], room: Sequence[float]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of the prompts of `rows`, and labels on the items of histories: see [`supervised_prompts`]."""
         template, kwargs = self.prompt_template, self.chat_template_kwargs
-        return history_labels(self.tokenizer, self.trie, rows, lengths, template, kwargs)
+        return supervised_prompts(self.tokenizer, self.trie, rows, room, template, kwargs)
 
     # ------------------------------------------------------------------ storage
 

@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known to go wrong, looked for in data, tokenizer and model."""
+"""Known problems of recommenders of this kind, looked for in data, tokenizer and model before training."""
 
-__all__ = []
+from .diagnose import diagnose
+from .findings import Finding
+
+
+__all__ = ["Finding", "diagnose"]

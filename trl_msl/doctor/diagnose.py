@@ -21,8 +21,12 @@ from dataclasses import dataclass, field, replace
 from datasets import DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..data import DataArguments, ItemCatalog, RankingTask, read_data
-from .checks import CHECKS, MODEL_CHECKS, Case, Finding
+from ..data import DataArguments, RankingTask, read_data
+from .findings import Case, Finding
+from .interactions import INTERACTION_CHECKS, usable_windows
+from .model import MODEL_CHECKS
+from .texts import TEXT_CHECKS
+from .tokens import TOKEN_CHECKS
 
 
 def diagnose(
@@ -44,43 +48,18 @@ def diagnose(
     Returns:
         `list[Finding]`: what the checks found, in the order in which data is prepared.
     """
-    usable, findings = _usable(task.catalog, windows)
+    usable, findings = usable_windows(task.catalog, windows)
     if not usable:
         return findings
     case = Case(task, usable, model, max_rows)
-    for check in CHECKS:
+    for check in (*TEXT_CHECKS, *TOKEN_CHECKS, *INTERACTION_CHECKS):
         findings += check(case)
     for check in MODEL_CHECKS if model is not None else ():
-        findings += check(case)
-        if findings[-1].status == "error":  # a model that can't be run
+        found = list(check(case))
+        findings += found
+        if any(finding.status == "error" for finding in found):  # a model that cannot be run
             break
     return findings
-
-
-def _usable(catalog: ItemCatalog, windows: DatasetDict) -> tuple[DatasetDict, list[Finding]]:
-    """The windows that can become rows, and what is to be said of the others."""
-    known_ids = catalog.index_of_id.keys()
-    unknown = {item for split in windows.values() for ids in split["item_ids"] for item in set(ids) - known_ids}
-    known = windows.filter(lambda row: known_ids >= set(row["item_ids"])) if unknown else windows
-    total, lost = _count(windows), _count(windows) - _count(known)
-    seen = f"{len(unknown)} ids are not, such as {min(unknown)!r}, in {lost} of {total} windows" if unknown else ""
-    findings = [
-        Finding(
-            "Items of the log in the catalogue",
-            "error" if unknown else "ok",
-            seen or f"all, in {total} windows",
-            "Add these items to the catalogue, or leave their interactions out." if unknown else "",
-        )
-    ]
-    usable = known.filter(lambda row: len(row["item_ids"]) > 1)
-    if short := _count(known) - _count(usable):
-        remedy = "A target needs a history: leave them out."
-        findings.append(Finding("Windows of a single item", "error", f"{short} of {total}", remedy))
-    return DatasetDict({name: split for name, split in usable.items() if len(split)}), findings
-
-
-def _count(windows: DatasetDict) -> int:
-    return sum(map(len, windows.values()))
 
 
 # ---------------------------------------------------------------------- command line

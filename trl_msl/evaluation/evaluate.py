@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
@@ -27,7 +28,7 @@ def evaluate_recommendations(
     **kwargs: Any,
 ) -> dict[str, float] | tuple[dict[str, float], Recommendations]:
     """
-    Rank the whole catalogue for each row and measure where its target stands.
+    Rank the whole catalogue for each row and measure the rank of its target.
 
     Args:
         model, task:
@@ -38,7 +39,8 @@ def evaluate_recommendations(
             Cut-offs K of HR@K, NDCG@K and MRR@K.
         match (`str`, *optional*, defaults to `"id"`):
             What counts as a hit: `"id"`, the target itself, where items with the same text take a rank each, in
-            catalogue order; or `"text"`, any item with the target's text.
+            catalogue order; or `"text"`, any item with the target's text, where they take one rank together. (With
+            `exclude`, `allowed` or `mode="generate"` repeats still take places at the end of the list.)
         confidence (`float`, *optional*, defaults to `0.95`):
             Level of the bootstrap confidence intervals, over rows.
         return_recommendations (`bool`, *optional*, defaults to `False`):
@@ -48,25 +50,35 @@ def evaluate_recommendations(
 
     Returns:
         `dict` of `hr@K`, `ndcg@K`, `mrr@K`; for the largest K also the ends of their intervals, such as `ndcg@K_low`
-        and `ndcg@K_high`; `coverage`, the share of the catalogue that was recommended to anybody; `exact_rate`, the
-        share of rows whose items are certainly the best; `invalid_rate`; and `num_rows`. With
-        `return_recommendations`, also the [`Recommendations`].
+        and `ndcg@K_high`; `coverage`, the share of the catalogue's items, or of its texts with `match="text"`, that
+        was recommended at least once; `exact_rate`, the share of rows whose items are certainly the best;
+        `invalid_rate`; and `num_rows`. With `return_recommendations`, also the [`Recommendations`].
+
+    Raises:
+        `ValueError`: if `rows` is empty or lacks a column, or for the reasons of [`recommend`].
     """
     if match not in ("id", "text"):
         raise ValueError(f"`match` is {match!r}: it must be 'id' or 'text'.")
-    missing = {"prompt", "item_id"} - set(rows.column_names)
-    if missing:
-        raise ValueError(f"`rows` lacks the column(s) {sorted(missing)}: make rows with `build_rows`.")
-    targets = np.array(task.catalog.indices(rows["item_id"]))
-    found = recommend(model, task, task.ranking_prompts(rows[:]), top_k=max(ks), **kwargs)
-    recommended = found.items
-    if match == "text":
-        _, first, leaf = np.unique(task.trie.item_nodes.cpu().numpy(), return_index=True, return_inverse=True)
-        representative = first[leaf]  # the first item with the same text
-        targets, recommended = representative[targets], _first_of_each(representative, recommended)
+    _check_rows(rows)
+    targets, top_k = np.array(task.catalog.indices(rows["item_id"])), max(ks)
+    prompts = task.ranking_prompts(rows[:])
+    if match == "id":
+        num_ranked = len(task.catalog)
+        found = recommend(model, task, prompts, top_k, **kwargs)
+        recommended = found.items
+    else:
+        leaves = task.trie.item_nodes.cpu().numpy()
+        _, first, text = np.unique(leaves, return_index=True, return_inverse=True)
+        num_ranked = len(first)
+        can_restrict = kwargs.get("mode") != "generate" and kwargs.keys().isdisjoint(("allowed", "exclude"))
+        if can_restrict and num_ranked < len(leaves):
+            # One item of each text, so that the list holds `top_k` texts
+            top_k, kwargs["allowed"] = min(top_k, num_ranked), torch.from_numpy(first)
+        found = recommend(model, task, prompts, top_k, **kwargs)
+        targets, recommended = text[targets], _without_repeats(np.where(found.items < 0, -1, text[found.items]))
     found.target_ranks = ranks_of_targets(recommended, targets)
     metrics = ranking_metrics(found.target_ranks, ks, confidence) | {
-        "coverage": coverage(found.items, len(task.catalog)),
+        "coverage": coverage(recommended, num_ranked),
         "exact_rate": float(found.exact.mean()),
         "invalid_rate": found.invalid_rate,
         "num_rows": len(rows),
@@ -77,20 +89,20 @@ def evaluate_recommendations(
 class RecommendationCallback(TrainerCallback):
     """
     Adds the ranking metrics of [`evaluate_recommendations`] to each evaluation of a trainer, so that
-    `metric_for_best_model="eval_ndcg@10"` chooses the checkpoint by what a recommender is for.
+    `metric_for_best_model="eval_ndcg@10"` chooses the checkpoint that ranks best.
 
     Args:
         trainer ([`~transformers.Trainer`]):
-            Trainer that the callback is added to; any, so that TRL's `SFTTrainer` can be compared.
+            Trainer that the callback is added to. It may be any, such as TRL's `SFTTrainer` for a comparison.
         rows ([`~datasets.Dataset`]):
             As for [`evaluate_recommendations`].
         task ([`RankingTask`], *optional*):
-            As for [`evaluate_recommendations`]. Defaults to that of the trainer, if it is one of this package.
+            As for [`evaluate_recommendations`]. Defaults to the trainer's, if the trainer is one of this package.
         **kwargs:
             Passed to [`evaluate_recommendations`].
 
     Raises:
-        `ValueError`: if there is no task.
+        `ValueError`: if there is no task, or `rows` is empty or lacks a column.
 
     Example:
 
@@ -104,20 +116,23 @@ class RecommendationCallback(TrainerCallback):
         self.rows = rows
         self.task = getattr(trainer, "task", None) if task is None else task
         if not isinstance(self.task, RankingTask):
-            raise ValueError(f"`task` is missing: a {type(trainer).__name__} has none of its own. Pass it.")
+            raise ValueError(f"`task` is missing, and `{type(trainer).__name__}` has none of its own: pass one.")
+        _check_rows(rows)
         self.kwargs = kwargs
-        self._measured: tuple[int, dict[str, float]] | None = None
+        self._metrics: dict[str, float] = {}
+        self._measured_at: int | None = None  # step
+        self._evaluations: set[str] = set()  # that these metrics were added to
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Before callbacks that read the metrics, such as early stopping
         self.trainer.callback_handler.callbacks.remove(self)
         self.trainer.callback_handler.callbacks.insert(0, self)
-        self._measured = None
-        # What can't be done is found before the training, not after
+        self._measured_at = None
+        # Fail before the training, not at the first evaluation
         if is_sharded(self._model):
             raise ValueError(
-                "`trainer` shards the model over processes (FSDP, ZeRO-3), and decoding needs all of it in each: "
-                "leave `RecommendationCallback` out (recipes: --eval_strategy no) and evaluate what was saved."
+                "`trainer` shards the model over processes (FSDP, ZeRO-3), but decoding needs it whole in each: "
+                "leave `RecommendationCallback` out (recipes: --eval_strategy no) and evaluate the saved model."
             )
         if self.kwargs.get("mode", "exact") != "generate":
             TrieDecoder(self._model, self.task.trie)
@@ -126,18 +141,34 @@ class RecommendationCallback(TrainerCallback):
     def _model(self) -> PreTrainedModel:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self._measured_at = None  # `load_best_model_at_end` has changed the weights
+
     def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs):
-        if not all(name.startswith("eval_") for name in metrics if name != "epoch"):
+        # The runtime has the prefix of the dataset that was evaluated; not all other names do
+        evaluations = {name for name in metrics if name.endswith("_runtime")}
+        if not all(name.startswith("eval_") for name in evaluations):
             return  # `trainer.evaluate(metric_key_prefix=...)` of something else
-        if self._measured is None or self._measured[0] != state.global_step:  # once for several `eval_dataset`s
+        # Several `eval_dataset`s are evaluated one after the other, and ranked once
+        if self._measured_at != state.global_step or not self._evaluations.isdisjoint(evaluations):
             found = evaluate_recommendations(self._model, self.task, self.rows, **self.kwargs)
-            self._measured = (state.global_step, {f"eval_{name}": value for name, value in found.items()})
-            self.trainer.log(dict(self._measured[1]))
-        metrics.update(self._measured[1])  # the dict from which `Trainer` picks `metric_for_best_model`
+            self._metrics = {f"eval_{name}": value for name, value in found.items()}
+            self._measured_at, self._evaluations = state.global_step, set()
+            self.trainer.log(dict(self._metrics))
+        self._evaluations |= evaluations
+        metrics.update(self._metrics)  # the dict from which `Trainer` picks `metric_for_best_model`
 
 
-def _first_of_each(representative: np.ndarray, recommended: np.ndarray) -> np.ndarray:
-    """Recommendations with each item replaced by the first one with its text, later repeats by -1."""
-    same = np.where(recommended >= 0, representative[recommended], -1)
-    repeated = (same[:, :, None] == same[:, None, :]) & np.tri(same.shape[1], k=-1, dtype=bool)
-    return np.where(repeated.any(axis=2), -1, same)
+def _check_rows(rows: Dataset) -> None:
+    if len(rows) == 0:
+        raise ValueError("`rows` is empty: pass at least one row.")
+    missing = {"prompt", "item_id"} - set(rows.column_names)
+    if missing:
+        raise ValueError(f"`rows` lacks the column(s) {sorted(missing)}: make rows with `build_rows`.")
+
+
+def _without_repeats(texts: np.ndarray) -> np.ndarray:
+    """Each row's texts without later repeats, those after them moved up, and filled up by -1."""
+    repeats = (texts[:, :, None] == texts[:, None, :]) & np.tri(texts.shape[1], k=-1, dtype=bool)
+    texts = np.where(repeats.any(axis=2), -1, texts)
+    return np.take_along_axis(texts, np.argsort(texts < 0, axis=1, kind="stable"), axis=1)

@@ -2,7 +2,7 @@
 """The LM head as a function of hidden states, and trees of tokens in one forward."""
 
 from .evaluating import evaluating
-from .head import check_head, head_projection
+from .head import backbone, check_head, head_projection
 from .tree_cache import TreeCache, prefill_prefix
 from .tree_support import USE_GENERATE, check_length, check_tree_attention, check_whole, is_sharded, sliding_window
 
@@ -10,6 +10,7 @@ from .tree_support import USE_GENERATE, check_length, check_tree_attention, chec
 __all__ = [
     "TreeCache",
     "USE_GENERATE",
+    "backbone",
     "check_head",
     "check_length",
     "check_tree_attention",

@@ -1,18 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sparse LM head: only the logits that the catalogue asks for, computed inside the model's forward."""
+"""The model's backbone, and its LM head as a function of the backbone's hidden states."""
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
+from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..trie import ItemTrie
+
+
+# Cap of the logits, under the names that transformers' models give it
+CAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    The part of a causal language model, not PEFT-wrapped, that returns the hidden states which the LM head projects.
+
+    Raises:
+        `ValueError`: if the model does not keep it in a module of its own.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    # Llama 4 and Mllama name their text model otherwise than `base_model_prefix` has it
+    found = [module for module in model.children() if isinstance(module, PreTrainedModel)]
+    if len(found) != 1:
+        raise ValueError(
+            f"`model`, a {type(model).__name__}, has no single module for its hidden states: pass a causal language "
+            "model (`AutoModelForCausalLM`)."
+        )
+    return found[0]
 
 
 def head_projection(model: PreTrainedModel) -> functools.partial:
@@ -27,7 +54,7 @@ def head_projection(model: PreTrainedModel) -> functools.partial:
     # FSDP2 exposes sharded parameters as DTensors where its own hooks have not gathered them
     if isinstance(weight, DTensor):
         weight, bias = _gather(weight), None if bias is None else _gather(bias)
-    softcap = getattr(text_config, "final_logit_softcapping", None)
+    softcap = next((cap for name in CAP_NAMES if (cap := getattr(text_config, name, None)) is not None), None)
     return functools.partial(_project, weight=weight, bias=bias, scale=_logit_scale(text_config), softcap=softcap)
 
 
@@ -62,7 +89,16 @@ def _logit_scale(text_config: PretrainedConfig) -> float:
 
 
 def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
-    """Raise a `ValueError` where rows of the head's weight are not all there is to the logits of `trie`'s tokens."""
+    """
+    Raise a `ValueError` where [`head_projection`] does not give the model's own logits of `trie`'s tokens.
+
+    The model's own logits are those that its class computes from made-up hidden states. The backbone is neither run
+    nor changed, so this is cheap, and works for a backbone that is quantised, split over devices, or can't run on the
+    device that it is on now. The comparison is skipped where the head's weights are not at hand: on the meta device,
+    and where only the model's own forward gathers them (FSDP2, an engine of ZeRO-3). Under ZeRO-3 all processes must
+    call this.
+    """
+    model = model.get_base_model() if is_peft_model(model) else model
     head = model.get_output_embeddings()
     is_adapted = isinstance(head, BaseTunerLayer) and not (head.merged or head.disable_adapters)
     if is_adapted or isinstance(head, TrainableTokensWrapper):
@@ -71,7 +107,12 @@ def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             "merge it with `merge_and_unload()`, or leave the head out of `target_modules` and "
             "`trainable_token_indices` (`modules_to_save=['lm_head']` trains all of it)."
         )
-    weight = head.weight
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        raise ValueError(
+            f"`model`, a {type(model).__name__}, has no LM head with a weight: pass a causal language model "
+            "(`AutoModelForCausalLM`), with its head kept out of any quantisation."
+        )
     if not weight.is_floating_point():
         raise ValueError(
             f"`model` has an LM head of {weight.dtype}, whose rows can't be picked: keep it out of the quantisation, "
@@ -84,3 +125,71 @@ def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             f"`trie` holds token {largest}, but the model's LM head has {vocab_size} rows. Was the trie built with "
             "another tokenizer?"
         )
+    is_armed = hasattr(weight, "ds_id") and len(head._forward_pre_hooks) > 0
+    if not (weight.is_meta or isinstance(weight, DTensor) or is_armed):
+        some_nodes = torch.arange(1, trie.num_nodes, max(1, trie.num_nodes // 64), device=trie.device)
+        _check_logits(model, trie.tokens(some_nodes))
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Raise a `ValueError` where [`head_projection`] gives other logits of `tokens` than the model's own forward."""
+    name = type(model).__name__
+    remedy = (
+        "train it with TRL's `SFTTrainer` and decode with `recommend(..., mode='generate')`, or take another model."
+    )
+    body = backbone(model)
+    inside = {id(parameter) for parameter in body.parameters()}
+    project = head_projection(model)
+    weight, bias = project.keywords["weight"], project.keywords["bias"]
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    try:
+        with maybe_gather_lm_head_ctx(weight, bias, *outside):
+            tokens = tokens.to(weight.device)
+            states = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
+            states = states.to(weight)
+            # Scaled to logits of up to 1, 2, 4, ..., 128, since a cap shows in large logits only
+            largest = (states.float() @ weight[tokens].float().T).abs().amax(dim=1).clamp(min=1e-4)
+            states = states * (2.0 ** torch.arange(8, device=weight.device) / largest).to(states).unsqueeze(1)
+            expected = project(states, rows=tokens)
+            error = (_own_logits(model, body, states)[:, tokens] - expected).abs().amax(dim=1)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as exception:
+        raise ValueError(
+            f"`model`, a {name}, can't be checked for what its logits are computed from ({exception!r}): {remedy}"
+        ) from exception
+    relative = (error / expected.abs().amax(dim=1)).max().item()
+    if relative > 8 * torch.finfo(torch.bfloat16).eps:  # a model in fp32 may be called under autocast
+        raise ValueError(
+            f"`model`, a {name}, computes its logits from more than its LM head's weight, bias, scale and cap, so "
+            f"picking rows would give wrong ones (off by up to {relative:.0%}): {remedy}"
+        )
+
+
+class _HiddenStates(BaseModelOutput):
+    """What a backbone returns; `None` for whatever else a family looks up in it."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _own_logits(model: PreTrainedModel, body: PreTrainedModel, states: Tensor) -> Tensor:
+    """Logits that the model's class makes of hidden `states`, `(positions, hidden_size)`; the model stays as it is."""
+    input_ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+
+    def forward(*args, **kwargs) -> _HiddenStates:
+        if not any(value is input_ids for value in (*args, *kwargs.values())):
+            raise ValueError("its forward passes something else than `input_ids` to the backbone")
+        return _HiddenStates(last_hidden_state=states[None])
+
+    # Shallow copies, as another thread may use the model. Some families call the decoder in their backbone, e.g. OPT
+    replaced: dict[nn.Module, nn.Module] = {}
+    for module in (body, *(child for child in body.children() if isinstance(child, PreTrainedModel))):
+        replaced[module] = copy.copy(module)
+        replaced[module].forward = forward
+    model = copy.copy(model)
+    for module in (replaced[body], model):
+        module._modules = {name: replaced.get(child, child) for name, child in module._modules.items()}
+    model.training = False
+    return type(model).forward(model, input_ids=input_ids, use_cache=False).logits[0].float()

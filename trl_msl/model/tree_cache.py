@@ -16,8 +16,8 @@ class TreeCache:
     """
     Key-value cache of a batch of prompts and of the trie nodes that have been visited below each of them.
 
-    The nodes of a user lie in the cache in the order in which they came. By the attention mask and the position ids
-    each token sees the prompt and its own ancestors only, so the cache is a tree which never has to be reordered.
+    A user's nodes are stored in the order in which they were appended. The attention mask and the position ids let
+    each token see the prompt and its own ancestors only, so the cache holds a tree that is never reordered.
 
     Args:
         backbone ([`~transformers.PreTrainedModel`]):
@@ -68,7 +68,7 @@ class TreeCache:
     def append(self, nodes: Tensor, first: Tensor | None = None, last: Tensor | None = None) -> Tensor:
         """
         Run the tokens of some nodes of each user through the model. Their ancestors must have been appended before,
-        or stand before them.
+        or come before them in `nodes`.
 
         Args:
             nodes (`torch.Tensor` of shape `(num_users, num_nodes)`, int64):
@@ -121,7 +121,7 @@ class TreeCache:
             setattr(self, name, getattr(self, name)[users])
 
     def clear(self) -> None:
-        """Forget all nodes; keep the prompts."""
+        """Remove all nodes and keep the prompts."""
         if self.item_start.shape[1] > 0:
             self.cache.crop(-self.item_start.shape[1])
         self.item_start = self.item_end = self.item_start[:, :0]

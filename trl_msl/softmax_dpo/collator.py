@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of prompts with several completions each, which may share their prompt."""
+"""Batches of prompts with several completions each, which can share their prompt."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ class DataCollatorForSoftmaxPreference:
     """
     Batches of prompts with their completions.
 
-    A *segment* is a completion after the last token of its prompt, which is repeated at its start, so that its hidden
-    state predicts the completion's first token. With `share_prompt` a row is a prompt followed by its segments, none
-    of which is to see another one (see [`segment_mask`]): N completions cost one prompt. Otherwise each segment has a
-    row, and a prompt, of its own.
+    A *segment* is a completion with the last token of its prompt before it, whose hidden state predicts the
+    completion's first token. With `share_prompt` a row is a prompt (without its last token) followed by its segments,
+    which must not attend to each other (see [`segment_mask`]): N completions cost one prompt. Otherwise each segment
+    has its own row and its own copy of the prompt.
 
     Args:
         trie ([`ItemTrie`]):
             Trie of the catalogue.
         pad_token_id (`int`):
-            Token that fills rows up.
+            Token with which rows are padded.
         share_prompt (`bool`, *optional*, defaults to `True`):
-            Whether completions of a prompt share it.
+            Whether the completions of a prompt share a row.
         skip_forced (`bool`, *optional*, defaults to `False`):
-            Whether to leave out the tokens at an item's end that are forced: among the valid tokens they cost nothing.
+            Whether to leave out forced tokens at the end of an item, whose log-probability among the valid tokens
+            is 0.
         num_rejected (`int`, *optional*, defaults to `0`):
-            Fewest columns of rejected completions, so that all batches are alike.
+            Minimum number of columns of rejected completions, so that all batches have the same.
         pad_to_multiple_of (`int`, *optional*):
-            Number of which the length of rows is a multiple.
+            Pad rows to a length that is a multiple of this number.
 
-    Returns of a call, for `num_examples` examples, all of shape `(num_rows, length)` and int64 unless said otherwise:
+    A call returns, for `num_examples` examples, all of shape `(num_rows, length)` and int64 unless said otherwise:
 
     - `input_ids`, `position_ids`;
     - `labels`: trie nodes of the completions, `-100` elsewhere;
-    - `segments`: 0 on what comes before all completions, 1 on the chosen one, 2 and so on on the rejected ones, `-1`
+    - `segments`: 0 on the tokens before all segments, 1 on the chosen completion, 2, 3, ... on the rejected ones, `-1`
       on padding;
-    - `examples`, of shape `(num_rows,)`: the example that a row belongs to;
-    - `rejected_mask`, bool of shape `(num_examples, num_rejected)`: which rejected completions there are;
+    - `examples`, of shape `(num_rows,)`: the example that each row belongs to;
+    - `rejected_mask`, bool of shape `(num_examples, num_rejected)`: which rejected completions exist;
     - `ref_chosen_logps` and `ref_rejected_logps`, fp32, if the examples have them.
     """
 
@@ -82,13 +83,13 @@ class DataCollatorForSoftmaxPreference:
         batch["rejected_mask"] = torch.arange(width) < counts[:, None]
         if "ref_chosen_logps" in examples[0]:
             batch["ref_chosen_logps"] = torch.tensor([example["ref_chosen_logps"] for example in examples])
-            # Precomputed for batches that can have been wider, or narrower; what there is not does not count
+            # Precomputed with another number of columns, perhaps; those of no completion are masked
             padded = [(example["ref_rejected_logps"] + [0.0] * width)[:width] for example in examples]
             batch["ref_rejected_logps"] = torch.tensor(padded)
         return batch
 
     def _paths(self, items: list[list[int]]) -> list[list[int]]:
-        """Trie nodes of each item's tokens, up to the last one that was a choice if forced ones are to be skipped."""
+        """Trie nodes of each item's tokens; with `skip_forced`, up to the last that is not forced."""
         trie = self.trie.to("cpu")
         paths = trie.paths(trie.find(items))
         lengths = (paths >= 0).sum(dim=1)
@@ -116,14 +117,14 @@ def _row(shared: list[int], segments: list[tuple[list[int], list[int], int]]) ->
 
 def segment_mask(segments: Tensor) -> Tensor:
     """
-    Which positions see which: those before them of their own segment, and of what all segments share.
+    Which positions attend to which: to earlier ones of their own segment, and of the part that all segments share.
 
     Args:
         segments (`torch.Tensor` of shape `(num_rows, length)`, int64):
             As [`DataCollatorForSoftmaxPreference`] makes them.
 
     Returns:
-        `torch.Tensor` of shape `(num_rows, length, length)`, bool: rows see columns. Padding sees itself.
+        `torch.Tensor` of shape `(num_rows, length, length)`, bool, queries by keys. Padding attends to itself.
     """
     same = segments[:, :, None] == segments[:, None, :]
     is_shared = (segments == 0)[:, None, :]

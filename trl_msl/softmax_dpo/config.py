@@ -12,26 +12,27 @@ class SoftmaxDPOConfig(DPOConfig):
     Configuration class for the [`SoftmaxDPOTrainer`].
 
     This class includes only the parameters that [`~trl.DPOConfig`] does not have, or whose defaults differ. The
-    paper's values stand in Section 4.1 of [S-DPO](https://huggingface.co/papers/2406.09215).
+    paper's values are in Section 4.1 of [S-DPO](https://huggingface.co/papers/2406.09215).
 
     Parameters:
         beta (`float`, *optional*, defaults to `1.0`):
-            How strongly to keep to the reference model; 1 in the paper, 0.1 in [`~trl.DPOConfig`].
+            Strength of the penalty for moving away from the reference model; 1 in the paper, 0.1 in
+            [`~trl.DPOConfig`].
         learning_rate (`float`, *optional*, defaults to `1e-5`):
             Initial learning rate; 1e-5 in the paper, 1e-6 in [`~trl.DPOConfig`].
         normalize (`str`, *optional*, defaults to `"trie"`):
-            What a completion's log-probability is taken among: `"trie"`, the tokens that continue some item of the
-            catalogue, which is what ranks; or `"vocab"`, the whole vocabulary, as published.
-        max_length (`int`, *optional*):
-            Most tokens of a prompt and an item together. Defaults to that of the [`RankingTask`], where it is set; a
-            different value here is an error.
+            Tokens over which a completion's probability is normalised: `"trie"`, those that continue some item of the
+            catalogue, as in ranking; or `"vocab"`, the whole vocabulary, as published.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
             As for [`MSLConfig`].
+        max_length (`int`, *optional*):
+            Maximum number of tokens of a prompt and an item together. Defaults to that of the [`RankingTask`], where
+            it is set; a different value here is an error.
     """
 
     beta: float = field(
         default=1.0,
-        metadata={"help": "How strongly to keep to the reference model; 1 in the S-DPO paper."},
+        metadata={"help": "Strength of the penalty for moving away from the reference model; 1 in the S-DPO paper."},
     )
     learning_rate: float = field(
         default=1e-5,
@@ -40,8 +41,8 @@ class SoftmaxDPOConfig(DPOConfig):
     normalize: str = field(
         default="trie",
         metadata={
-            "help": "What a completion's log-probability is taken among: the tokens that continue some item ('trie'), "
-            "or the whole vocabulary ('vocab'), as published.",
+            "help": "Tokens over which a completion's probability is normalised: those that continue some item "
+            "('trie'), or the whole vocabulary ('vocab'), as published.",
             "choices": ["trie", "vocab"],
         },
     )
@@ -51,7 +52,7 @@ class SoftmaxDPOConfig(DPOConfig):
     )
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of a prompt and an item together. Defaults to that of the task."},
+        metadata={"help": "Maximum number of tokens of a prompt and an item. Defaults to that of the task."},
     )
 
     def __post_init__(self):
@@ -60,7 +61,7 @@ class SoftmaxDPOConfig(DPOConfig):
             raise ValueError(f"`normalize` is {self.normalize!r}: it must be 'trie' or 'vocab'.")
         if not self.beta > 0:
             raise ValueError(f"`beta` is {self.beta}: it must be positive.")
-        # Options of DPO that mean nothing to this loss, or would silently not change it
+        # Options of DPO that this loss does not have, and would silently ignore
         fixed = {
             "loss_type": ["sigmoid"],
             "loss_weights": None,

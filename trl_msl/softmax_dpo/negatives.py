@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rejected items for preference rows: from the catalogue at large, near the target, or the model's own mistakes."""
+"""Rejected items for preference rows: from the whole catalogue, near the target, or the model's own mistakes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def draw_negatives(
     seed: int = 0,
 ) -> list[list[int]]:
     """
-    Draw items to be rejected for each row: never the target, an item of the history, or one that is written like
-    these, and no text twice.
+    Draw the rejected items of each row: never the target, an item of the history or one with the same text as these,
+    and no text twice.
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -40,31 +40,32 @@ def draw_negatives(
         task ([`RankingTask`]):
             The items.
         source (`str`, *optional*, defaults to `"uniform"`):
-            Where from: `"uniform"`, all items alike; `"popular"`, by `popularity`; `"near"`, those that share most of
-            the target's first tokens, at random among equals.
+            How to draw: `"uniform"`, all items with the same probability; `"popular"`, in proportion to `popularity`;
+            `"near"`, the items that share most of the target's first tokens, at random among equals.
         num_negatives (`int`, *optional*, defaults to `3`):
             How many for each row.
         popularity (`Sequence[float]` of length `num_items`, *optional*):
-            Weight of each item, for `"popular"`, such as [`count_interactions`] gives. Weight 0 is never drawn.
+            Weight of each item, for `"popular"`, such as [`count_interactions`] returns. Items of weight 0 are never
+            drawn.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw.
 
     Returns:
-        `list[list[int]]`: item indices of each row. A warning counts those with fewer than `num_negatives`.
+        `list[list[int]]`: item indices of each row. A warning counts the rows with fewer than `num_negatives`.
 
     Raises:
-        `ValueError`: if an argument is out of range, or nothing is left to be drawn for some row.
+        `ValueError`: if an argument is out of range, or some row has no item left to draw.
     """
     if source not in SOURCES:
         raise ValueError(f"`source` is {source!r}: it must be one of {', '.join(map(repr, SOURCES))}.")
     if num_negatives < 1:
         raise ValueError(f"`num_negatives` is {num_negatives}: it must be at least 1.")
     if (source == "popular") != (popularity is not None):
-        raise ValueError("`popularity` belongs to source='popular': pass both or neither.")
+        raise ValueError("`popularity` and source='popular' belong together: pass both or neither.")
     catalog, trie = task.catalog, task.trie
     weights = np.ones(len(catalog)) if popularity is None else np.asarray(popularity, dtype=np.float64)
     if weights.shape != (len(catalog),) or not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
-        raise ValueError(f"`popularity` must hold {len(catalog)} numbers, none negative and not all 0.")
+        raise ValueError(f"`popularity` must hold {len(catalog)} finite numbers, none negative and not all 0.")
     rng = np.random.default_rng(seed)
     draw = _NearItems(trie, rng) if source == "near" else _WeightedItems(trie, weights, rng)
     targets, histories = catalog.indices(rows["item_id"][:]), rows["history_ids"][:]
@@ -72,7 +73,7 @@ def draw_negatives(
         draw(target, catalog.indices(history), num_negatives)
         for target, history in zip(targets, tqdm(histories, desc="Drawing negatives", disable=len(targets) < 10_000))
     ]
-    _report(drawn, num_negatives)
+    _check_drawn(drawn, num_negatives)
     return drawn
 
 
@@ -80,54 +81,59 @@ def model_negatives(
     model: PreTrainedModel, task: RankingTask, rows: Dataset, num_negatives: int = 3, **kwargs: Any
 ) -> list[list[int]]:
     """
-    The items that a model ranks highest of those that [`draw_negatives`] may draw: its own mistakes, exactly.
+    The model's own mistakes: of the items that [`draw_negatives`] may draw, those that it ranks highest.
 
     Args:
         model, task, kwargs:
-            As for [`recommend`]; not `exclude` and `allowed`.
+            As for [`recommend`], without `exclude` and `allowed`.
         rows ([`~datasets.Dataset`]):
             Rows with `prompt`, `item_id` and `history_ids`, as [`build_rows`] makes them.
         num_negatives (`int`, *optional*, defaults to `3`):
             How many for each row.
 
     Returns:
-        `list[list[int]]`: item indices of each row, the highest first.
+        `list[list[int]]`: item indices of each row, the highest first. A warning counts the rows with fewer than
+        `num_negatives`.
+
+    Raises:
+        `ValueError`: if some row has no item left, or for the reasons of [`recommend`].
     """
-    catalog, leaves = task.catalog, _Leaves(task.trie)
+    catalog, same_text = task.catalog, _SameText(task.trie)
     targets = catalog.indices(rows["item_id"][:])
-    exclude = [leaves.alike([t, *catalog.indices(ids)]) for t, ids in zip(targets, rows["history_ids"][:])]
-    one_of_each = [items[0] for items in leaves.items.values()]
+    exclude = [same_text.expand([t, *catalog.indices(ids)]) for t, ids in zip(targets, rows["history_ids"][:])]
+    one_of_each = [items[0] for items in same_text.items.values()]
     top_k = min(len(one_of_each), num_negatives)
     prompts = task.ranking_prompts(rows[:])
     found = recommend(model, task, prompts, top_k=top_k, exclude=exclude, allowed=one_of_each, **kwargs)
     drawn = [[item for item in items if item >= 0] for items in found.items.tolist()]
-    _report(drawn, num_negatives)
+    _check_drawn(drawn, num_negatives)
     return drawn
 
 
 def count_interactions(windows: Dataset, catalog: ItemCatalog) -> np.ndarray:
     """
-    How often each item occurs in windows of interactions, int64 of shape `(num_items,)`. Windows of one user overlap,
-    so interactions in the middle of a long history count several times.
+    How often each item occurs in windows of interactions, int64 of shape `(num_items,)`. As the windows of one user
+    overlap, interactions in the middle of a long history count several times.
     """
     indices = [index for ids in windows["item_ids"] for index in catalog.indices(ids)]
     return np.bincount(indices, minlength=len(catalog))
 
 
-def _report(drawn: list[list[int]], num_negatives: int) -> None:
+def _check_drawn(drawn: list[list[int]], num_negatives: int) -> None:
+    """Raise if a row has no negatives, and warn if some have too few."""
     none = [row for row, items in enumerate(drawn) if not items]
     if none:
         raise ValueError(
-            f"`rows`: for {len(none)} of {len(drawn)} there is no item to be rejected, the first of them {none[0]}. "
-            "Leave them out, or draw from another source."
+            f"`rows`: {len(none)} of {len(drawn)} have no item left to reject, the first is row {none[0]}. Leave "
+            "these rows out, or draw from another source."
         )
     num_short = sum(len(items) < num_negatives for items in drawn)
     if num_short:
-        logger.warning("%d of %d rows got fewer than %d negatives.", num_short, len(drawn), num_negatives)
+        logger.warning("%d of %d rows have fewer than %d negatives.", num_short, len(drawn), num_negatives)
 
 
-class _Leaves:
-    """Which items are written alike."""
+class _SameText:
+    """Groups of items with the same text, which share a leaf of the trie."""
 
     def __init__(self, trie: ItemTrie):
         self.of_item = trie.item_nodes.tolist()
@@ -135,7 +141,8 @@ class _Leaves:
         for item, leaf in enumerate(self.of_item):
             self.items.setdefault(leaf, []).append(item)
 
-    def alike(self, items: list[int]) -> list[int]:
+    def expand(self, items: list[int]) -> list[int]:
+        """The items and all others with their texts."""
         return [same for item in items for same in self.items[self.of_item[item]]]
 
 
@@ -154,7 +161,7 @@ class _WeightedItems:
         num_tries = 2 * (count + len(taken))
         points = self.rng.random(num_tries) * self.cumulated[-1]
         _take(np.searchsorted(self.cumulated, points, side="right"), self.leaves, taken, found, count)
-        if len(found) < count:  # little is left: go through all of them, in an order that is drawn by weight
+        if len(found) < count:  # few are left: go through all items, in a random order by weight
             with np.errstate(divide="ignore"):
                 keys = np.log(self.rng.random(len(self.weights))) / self.weights
             order = np.argsort(-keys, kind="stable")
@@ -163,7 +170,7 @@ class _WeightedItems:
 
 
 class _NearItems:
-    """Draws items from the smallest parts of the trie that hold the target, and more than it."""
+    """Draws items from the smallest subtries that hold the target and other items."""
 
     def __init__(self, trie: ItemTrie, rng: np.random.Generator):
         tree = CompressedTrie(trie.to("cpu"))
@@ -181,7 +188,7 @@ class _NearItems:
         while node >= 0 and len(found) < count:
             start, end = int(self.start[node]), int(self.end[node])
             size = (seen[0] - start) + (end - seen[1])
-            # A part of them, where they are many: those taken and some that are written alike can be among them
+            # A sample where there are many, large enough although some are taken or have the same text
             picked = self.rng.choice(size, min(size, 4 * count + 2 * len(taken) + 64), replace=False)
             places = start + picked + np.where(picked >= seen[0] - start, seen[1] - seen[0], 0)
             _take(self.order[places.astype(np.int64)], self.leaves, taken, found, count)
@@ -190,7 +197,7 @@ class _NearItems:
 
 
 def _take(items: np.ndarray, leaves: np.ndarray, taken: set[int], found: list[int], count: int) -> None:
-    """Move items into `found` that are not written like one that is taken, until there are `count`."""
+    """Append items whose text is not taken to `found`, until it has `count`."""
     for item in items.tolist():
         if len(found) == count:
             return

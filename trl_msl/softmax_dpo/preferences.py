@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preference rows with several rejected items: their form, their tokens, and their batches."""
+"""Preference rows with several rejected items: making them, and their tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from datasets import Dataset, IterableDataset
 from trl import is_conversational
 from trl.data_utils import get_dataset_column_names
 
-from ..data import RankingTask, completion_text
+from ..data import RankingTask, check_columns, completion_text
 
 
 def build_preferences(rows: Dataset, task: RankingTask, negatives: Sequence[Sequence[int]]) -> Dataset:
     """
-    Preference rows with several rejected items each, in TRL's form but for `rejected`, which is a list.
+    Make preference rows with several rejected items each. They have TRL's form, except that `rejected` is a list.
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -23,15 +23,18 @@ def build_preferences(rows: Dataset, task: RankingTask, negatives: Sequence[Sequ
         task ([`RankingTask`]):
             The items.
         negatives (`Sequence[Sequence[int]]`):
-            Item indices to be rejected for each row, as [`draw_negatives`] gives them.
+            Indices of the rejected items of each row, as [`draw_negatives`] returns them.
 
     Returns:
         [`~datasets.Dataset`] with `prompt`, `chosen`, `rejected`, and the other columns of `rows`.
+
+    Raises:
+        `ValueError`: if `rows` is empty, or `negatives` has another length.
     """
     if len(negatives) != len(rows):
-        raise ValueError(f"`negatives` has {len(negatives)} entries for {len(rows)} rows.")
+        raise ValueError(f"`negatives` has {len(negatives)} entries for {len(rows)} rows: pass one list for each row.")
     if len(rows) == 0:
-        raise ValueError("`rows` is empty: there is nothing to choose.")
+        raise ValueError("`rows` is empty: pass at least one row.")
     conversational = is_conversational(rows[0])
 
     def write(item: int) -> Any:
@@ -43,7 +46,7 @@ def build_preferences(rows: Dataset, task: RankingTask, negatives: Sequence[Sequ
 
 
 def split_pairs(preferences: Dataset) -> Dataset:
-    """A row for each rejected item, with `prompt`, `chosen` and `rejected` as TRL's own `DPOTrainer` takes them."""
+    """Make a row for each rejected item, with `prompt`, `chosen` and `rejected` as TRL's `DPOTrainer` takes them."""
 
     def pairs(batch: dict[str, list]) -> dict[str, list]:
         counts = [len(rejected) for rejected in batch["rejected"]]
@@ -58,8 +61,8 @@ def split_pairs(preferences: Dataset) -> Dataset:
 
 def gather_rejected(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """
-    Put the columns `rejected1` ... `rejectedN` of S-DPO's data into one column `rejected`, a list without what is
-    missing. Other datasets are returned as they are.
+    Put the columns `rejected1` ... `rejectedN` of S-DPO's data into one column `rejected`, a list without missing
+    values. Other datasets are returned unchanged.
     """
     columns = get_dataset_column_names(dataset)
     numbers = {name: name.removeprefix("rejected") for name in columns if name.startswith("rejected")}
@@ -67,7 +70,7 @@ def gather_rejected(dataset: Dataset | IterableDataset) -> Dataset | IterableDat
     if not names:
         return dataset
     if "rejected" in columns:
-        raise ValueError(f"`dataset` has a column 'rejected' and {names}: keep either the one or the others.")
+        raise ValueError(f"`dataset` has a column 'rejected' and {names}: keep one or the other.")
     return dataset.map(
         lambda row: {"rejected": [row[name] for name in names if row[name] is not None]}, remove_columns=names
     )
@@ -75,25 +78,26 @@ def gather_rejected(dataset: Dataset | IterableDataset) -> Dataset | IterableDat
 
 def tokenize_preferences(batch: dict[str, list], task: RankingTask) -> dict[str, list]:
     """
-    Token ids of preference rows, prompt and items apart: the function to `map` over a dataset.
+    Tokenise preference rows, prompt and items separately: the function to `map` over a dataset.
 
     Args:
         batch (`dict[str, list]`):
             `prompt` and `chosen`, standard or conversational, as TRL takes them, and `rejected`: one completion of the
-            same form, or a list of them. Optionally `history`, by which a long prompt is shortened.
+            same form, or a list of them. Optionally `history`, with which a long prompt is shortened.
         task ([`RankingTask`]):
-            The items and the tokenizer. Its `max_length` bounds a prompt with the longest of its completions.
+            The items and the tokenizer. Its `max_length` bounds a prompt together with its longest completion.
 
     Returns:
         `dict` of `prompt_ids`, `chosen_ids` (lists of int) and `rejected_ids` (lists of lists of int).
 
     Raises:
-        `ValueError`: if a completion is no item of the catalogue, a row has no rejected one, or rejects what it has
-            chosen, or a row is too long and can't be shortened.
+        `ValueError`: if a completion is not an item of the catalogue, a row has no rejected completion or rejects its
+            chosen one, or a row is too long and can't be shortened.
     """
     missing = {"prompt", "chosen", "rejected"} - batch.keys()
     if missing:
         raise ValueError(f"`batch` lacks the column(s) {sorted(missing)}: it has {sorted(batch)}.")
+    check_columns(batch)
     conversational = is_conversational({"prompt": batch["prompt"][0]})
     several = [_as_list(rejected, conversational) for rejected in batch["rejected"]]
     empty = sum(len(rejected) == 0 for rejected in several)
@@ -109,8 +113,8 @@ def tokenize_preferences(batch: dict[str, list], task: RankingTask) -> dict[str,
     unknown = [text for text, node in zip(completions, nodes) if node < 0]
     if unknown:
         raise ValueError(
-            f"`chosen` and `rejected`: {len(unknown)} of the {len(completions)} completions read are no item of the "
-            f"catalogue, such as {unknown[:3]}. Write items as `ItemCatalog.completions` has them."
+            f"`chosen` and `rejected`: {len(unknown)} of the {len(completions)} completions read are not items "
+            f"of the catalogue, such as {unknown[:3]}. Write items as `ItemCatalog.completions` has them."
         )
     chosen_ids, rejected_ids, contradictions, start = [], [], [], 0
     for rejected in several:
@@ -121,7 +125,7 @@ def tokenize_preferences(batch: dict[str, list], task: RankingTask) -> dict[str,
         start += 1 + len(rejected)
     if contradictions:
         raise ValueError(
-            f"`rejected`: {len(contradictions)} of the {len(several)} rows read reject what they have chosen, such as "
+            f"`rejected`: {len(contradictions)} of the {len(several)} rows read reject their chosen item, such as "
             f"{contradictions[0]!r}. Draw other negatives."
         )
     longest = [max(map(len, [one, *others])) for one, others in zip(chosen_ids, rejected_ids)]
@@ -131,18 +135,19 @@ def tokenize_preferences(batch: dict[str, list], task: RankingTask) -> dict[str,
 
 
 def check_preferences(batch: dict[str, list], task: RankingTask, dataset_name: str) -> dict[str, list]:
-    """Rows that the user tokenised: completions must be items of this trie, and no row too long."""
-    if not {"chosen_ids", "rejected_ids"} <= batch.keys() or not isinstance(batch["rejected_ids"][0][0], list):
+    """Check rows that the user tokenised: completions must be items of the task, and no row too long."""
+    rejected = batch.get("rejected_ids", [])
+    if "chosen_ids" not in batch or not all(ids and isinstance(ids[0], list) for ids in rejected) or not rejected:
         raise ValueError(
-            f"The {dataset_name} dataset has `prompt_ids`, but not `chosen_ids`, tokens, and `rejected_ids`, lists of "
-            "tokens: map `tokenize_preferences` over preference rows, which makes all of them."
+            f"The {dataset_name} dataset has `prompt_ids`, but not in each row `chosen_ids`, a list of tokens, and "
+            "`rejected_ids`, one or more lists of tokens: map `tokenize_preferences` over preference rows."
         )
     several = [[one, *others] for one, others in zip(batch["chosen_ids"], batch["rejected_ids"])]
     num_wrong = int((task.trie.find([ids for completions in several for ids in completions]) < 0).sum())
     if num_wrong:
         raise ValueError(
-            f"The {dataset_name} dataset has {num_wrong} completion(s) that are no item of the task: map "
-            "`tokenize_preferences` with this very task."
+            f"The {dataset_name} dataset has {num_wrong} completion(s) that are not items of the task: map "
+            "`tokenize_preferences` with the same task."
         )
     lengths = [len(ids) + max(map(len, completions)) for ids, completions in zip(batch["prompt_ids"], several)]
     max_length = task.max_length
@@ -150,7 +155,7 @@ def check_preferences(batch: dict[str, list], task: RankingTask, dataset_name: s
     if too_long:
         raise ValueError(
             f"`max_length` = {max_length}: {too_long} row(s) of the {dataset_name} dataset are longer. Raise it in "
-            "the task, and map `tokenize_preferences` with that."
+            "the task, and map `tokenize_preferences` with that task."
         )
     return batch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DPOTrainer
-from trl.data_utils import get_dataset_column_names
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import global_then_local_main_first, use_adapter
 
 from ..data import RankingTask
 from ..model import check_tree_attention, sliding_window
-from ..training import TaskTrainerMixin, add_sparse_lm_head, masked_softmax_loss, softmax_dpo_loss
+from ..training import SparseHeadOptions, TaskTrainerMixin, add_sparse_lm_head, masked_softmax_loss, softmax_dpo_loss
 from .collator import DataCollatorForSoftmaxPreference, segment_mask
 from .config import SoftmaxDPOConfig
 from .preferences import check_preferences, gather_rejected, tokenize_preferences
@@ -35,20 +35,21 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
 
     TRL's `SDPOTrainer` is another method, Self-Distillation Policy Optimization.
 
-    It differs from [`~trl.DPOTrainer`] in four ways, and in nothing else:
+    It differs from [`~trl.DPOTrainer`] in four ways only:
 
-    - `rejected` is a list of items, or one, or stands in columns `rejected1` ... `rejectedN`;
+    - `rejected` is a list of items, or one item; or there are columns `rejected1` ... `rejectedN`;
     - the loss is [`softmax_dpo_loss`], which for one rejected item is DPO's;
     - an item's log-probability is taken among the tokens that continue some item of the catalogue
       (`normalize="trie"`), through the sparse LM head, or over the whole vocabulary (`"vocab"`), as published;
-    - items of a prompt share it where the model can run a tree of tokens: N of them cost one prompt.
+    - the items of a prompt share it if the model can run a tree of tokens: N items cost one prompt.
 
-    The reference model is TRL's: the model before the training, by switching its adapter off or to a copy
-    (`peft_config=`, or a `PeftModel`), precomputed (`precompute_ref_log_probs=True`), or given (`ref_model=`).
+    The reference model is chosen as in TRL: the model before the training, by switching its adapter off or to a copy
+    (`peft_config=`, or a `PeftModel`); its precomputed log-probabilities (`precompute_ref_log_probs=True`); or
+    `ref_model`.
 
-    Logged besides TRL's `num_tokens`: `rewards/chosen`, `rewards/rejected` and `logps/rejected` (means over the
-    rejected items), `logps/chosen`, `rewards/margins`, and `rewards/accuracies`, how often the chosen item has the
-    highest reward of all.
+    It logs TRL's `num_tokens`, `rewards/chosen`, `rewards/rejected` and `logps/rejected` (means over the rejected
+    items), `logps/chosen`, `rewards/margins`, and `rewards/accuracies`, the share of examples whose chosen item has
+    the highest reward.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -64,7 +65,7 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
             conversational.
 
     Raises:
-        `ValueError`: if `task` does not fit the model or the rows, or an argument has no meaning here.
+        `ValueError`: if `task` does not fit the model or the rows, a dataset is empty, or an argument is unsupported.
 
     Example:
 
@@ -83,6 +84,9 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
 
     _config_class = SoftmaxDPOConfig
     _unsupported = dict.fromkeys(("compute_metrics", "data_collator"), "leave it out")
+    _missing_metrics = dict.fromkeys(
+        ("mean_token_accuracy", "entropy", "logits/chosen", "logits/rejected"), "eval_rewards/accuracies"
+    )
     _tag_names = ["trl", "softmax-dpo"]
     _name = "Softmax DPO"
     _paper = {
@@ -108,80 +112,76 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         **kwargs: Any,
     ):
         args = self._set_task(task, model, args, kwargs)
-        self._collator = DataCollatorForSoftmaxPreference(task.trie, 0, False, args.normalize == "trie")
-        self._is_set_up = False
-        super().__init__(model, ref_model, args, data_collator=self._collator, **kwargs)
+        super().__init__(model, ref_model, args, **kwargs)
         if self.aux_loss_enabled:
-            raise ValueError("`router_aux_loss_coef`: the load-balancing loss is not supported here: set it to 0.0.")
+            raise ValueError(
+                "The load-balancing loss of `SoftmaxDPOTrainer` is not supported: set `router_aux_loss_coef` to 0.0."
+            )
         self._set_up()
 
     def _set_up(self) -> None:
-        """What needs the model, and is needed before its first forward: the heads, and the form of batches."""
-        if self._is_set_up:
+        """
+        Add the LM heads and replace TRL's collator, once both models are known: after TRL's `__init__`, or at its end
+        if it precomputes reference log-probabilities there.
+        """
+        if isinstance(self.data_collator, DataCollatorForSoftmaxPreference):
             return
-        self._is_set_up = True
-        model = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        add_sparse_lm_head(model, self.trie)
+        models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
         if self.ref_model is not None:
-            add_sparse_lm_head(self.accelerator.unwrap_model(self.ref_model), self.trie)
-        self._collator.pad_token_id = self._tokenizer.pad_token_id
-        self._collator.pad_to_multiple_of = self.args.pad_to_multiple_of
+            models.append(self.accelerator.unwrap_model(self.ref_model))
+        for model in models:
+            add_sparse_lm_head(model, self.trie)
         is_prompted = is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning
-        models = [model] if self.ref_model is None else [model, self.accelerator.unwrap_model(self.ref_model)]
-        self._collator.share_prompt = not is_prompted and all(can_share(m, self.args.max_length) for m in models)
+        self.data_collator = DataCollatorForSoftmaxPreference(
+            self.trie,
+            self._tokenizer.pad_token_id,
+            share_prompt=not is_prompted and all(can_share(model, self.args.max_length) for model in models),
+            skip_forced=self.args.normalize == "trie",
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+        )
 
     def _prepare_dataset(self, dataset: Dataset | IterableDataset, processing_class, args, dataset_name):
-        if "prompt_ids" not in get_dataset_column_names(dataset):
-            map_kwargs = {}
-            if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
-                map_kwargs = {"desc": f"Tokenizing {dataset_name} dataset", "num_proc": args.dataset_num_proc}
-            with global_then_local_main_first():
-                dataset = gather_rejected(dataset)
-                dataset = dataset.map(
-                    tokenize_preferences,
-                    batched=True,
-                    remove_columns=get_dataset_column_names(dataset),
-                    fn_kwargs={"task": self.task},
-                    **map_kwargs,
-                )
-        elif isinstance(dataset, Dataset):
-            for batch in dataset.iter(batch_size=10_000):
-                check_preferences(batch, self.task, dataset_name)
-        else:
-            check = {"task": self.task, "dataset_name": dataset_name}
-            dataset = dataset.map(check_preferences, batched=True, fn_kwargs=check)
-        if isinstance(dataset, Dataset):  # precomputed log-probabilities of all batches are put together
-            self._collator.num_rejected = max(self._collator.num_rejected, *map(len, dataset["rejected_ids"]))
-        return dataset
+        if "prompt_ids" in self._column_names(dataset, dataset_name):
+            return self._check_rows(dataset, check_preferences, dataset_name)
+        with global_then_local_main_first():
+            dataset = gather_rejected(dataset)
+        return self._map_rows(dataset, tokenize_preferences, dataset_name, args)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         self._set_up()
-        if isinstance(dataset, Dataset):
-            # What is cached depends on more than rows and model, by which TRL names it
-            dataset = copy.copy(dataset)
-            form = (dataset._fingerprint, self.args.normalize, self._collator.num_rejected, self.trie)
-            dataset._fingerprint = Hasher.hash(form)
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        if not isinstance(dataset, Dataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        # TRL names its cache file after rows and model, but the values depend on these two as well
+        dataset = copy.copy(dataset)
+        dataset._fingerprint = Hasher.hash((dataset._fingerprint, self.args.normalize, self.trie))
+        # TRL concatenates the batches' results, which must therefore have the same number of columns
+        collator = self.data_collator
+        self.data_collator = replace(collator, num_rejected=max(map(len, dataset["rejected_ids"])))
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self.data_collator = collator
 
     def _log_probs(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         """Log-probability of each completion, chosen first, fp32 of shape `(num_examples, 1 + num_rejected)`."""
         segments, labels = inputs["segments"], inputs["labels"]
         attention_mask = (segments >= 0).long()
-        if self._collator.share_prompt:
+        if self.data_collator.share_prompt:
             attention_mask = segment_mask(segments)[:, None]
             unwrapped = self.accelerator.unwrap_model(model)
-            if unwrapped.config.get_text_config()._attn_implementation == "eager":  # it adds its mask to the scores
+            if unwrapped.config.get_text_config()._attn_implementation == "eager":  # which adds the mask to the scores
                 hidden, least = ~attention_mask, torch.finfo(unwrapped.dtype).min
                 attention_mask = torch.zeros_like(hidden, dtype=unwrapped.dtype).masked_fill_(hidden, least)
+        over_trie = self.args.normalize == "trie"
         output = model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
             attention_mask=attention_mask,
             labels=labels,
-            **({"sparse_lm_head": True} if self.args.normalize == "trie" else {"vocab_lm_head": True}),
+            sparse_lm_head=SparseHeadOptions(valid_logits=over_trie, vocab_losses=not over_trie),
         )
         row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-        if self.args.normalize == "trie":
+        if over_trie:
             losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
             nodes = labels[row, column + 1]
             branching = self.trie.to(nodes.device).num_valid_tokens(nodes) > 1
@@ -216,14 +216,16 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         else:
             ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
-        loss = softmax_dpo_loss(chosen_ratios, rejected_ratios, self.beta, mask).mean()
-        self._store_metrics(inputs, chosen, rejected, chosen_ratios, rejected_ratios)
+        losses = softmax_dpo_loss(chosen_ratios, rejected_ratios, self.beta, mask)
+        loss = losses.mean()
+        self._store_metrics(inputs, losses, chosen, rejected, chosen_ratios, rejected_ratios)
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
 
     @torch.no_grad()
     def _store_metrics(
         self,
         inputs: dict[str, Tensor],
+        losses: Tensor,
         chosen: Tensor,
         rejected: Tensor,
         chosen_ratios: Tensor,
@@ -234,6 +236,7 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         best_rejected = rejected_ratios.masked_fill(~mask, -torch.inf).amax(dim=1)
         sums = {
             "examples": torch.tensor(len(chosen)),
+            "loss": losses.sum(),
             "tokens": (inputs["segments"] >= 0).sum() if self.model.training else torch.tensor(0),
             "rewards/chosen": self.beta * chosen_ratios.sum(),
             "rewards/rejected": self.beta * _mean(rejected_ratios, mask).sum(),
@@ -244,6 +247,8 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         values = torch.stack([value.to(chosen.device, torch.float32) for value in sums.values()])
         sums = dict(zip(sums, self.accelerator.reduce(values, "sum").tolist()))
         metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.model.training:
+            self._warn_if_diverged(sums["loss"])
         self._total_train_tokens += int(sums["tokens"])
         metrics["num_tokens"] = [self._total_train_tokens]
         means = {name: value / sums["examples"] for name, value in sums.items() if "/" in name}
@@ -258,11 +263,11 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def can_share(model: PreTrainedModel, max_length: int | None) -> bool:
-    """Whether completions of a prompt can share it; tried, and reported if not."""
+    """Whether the completions of a prompt can share it: tries it, and logs a warning if not."""
     window = sliding_window(model.config.get_text_config())
     if window is not None and (max_length is None or max_length > window):
         logger.warning(
-            "Each completion is run with a prompt of its own: some layers see %d tokens, and `max_length` is %s.",
+            "Each completion is run with a prompt of its own: some layers attend to %d tokens, `max_length` is %s.",
             window,
             max_length,
         )

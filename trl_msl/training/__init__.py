@@ -4,16 +4,17 @@
 from .losses import adaptive_temperature, masked_softmax_loss, softmax_dpo_loss, temperature_statistics
 from .msl_config import MSLConfig
 from .msl_trainer import MSLTrainer
-from .sparse_head import SparseCausalLMOutput, add_sparse_lm_head
+from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
 from .task_trainer import TaskTrainerMixin
 from .temperature import TemperatureCallback
 
 
 __all__ = [
-    "TaskTrainerMixin",
     "MSLConfig",
     "MSLTrainer",
     "SparseCausalLMOutput",
+    "SparseHeadOptions",
+    "TaskTrainerMixin",
     "TemperatureCallback",
     "adaptive_temperature",
     "add_sparse_lm_head",

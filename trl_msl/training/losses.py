@@ -67,7 +67,8 @@ def masked_softmax_loss(
 
 def temperature_statistics(logits: Tensor, valid_mask: Tensor, targets: Tensor) -> Tensor:
     """
-    What [`adaptive_temperature`] needs to know about some positions. Sums, so micro-batches and ranks add up.
+    Sums over positions, from which [`adaptive_temperature`] computes the temperature. Those of micro-batches and ranks
+    add up.
 
     Args:
         logits, valid_mask, targets:
@@ -75,14 +76,21 @@ def temperature_statistics(logits: Tensor, valid_mask: Tensor, targets: Tensor) 
 
     Returns:
         `torch.Tensor` of shape `(6,)`: the number of positions, and the sums over them of the target's logit, of the
-        mean, the mean square and the variance of the valid logits, and of the logarithm of their number. Detached.
+        mean, the mean square and the variance of the valid logits, and of the logarithm of their number. Detached;
+        float64, so that a large offset which all logits have in common does not cost precision.
     """
-    logits = logits.detach().float()
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+    logits = logits.detach()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     num_valid = valid_mask.sum(dim=-1)
-    target_logits = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    mean = (logits * valid_mask).sum(dim=-1) / num_valid
-    deviation = (logits - mean.unsqueeze(-1)) * valid_mask
-    variance = deviation.square().sum(dim=-1) / num_valid
+    target_logits = logits.gather(-1, targets.unsqueeze(-1))
+    # Relative to the target's logit there is no large offset: only the results of rows need the wider type
+    relative = (logits - target_logits) * valid_mask
+    relative_mean = relative.sum(dim=-1) / num_valid
+    deviation = (relative - relative_mean.unsqueeze(-1)) * valid_mask
+    variance = (deviation.square().sum(dim=-1) / num_valid).to(wide)
+    target_logits = target_logits.squeeze(-1).to(wide)
+    mean = target_logits + relative_mean
     columns = [torch.ones_like(mean), target_logits, mean, mean.square() + variance, variance, num_valid.log()]
     return torch.stack(columns, dim=-1).sum(dim=0)
 
@@ -99,7 +107,8 @@ def adaptive_temperature(statistics: Tensor, eta: float = 0.25, num_items: float
        \tau = \frac{d + \sqrt{\max(d^2 - 2 \sigma^2 C, 0)}}{2C} $$
 
     **Erratum.** The paper prints a minus before the root (Eq. 11-12). That root of the quadratic tends to 0 as
-    σ → 0, where the exact answer is `d / C`: the plus root. The authors' released code has the plus, and so have we.
+    σ → 0, where the exact answer is `d / C`: the plus root. The authors' released code has the plus, as does this
+    function.
 
     Where `C ≤ 0` even the uniform distribution gives the target more than η: the answer is `inf`, to be clamped.
 

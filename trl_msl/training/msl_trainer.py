@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,11 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
-from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import global_then_local_main_first
 
-from ..data import RankingTask, tokenize_rows
-from ..trie import ItemTrie
+from ..data import RankingTask, have_single_items, tokenize_rows
 from .losses import masked_softmax_loss
 from .msl_config import MSLConfig
-from .sparse_head import SparseCausalLMOutput, add_sparse_lm_head
+from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
 from .task_trainer import TaskTrainerMixin
 from .temperature import TemperatureCallback
 
@@ -137,43 +135,31 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         dataset_name,
     ):
         supervise_history = args.supervise_history and dataset_name == "train"
-        columns = get_dataset_column_names(dataset)
+        columns = self._column_names(dataset, dataset_name)
         if "input_ids" not in columns:
-            map_kwargs = {}
-            if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
-                map_kwargs = {"desc": f"Tokenizing {dataset_name} dataset", "num_proc": args.dataset_num_proc}
-            with global_then_local_main_first():
-                dataset = dataset.map(
-                    tokenize_rows,
-                    batched=True,
-                    remove_columns=columns,
-                    fn_kwargs={"task": self.task, "supervise_history": supervise_history},
-                    **map_kwargs,
-                )
+            dataset = self._map_rows(dataset, tokenize_rows, dataset_name, args, supervise_history=supervise_history)
         elif "labels" not in columns:
             raise ValueError(
                 f"The {dataset_name} dataset has `input_ids` but no `labels`: map `tokenize_rows` over "
                 "prompt/completion rows, which makes both."
             )
-        elif isinstance(dataset, Dataset):
-            num_targets = 0
-            for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=10_000):
-                _check_tokenized(batch, self.trie, args.max_length, dataset_name)
-                nodes = torch.from_numpy(np.concatenate(batch["labels"]))
-                parents = self.trie.to("cpu").parents(nodes[nodes != -100])
-                num_targets += int((parents == self.trie.first_branching_node).sum())
-            if supervise_history and num_targets <= len(dataset):
-                raise ValueError(
-                    f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
-                    f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
-                )
         else:
-            dataset = dataset.map(
-                _check_tokenized,
-                batched=True,
-                fn_kwargs={"trie": self.trie, "max_length": args.max_length, "dataset_name": dataset_name},
-            )
+            dataset = self._check_rows(dataset, _check_tokenized, dataset_name)
+            if supervise_history and isinstance(dataset, Dataset):
+                self._check_supervision(dataset)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _check_supervision(self, dataset: Dataset) -> None:
+        """Raise if rows that the user tokenised have no targets but their last items."""
+        num_targets, trie = 0, self.trie.to("cpu")
+        for batch in dataset.select_columns(["labels"]).iter(batch_size=10_000):
+            nodes = torch.from_numpy(np.concatenate(batch["labels"]))
+            num_targets += int((trie.parents(nodes[nodes != -100]) == trie.first_branching_node).sum())
+        if num_targets <= len(dataset) and not have_single_items(_prompts(dataset), self.task):
+            raise ValueError(
+                f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
+                f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
+            )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         if self.args.normalize == "vocab":
@@ -196,14 +182,12 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         # Evaluated at τ = 1, where the loss is what ranks, and comparable while τ moves; and over all valid tokens
         temperature = self.temperature if self.model.training else 1.0
         over_vocab = self.args.normalize == "vocab"
-        output = model(
-            **inputs,
-            sparse_lm_head=True,
-            vocab_lm_head=over_vocab,
-            vocab_temperature=temperature,
+        options = SparseHeadOptions(
             num_negatives=self.args.num_negatives if self.model.training else None,
-            output_vocab_losses=self.args.log_lml_parts,
+            vocab_losses=over_vocab or self.args.log_lml_parts,
+            vocab_temperature=temperature if over_vocab else 1.0,
         )
+        output = model(**inputs, sparse_lm_head=options)
         if over_vocab:
             losses = output.vocab_losses
         else:
@@ -277,16 +261,22 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             metrics[name].append(sums[name] / max(sums["supervised"], 1))
 
 
-def _check_tokenized(
-    batch: dict[str, list], trie: ItemTrie, max_length: int | None, dataset_name: str
-) -> dict[str, list]:
+def _prompts(dataset: Dataset) -> Iterator[list[int]]:
+    """Tokens before the first label of rows that the user tokenised."""
+    for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=10_000):
+        for ids, labels in zip(batch["input_ids"], batch["labels"]):
+            yield ids[: next((place for place, node in enumerate(labels) if node != -100), None)]
+
+
+def _check_tokenized(batch: dict[str, list], task: RankingTask, dataset_name: str) -> dict[str, list]:
     """Rows that the user tokenised: labels must be nodes of this trie, and no title may be cut."""
     ids, nodes = (torch.from_numpy(np.concatenate(batch[name])) for name in ("input_ids", "labels"))
     is_last = torch.zeros(len(nodes), dtype=torch.bool)
     is_last[np.cumsum([len(row) for row in batch["labels"]]) - 1] = True
     labelled = nodes != -100
     ids, nodes, is_last = ids[labelled], nodes[labelled], is_last[labelled]
-    trie, on_trie = trie.to("cpu"), (nodes > 0) & (nodes < trie.num_nodes)
+    trie, max_length = task.trie.to("cpu"), task.max_length
+    on_trie = (nodes > 0) & (nodes < trie.num_nodes)
     # Behind an item of the history something else may stand where it should end
     is_right = (trie.tokens(nodes * on_trie) == ids) | (torch.isin(nodes, trie.item_nodes) & ~is_last)
     num_wrong = int((~on_trie | ~is_right).sum())

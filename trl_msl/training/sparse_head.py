@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,34 +16,53 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from ..model import check_head, head_projection
+from ..model import backbone, check_head, head_projection
 from ..trie import ItemTrie
+
+
+@dataclass(frozen=True)
+class SparseHeadOptions:
+    """
+    What a sparse LM head computes in one forward.
+
+    Args:
+        valid_logits (`bool`, *optional*, defaults to `True`):
+            Logits of the valid tokens at the branching positions.
+        num_negatives (`int`, *optional*):
+            Draw this many of the wrong tokens, with replacement, at positions that have more.
+        vocab_losses (`bool`, *optional*, defaults to `False`):
+            Language modeling loss, over the whole vocabulary, of every supervised position.
+        vocab_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of these losses, as [`masked_softmax_loss`] has it.
+    """
+
+    valid_logits: bool = True
+    num_negatives: int | None = None
+    vocab_losses: bool = False
+    vocab_temperature: float = 1.0
 
 
 @dataclass
 class SparseCausalLMOutput(ModelOutput):
     """
-    Output of a model given a sparse LM head with [`add_sparse_lm_head`] and called with `sparse_lm_head=True`.
+    Output of a model given a sparse LM head with [`add_sparse_lm_head`] and called with `sparse_lm_head`.
 
     A *branching position* is one where several tokens are valid. `logits` spans the union of the tokens that are valid
     at some branching position of the batch, so `valid_mask` says which of them are valid at which position.
 
-    With `vocab_lm_head=True` alone, only `vocab_losses` is there.
-
     Args:
-        logits (`torch.Tensor` of shape `(num_positions, num_tokens)`, fp32):
+        logits (`torch.Tensor` of shape `(num_positions, num_tokens)`, fp32, *optional*):
             Logits at the branching positions.
-        valid_mask (`torch.Tensor` of shape `(num_positions, num_tokens)`, bool):
-            Which tokens are valid at which position.
-        targets (`torch.Tensor` of shape `(num_positions,)`, int64):
+        valid_mask (`torch.Tensor` of shape `(num_positions, num_tokens)`, bool, *optional*):
+            Which tokens are valid at which position; with `num_negatives`, which of them take part.
+        targets (`torch.Tensor` of shape `(num_positions,)`, int64, *optional*):
             Column of the right token.
-        parents (`torch.Tensor` of shape `(num_positions,)`, int64):
+        parents (`torch.Tensor` of shape `(num_positions,)`, int64, *optional*):
             Trie node at which each position chooses.
         is_sampled (`torch.Tensor` of shape `(num_positions,)`, bool, *optional*):
-            Where `valid_mask` holds but the target and `num_negatives` draws of the other valid tokens.
+            With `num_negatives`: where `valid_mask` has only the target and the draws.
         vocab_losses (`torch.Tensor` of shape `(num_supervised,)`, fp32, *optional*):
-            Language modeling loss of every supervised position, forced ones too: with `vocab_lm_head=True` at
-            `vocab_temperature`, with `output_vocab_losses=True` detached.
+            Language modeling loss of every supervised position, forced ones too.
         aux_loss (`torch.Tensor`, *optional*):
             MoE load-balancing loss, when called with `output_router_logits=True`.
     """
@@ -58,12 +79,13 @@ class SparseCausalLMOutput(ModelOutput):
 def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
     """
     Add a sparse LM head to `model`: `model(..., labels=nodes, sparse_lm_head=True)` returns a
-    [`SparseCausalLMOutput`], and `model(..., labels=nodes, vocab_lm_head=True)` losses over the whole vocabulary.
+    [`SparseCausalLMOutput`]. Pass [`SparseHeadOptions`] instead of `True` to change what it computes.
 
     The forward runs the backbone and projects the hidden states at branching positions onto the rows of the head that
     are valid somewhere in the batch: a few positions times a few hundred tokens instead of every token times the
-    vocabulary. Without either argument the forward is the original one, so generation is unchanged. It happens
-    inside the forward so that the hooks of DDP, FSDP and ZeRO-3 are armed, as in TRL's `add_fused_lm_head`.
+    vocabulary. Without `sparse_lm_head` the forward is the original one, so generation is unchanged. It happens
+    inside the forward so that the hooks of DDP, FSDP and ZeRO-3 are armed, as in TRL's `add_fused_lm_head`. A
+    `copy.deepcopy` of the model runs its own weights.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -72,61 +94,68 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             Trie of the catalogue, whose nodes are the labels.
 
     Raises:
-        `ValueError`: if the head's weight is no floating-point matrix or smaller than the trie's vocabulary needs.
+        `ValueError`: if rows of the head's weight, its bias, a scale and a cap are not all there is to the logits of
+            the trie's tokens, as [`check_head`] finds out.
     """
     check_head(model, trie)
-    original_forward = model.forward
-    text_config = model.config.get_text_config()
+    original_forward = _unbound_forward(model)
 
     # Keep the original signature: `generate` validates its model kwargs against it
     @functools.wraps(type(model).forward)
     def forward(
         self,
         *args,
-        sparse_lm_head=False,
-        vocab_lm_head=False,
-        labels=None,
-        shift_labels=None,
-        output_vocab_losses=False,
-        vocab_temperature=1.0,
-        num_negatives=None,
+        sparse_lm_head: SparseHeadOptions | bool = False,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs,
     ):
-        if not (sparse_lm_head or vocab_lm_head):
+        if not sparse_lm_head:
             given = {"labels": labels, "shift_labels": shift_labels}
-            return original_forward(*args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
-        kwargs["use_cache"] = False
-        # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
-        backbone_outputs = self.base_model(*args, **kwargs)
-        project = head_projection(self)
-        weight, bias = project.keywords["weight"], project.keywords["bias"]
-        device = weight.device
-        hidden = backbone_outputs.last_hidden_state.to(device)
-        nodes = (labels[:, 1:] if shift_labels is None else shift_labels).to(device)
-        local_trie = trie.to(device)
-        row, column = (nodes != -100).nonzero(as_tuple=True)
-        nodes = nodes[row, column]
-        branching = local_trie.num_valid_tokens(nodes) > 1
-
-        output = SparseCausalLMOutput()
-        if vocab_lm_head:
-            vocab_losses = _vocab_losses(local_trie.tokens(nodes), hidden[row, column], project, vocab_temperature)
-        with maybe_gather_lm_head_ctx(weight, bias):
-            if sparse_lm_head:
-                states = hidden[row[branching], column[branching]]
-                output = _sparse_output(local_trie, nodes[branching], states, project, num_negatives)
-            if vocab_lm_head:
-                output.vocab_losses = vocab_losses
-            elif output_vocab_losses:
-                # cast once, not for each chunk of positions
-                project = functools.partial(project, weight=weight.detach().float())
-                with torch.no_grad():
-                    output.vocab_losses = _vocab_losses(local_trie.tokens(nodes), hidden[row, column], project)
-        if kwargs.get("output_router_logits"):
-            output.aux_loss = _load_balancing_loss(text_config, backbone_outputs, kwargs.get("attention_mask"))
-        return output
+            return original_forward(self, *args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
+        options = SparseHeadOptions() if sparse_lm_head is True else sparse_lm_head
+        nodes = labels[:, 1:] if shift_labels is None else shift_labels
+        return _sparse_forward(self, trie, nodes, options, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _unbound_forward(model: PreTrainedModel) -> Callable:
+    """The model's forward as a function of the model, whichever library has wrapped it."""
+    forward = model.forward
+    if getattr(forward, "__self__", None) is model:
+        return forward.__func__
+    if isinstance(forward, functools.partial) and forward.args[:1] == (model,):  # accelerate, for `device_map`
+        return forward.func
+    return lambda self, *args, **kwargs: forward(*args, **kwargs)
+
+
+def _sparse_forward(
+    model: PreTrainedModel, trie: ItemTrie, nodes: Tensor, options: SparseHeadOptions, *args: Any, **kwargs: Any
+) -> SparseCausalLMOutput:
+    """The backbone, called with the arguments given, and what `options` ask for where `nodes` aren't -100."""
+    # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
+    backbone_outputs = backbone(model)(*args, **{**kwargs, "use_cache": False})
+    project = head_projection(model)
+    weight, bias = project.keywords["weight"], project.keywords["bias"]
+    hidden = backbone_outputs.last_hidden_state.to(weight.device)
+    nodes, trie = nodes.to(weight.device), trie.to(weight.device)
+    row, column = (nodes != -100).nonzero(as_tuple=True)
+    nodes = nodes[row, column]
+
+    output, vocab_losses = SparseCausalLMOutput(), None
+    if options.vocab_losses:
+        vocab_losses = _vocab_losses(trie.tokens(nodes), hidden[row, column], project, options.vocab_temperature)
+    if options.valid_logits:
+        branching = trie.num_valid_tokens(nodes) > 1
+        states = hidden[row[branching], column[branching]]
+        with maybe_gather_lm_head_ctx(weight, bias):
+            output = _sparse_output(trie, nodes[branching], states, project, options.num_negatives)
+    output.vocab_losses = vocab_losses
+    if kwargs.get("output_router_logits"):
+        text_config = model.config.get_text_config()
+        output.aux_loss = _load_balancing_loss(text_config, backbone_outputs, kwargs.get("attention_mask"))
+    return output
 
 
 def _sparse_output(
@@ -153,8 +182,8 @@ def _sparse_output(
 
 def _draw_tokens(trie: ItemTrie, nodes: Tensor, num_negatives: int) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Valid tokens before `nodes` as pairs of position and token; where there are more wrong ones than `num_negatives`,
-    so many draws of them, and the right one. And which positions that concerns.
+    Valid tokens before `nodes` as pairs of position and token; where more than `num_negatives` of them are wrong, the
+    right one and that many draws of the others. And which positions those are.
     """
     num_valid = trie.num_valid_tokens(nodes)
     is_sampled = num_valid - 1 > num_negatives
@@ -173,14 +202,14 @@ def _draw_tokens(trie: ItemTrie, nodes: Tensor, num_negatives: int) -> tuple[Ten
     )
 
 
-def _vocab_losses(tokens: Tensor, hidden: Tensor, project, temperature: float = 1.0, chunk_size: int = 256) -> Tensor:
+def _vocab_losses(tokens: Tensor, hidden: Tensor, project, temperature: float, chunk_size: int = 256) -> Tensor:
     """
-    Language modeling loss, with a temperature as MSL has it, of each supervised position, a few positions at a time,
-    whose logits are made again in the backward pass: never `[positions, vocabulary]` at once.
+    Language modeling loss, with a temperature as MSL has it, of each supervised position. The logits are computed for
+    a few positions at a time, and again in the backward pass, so that they are never all in memory.
     """
 
     def chunk_losses(states: Tensor, targets: Tensor) -> Tensor:
-        # Gathered for each chunk (ZeRO-3), as the backward pass makes it again
+        # Gathered for each chunk (ZeRO-3), since the backward pass computes it again
         with maybe_gather_lm_head_ctx(project.keywords["weight"], project.keywords["bias"]):
             logits = project(states, rows=slice(None)) / temperature
         return temperature * torch.nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -6,19 +6,21 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from huggingface_hub import ModelCard
+from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.utils import get_config_model_id
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from ..data import RankingTask
 from ..trie import ItemTrie
-from .model_card import describe_recommender
+from .model_card import base_license, card_tags, make_model_card
 
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,8 @@ class TaskTrainerMixin:
                 f"`max_length` is {args.max_length} in `args` and {task.max_length} in `task`, by which rows are made "
                 "and ranked: set it in the task, and leave it out of `args`."
             )
+        if isinstance(kwargs.get("train_dataset"), Dataset | IterableDataset):  # TRL reads its first row
+            self._column_names(kwargs["train_dataset"], "train")
         args = copy.copy(args)
         args.max_length = task.max_length
         self.task = task
@@ -77,6 +81,43 @@ class TaskTrainerMixin:
     def trie(self) -> ItemTrie:
         """The task's trie, whose nodes are the labels."""
         return self.task.trie
+
+    def _column_names(self, dataset: Dataset | IterableDataset, dataset_name: str) -> list[str]:
+        if next(iter(dataset), None) is None:
+            raise ValueError(f"The {dataset_name} dataset is empty: pass at least one row.")
+        return get_dataset_column_names(dataset)
+
+    def _map_rows(
+        self,
+        dataset: Dataset | IterableDataset,
+        tokenize: Callable,
+        dataset_name: str,
+        args: TrainingArguments,
+        **fn_kwargs: Any,
+    ) -> Dataset | IterableDataset:
+        """Replace the columns of a dataset by those that `tokenize(batch, task, **fn_kwargs)` returns."""
+        map_kwargs = {}
+        if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
+            map_kwargs = {"desc": f"Tokenizing {dataset_name} dataset", "num_proc": args.dataset_num_proc}
+        with global_then_local_main_first():
+            return dataset.map(
+                tokenize,
+                batched=True,
+                remove_columns=get_dataset_column_names(dataset),
+                fn_kwargs={"task": self.task, **fn_kwargs},
+                **map_kwargs,
+            )
+
+    def _check_rows(
+        self, dataset: Dataset | IterableDataset, check: Callable, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        """Call `check(batch, task, dataset_name)` on all rows: now, or as they come from an `IterableDataset`."""
+        fn_kwargs = {"task": self.task, "dataset_name": dataset_name}
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(check, batched=True, fn_kwargs=fn_kwargs)
+        for batch in dataset.iter(batch_size=10_000):
+            check(batch, **fn_kwargs)
+        return dataset
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run resumed from its last step has nothing left to do, but `Trainer` takes a step before it looks
@@ -112,24 +153,28 @@ class TaskTrainerMixin:
     def predict(self, *args, **kwargs):
         raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """As TRL's, from a template for recommenders: see [`make_model_card`]."""
         if not self.is_world_process_zero():
             return
+        base = get_config_model_id(self.model.config) or ""
+        model_id = self.hub_model_id or str(self.args.output_dir)
+        metadata = ModelCardData(
+            base_model=base if base and not Path(base).is_dir() else None,
+            datasets=dataset_name,
+            library_name="transformers",
+            license=base_license(base),
+            model_name=model_name or Path(model_id).name,
+            tags=card_tags([*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]),
+        )
         evaluations = [entry for entry in self.state.log_history if any("@" in name for name in entry)]
         best = [entry for entry in evaluations if entry["step"] == self.state.best_global_step]
         metrics = (best or evaluations or [{}])[-1]
         num_rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
-        path = Path(self.args.output_dir) / "README.md"
-        card = ModelCard.load(path)
-        introduction, _, rest = card.text.partition("## Quick start")  # TRL's, for a model that chats
-        procedure = rest[rest.index("## Training procedure") :]
-        # TRL's template has no word for a base model that is not on the Hub
-        base = f"`{get_config_model_id(self.model.config)}`"
-        introduction = introduction.replace("[None](https://huggingface.co/None)", base)
-        model_id = self.hub_model_id or str(self.args.output_dir)
-        card.text = introduction + describe_recommender(model_id, self.task, num_rows, metrics) + procedure
-        card.save(path)
+        card = make_model_card(metadata, self.task, model_id, base, self._name, self._paper, num_rows, metrics)
+        card.save(Path(self.args.output_dir) / "README.md")
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:

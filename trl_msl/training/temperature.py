@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The temperature of the loss over the course of training, alike on all ranks."""
+"""The temperature of the loss over the course of training, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .sparse_head import SparseCausalLMOutput
 
 class TemperatureCallback(TrainerCallback, ExportableState):
     """
-    Holds the temperature τ of the loss and, if it is adaptive (ATS), updates it after each optimizer step from what
-    all the step's micro-batches and ranks saw. Stored in `trainer_state.json`.
+    Holds the temperature τ of the loss and, if it is adaptive (ATS), updates it after each optimizer step from all of
+    the step's micro-batches, on all ranks. Stored in `trainer_state.json`.
 
-    A step is taken with the τ that the steps before it left, so that gradient accumulation changes nothing. The
-    released code uses each micro-batch's estimate at once; with a moving average of weight 0.05 that differs little.
+    Each step uses the τ that the steps before it left, so that gradient accumulation changes nothing. The released
+    code uses each micro-batch's estimate at once; with a moving average of weight 0.05 that differs little.
 
     Args:
         temperature, eta, init, min, max, ema, warmup_steps, positions:
@@ -59,7 +59,7 @@ class TemperatureCallback(TrainerCallback, ExportableState):
         return cls(config.temperature, **{name: getattr(config, f"temperature_{name}") for name in names})
 
     def observe(self, output: SparseCausalLMOutput, first_branching_node: int) -> None:
-        """Add what one micro-batch tells about τ."""
+        """Add the statistics of one micro-batch."""
         if not self.adaptive:
             return
         first = output.parents == first_branching_node
@@ -82,7 +82,7 @@ class TemperatureCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):
         if self._observed is None:
             return
-        *statistics, num_items = reduce(self._observed, "sum").cpu()  # every rank joins, whatever it has seen
+        *statistics, num_items = reduce(self._observed, "sum").cpu()  # a collective: every rank takes part
         self._observed = None
         if num_items == 0 or state.global_step <= self.settings["warmup_steps"]:
             return

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,45 @@ _FORMAT = 3
 _HAS_CHILD, _IS_FIRST_SIBLING = 1 << 24, 1 << 25  # beside the 24 bits of a token
 
 
-def build_edges(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def flatten_sequences(sequences: Sequence[Sequence[int]] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens in a row, int64, and the length of each sequence, int64."""
+    if isinstance(sequences, np.ndarray) and sequences.ndim == 2:
+        lengths = np.full(len(sequences), sequences.shape[1], dtype=np.int64)
+        tokens = sequences.reshape(-1).astype(np.int64)
+    else:
+        lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+        tokens = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=int(lengths.sum()))
+    return tokens, lengths
+
+
+def build_arrays(
+    sequences: Sequence[Sequence[int]] | np.ndarray, vocab_size: int | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """
+    `edges`, `item_nodes` and `vocab_size` of the trie of some sequences: see [`ItemTrie.from_sequences`].
+
+    Raises:
+        `ValueError`: if there is no sequence, a sequence is empty, or a token id lies outside the vocabulary.
+    """
+    tokens, lengths = flatten_sequences(sequences)
+    if len(lengths) == 0:
+        raise ValueError("`sequences` is empty: a trie needs at least one item.")
+    if lengths.min() == 0:
+        raise ValueError(
+            f"`sequences` holds {int((lengths == 0).sum())} empty sequence(s), the first at index "
+            f"{int(lengths.argmin())}: append the end token to every item."
+        )
+    largest = int(tokens.max())
+    vocab_size = largest + 1 if vocab_size is None else int(vocab_size)
+    if int(tokens.min()) < 0 or largest >= vocab_size or vocab_size - 1 > MAX_TOKEN:
+        raise ValueError(
+            f"`sequences` hold token ids from {int(tokens.min())} to {largest}, but must stay within "
+            f"0 and `vocab_size` - 1 = {vocab_size - 1} (and 2**24 - 1). Was the right tokenizer used?"
+        )
+    return *_build_edges(tokens, lengths, vocab_size), vocab_size
+
+
+def _build_edges(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     Number the nodes breadth-first, one level at a time.
 
@@ -97,7 +137,7 @@ def read_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
     file, and what it returns is a trie, whoever wrote the file.
 
     Raises:
-        `ValueError`: if the file is missing, damaged, or holds no trie.
+        `ValueError`: if the file is missing, damaged, or does not hold a trie.
     """
     try:
         with safe_open(folder / TRIE_FILE, framework="numpy") as file:
@@ -111,7 +151,7 @@ def read_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
         edges = _unpack(arrays["nodes"], vocab_size)
         _check_items(arrays["nodes"], arrays["item_nodes"])
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{TRIE_FILE} is missing, damaged or no trie: {error}") from error
+        raise ValueError(f"{TRIE_FILE} is missing, damaged or not a trie: {error}") from error
     return edges, arrays["item_nodes"], vocab_size
 
 
@@ -125,12 +165,12 @@ def _unpack(nodes: np.ndarray, vocab_size: int) -> np.ndarray:
     inner_nodes = np.flatnonzero(nodes & _HAS_CHILD)
     family = np.cumsum(nodes[1:] & _IS_FIRST_SIBLING > 0) - 1
     if family[0] != 0 or family[-1] != len(inner_nodes) - 1 or tokens.max() >= vocab_size:
-        raise ValueError("`nodes` are no trie")
+        raise ValueError("`nodes` are not a trie")
     parents = inner_nodes[family]
     edges = np.concatenate([[-1], parents * vocab_size + tokens])
     # Siblings ascend, and a parent comes before its children
     if (edges[1:] <= edges[:-1]).any() or (parents >= np.arange(1, len(nodes))).any():
-        raise ValueError("`nodes` are no trie")
+        raise ValueError("`nodes` are not a trie")
     return edges
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import build_edges, find_first_children, read_arrays, write_arrays
+from .arrays import build_arrays, find_first_children, flatten_sequences, read_arrays, write_arrays
 from .ragged import ragged_arange
-from .sequence_index import MAX_TOKEN, SequenceIndex
+from .sequence_index import SequenceIndex
 
 
 class ItemTrie:
@@ -71,22 +70,7 @@ class ItemTrie:
         Raises:
             `ValueError`: if there is no sequence, a sequence is empty, or a token id lies outside the vocabulary.
         """
-        tokens, lengths = _flatten(sequences)
-        if len(lengths) == 0:
-            raise ValueError("`sequences` is empty: a trie needs at least one item.")
-        if lengths.min() == 0:
-            raise ValueError(
-                f"`sequences` holds {int((lengths == 0).sum())} empty sequence(s), the first at index "
-                f"{int(lengths.argmin())}: append the end token to every item."
-            )
-        largest = int(tokens.max())
-        vocab_size = largest + 1 if vocab_size is None else int(vocab_size)
-        if int(tokens.min()) < 0 or largest >= vocab_size or vocab_size - 1 > MAX_TOKEN:
-            raise ValueError(
-                f"`sequences` hold token ids from {int(tokens.min())} to {largest}, but must stay within "
-                f"0 and `vocab_size` - 1 = {vocab_size - 1} (and 2**24 - 1). Was the right tokenizer used?"
-            )
-        return cls._from_arrays(*build_edges(tokens, lengths, vocab_size), vocab_size)
+        return cls._from_arrays(*build_arrays(sequences, vocab_size))
 
     @classmethod
     def _from_arrays(cls, edges: np.ndarray, item_nodes: np.ndarray, vocab_size: int) -> ItemTrie:
@@ -213,7 +197,7 @@ class ItemTrie:
 
     def valid_mask(self, nodes: Tensor, vocab_size: int | None = None) -> Tensor:
         """
-        Dense mask of the tokens valid after each node, for those who want one (and for tests).
+        Dense mask of the tokens valid after each node.
 
         Returns:
             `torch.Tensor` of shape `(num_rows, vocab_size)`, bool.
@@ -316,16 +300,14 @@ class ItemTrie:
     # ------------------------------------------------------------------ exact lookup
 
     @cached_property
-    def _index(self) -> tuple[SequenceIndex, np.ndarray]:
-        """Index of the items' sequences, and the final node of each of its keys."""
-        index, item_keys = SequenceIndex.build(
+    def _index(self) -> SequenceIndex:
+        """The node of each item by its tokens."""
+        parts = (
             # in parts, as a matrix of all paths could be large
             (self.tokens(paths.clamp(min=0)).cpu().numpy(), (paths >= 0).sum(dim=1).cpu().numpy())
             for paths in map(self.paths, self.item_nodes.split(1 << 16))
         )
-        key_nodes = np.empty(len(index), dtype=np.int64)
-        key_nodes[item_keys] = self.item_nodes.cpu().numpy()
-        return index, key_nodes
+        return SequenceIndex.build(parts, self.item_nodes.cpu().numpy())
 
     def find(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """
@@ -336,11 +318,9 @@ class ItemTrie:
                 Token ids, end token included.
 
         Returns:
-            `torch.Tensor` of shape `(len(sequences),)`, int64: the item's node, `-1` where the sequence is no item.
+            `torch.Tensor` of shape `(len(sequences),)`, int64: the item's node, or `-1` where it is not one.
         """
-        index, key_nodes = self._index
-        keys = index.find(*_flatten(sequences))
-        return torch.from_numpy(np.where(keys >= 0, key_nodes[keys], -1)).to(self.device)
+        return torch.from_numpy(self._index.find(*flatten_sequences(sequences))).to(self.device)
 
     # ------------------------------------------------------------------ storage
 
@@ -367,14 +347,3 @@ class ItemTrie:
                 "Save it again with `ItemTrie.save_pretrained`."
             ) from error
         return cls._from_arrays(*arrays)
-
-
-def _flatten(sequences: Sequence[Sequence[int]] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens in a row, int64, and the length of each sequence, int64."""
-    if isinstance(sequences, np.ndarray) and sequences.ndim == 2:
-        lengths = np.full(len(sequences), sequences.shape[1], dtype=np.int64)
-        tokens = sequences.reshape(-1).astype(np.int64)
-    else:
-        lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
-        tokens = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=int(lengths.sum()))
-    return tokens, lengths

@@ -14,41 +14,42 @@ MAX_TOKEN = (1 << 24) - 1  # token ids are written in 3 bytes
 
 class SequenceIndex:
     """
-    Distinct token sequences, numbered by a marisa-trie. A sequence's number is its *key*.
+    Token sequences and a value for each.
 
     Args:
         trie (`marisa_trie.BinaryTrie`):
-            The sequences, three big-endian bytes a token.
+            The distinct sequences, three big-endian bytes a token. It numbers them.
+        values (`numpy.ndarray` of shape `(len(trie),)`, int64):
+            Value of each sequence by its number.
     """
 
-    def __init__(self, trie: marisa_trie.BinaryTrie):
+    def __init__(self, trie: marisa_trie.BinaryTrie, values: np.ndarray):
         self.trie = trie
-
-    def __len__(self) -> int:
-        return len(self.trie)
+        self.values = values
 
     @classmethod
-    def build(cls, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[SequenceIndex, np.ndarray]:
+    def build(cls, parts: Iterable[tuple[np.ndarray, np.ndarray]], values: np.ndarray) -> SequenceIndex:
         """
         Index sequences.
 
         Args:
             parts (`Iterable` of `tuple[numpy.ndarray, numpy.ndarray]`):
                 Tokens of shape `(num_sequences, longest)`, padded on the right, and lengths `(num_sequences,)`.
-
-        Returns:
-            The index, and the key of each sequence, int64.
+            values (`numpy.ndarray` of shape `(total,)`):
+                Value of each sequence of all parts, not negative, and the same where a sequence is repeated.
         """
         encoded = []
         for tokens, lengths in parts:
             rows = _encode(tokens.reshape(-1)).reshape(len(tokens), -1)
             encoded += [row[: 3 * length].tobytes() for row, length in zip(rows, lengths)]
         trie = marisa_trie.BinaryTrie(encoded)
-        return cls(trie), np.array([trie[sequence] for sequence in encoded], dtype=np.int64)
+        by_number = np.empty(len(trie), dtype=np.int64)
+        by_number[np.array([trie[sequence] for sequence in encoded], dtype=np.int64)] = values
+        return cls(trie, by_number)
 
     def find(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """
-        Keys of sequences.
+        Values of sequences.
 
         Args:
             tokens (`numpy.ndarray` of shape `(total,)`, int64):
@@ -62,11 +63,11 @@ class SequenceIndex:
         encoded = _encode(tokens).tobytes()
         ends = 3 * np.cumsum(lengths)
         places = zip((ends - 3 * lengths).tolist(), ends.tolist())
-        keys = np.array([self.trie.get(encoded[start:end], -1) for start, end in places], dtype=np.int64)
+        numbers = np.array([self.trie.get(encoded[start:end], -1) for start, end in places], dtype=np.int64)
         # Tokens that can't occur were encoded as others
         impossible = (tokens < 0) | (tokens > MAX_TOKEN)
-        keys[np.repeat(np.arange(len(lengths)), lengths)[impossible]] = -1
-        return keys
+        numbers[np.repeat(np.arange(len(lengths)), lengths)[impossible]] = -1
+        return np.where(numbers >= 0, self.values[numbers], -1)
 
 
 def _encode(tokens: np.ndarray) -> np.ndarray:

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the model against tokenizer and trie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils import is_peft_model
+
+from ..decoding import TrieDecoder
+from ..model import check_head, head_projection
+from .findings import Case, Finding
+
+
+_NUM_BEST, _NUM_PROMPTS = 10, 8
+_DEFAULTS = {
+    "do_sample": False, "top_k": 50, "top_p": 1.0, "temperature": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0
+}  # fmt: skip
+
+
+def check_model_head(case: Case) -> Iterator[Finding]:
+    rows, size = case.model.get_output_embeddings().weight.shape[0], len(case.tokenizer)
+    try:
+        check_head(case.model, case.trie)
+    except ValueError as error:
+        yield Finding("LM head", "error", str(error))
+        return
+    if size > rows:
+        yield Finding(
+            "LM head", "error", f"{rows} rows for a tokenizer of {size} tokens",
+            "Tokens were added: remove them, as an adapter does not save resized embeddings.",
+        )  # fmt: skip
+
+
+def check_exact_decoding(case: Case) -> Iterator[Finding]:
+    try:
+        TrieDecoder(case.model, case.trie)
+    except ValueError as error:
+        yield Finding("Exact decoding", "note", str(error))
+    else:
+        yield Finding("Exact decoding", "ok", "supported: a tree of tokens gives the logits of its paths")
+
+
+def check_generation_config(case: Case) -> Iterator[Finding]:
+    """Settings that `generate` takes from the model, which silently break constrained beams."""
+    config = case.model.generation_config
+    given = {name: getattr(config, name, None) for name in _DEFAULTS}
+    given = {name: value for name, value in given.items() if value not in (None, _DEFAULTS[name])}
+    remedies = ["reset them"] if given else []
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if missing := sorted(set(case.trie.tokens(case.trie.item_nodes.long()).tolist()) - set(ends)):
+        given["eos_token_id"] = ends
+        remedies.append(f"pass `eos_token_id={missing}`, by which items end")
+    most = config.max_new_tokens or config.max_length
+    if most is not None and most < case.trie.depth:
+        given["max_new_tokens"] = most
+        remedies.append(f"pass `max_new_tokens={case.trie.depth}`, the longest item")
+    if given:
+        advice = f"`recommend` overrides them. Where you call `generate` yourself, {'; '.join(remedies)}."
+        yield Finding("Generation settings of the model", "note", json.dumps(given), advice)
+
+
+@torch.no_grad()
+def check_precision(case: Case) -> Iterator[Finding]:
+    """How many first tokens that differ in fp32 would be equal as bf16, among the ten best of each prompt."""
+    first = case.trie.first_branching_node
+    if first < 0:
+        return
+    start = case.trie.tokens(case.trie.paths(torch.tensor([first]))[0]).tolist() if first else []
+    valid = case.trie.valid_tokens(torch.tensor([first]))[1]
+    num_ties, largest = 0, torch.tensor(0.0)
+    base = case.model.get_base_model() if is_peft_model(case.model) else case.model
+    project = head_projection(base)  # in fp32 also for a model in bf16, whose own logits could not differ from bf16
+    prompts = case.prompts(case.rows.select(range(min(_NUM_PROMPTS, len(case.rows)))))
+    for prompt in prompts:
+        input_ids = torch.tensor([prompt + start], device=case.model.device)
+        hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1:]
+        logits = project(hidden, rows=valid)[0].cpu()
+        best = logits.topk(min(_NUM_BEST, len(logits))).values
+        num_ties += len(best.unique()) - len(best.bfloat16().unique())
+        largest = torch.maximum(largest, logits.abs().max())  # nan stays nan
+    if not largest.isfinite():
+        yield Finding("Logits", "error", f"the largest is {largest}", "Load the model in another dtype.")
+    elif num_ties:
+        seen = f"up to {largest:.1f}; {num_ties} ties among the {_NUM_BEST} best of {len(prompts)} prompts"
+        advice = (
+            "Loss and exact decoding compute logits in fp32, which tells them apart. Where you call `generate` "
+            "yourself, load the model in fp32."
+        )
+        yield Finding("Logits in bf16", "note", seen, advice)
+
+
+MODEL_CHECKS = (check_model_head, check_exact_decoding, check_generation_config, check_precision)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the items' tokens, their trie, and the lengths of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..data import completion_text
+from .findings import Case, Finding, shorten
+
+
+_LONG_ITEM = 128  # tokens; a common limit of new tokens in published code
+
+
+def check_written_form(case: Case) -> Iterator[Finding]:
+    path = case.trie.paths(case.trie.item_nodes[:1])[0]
+    text = case.tokenizer.decode(case.trie.tokens(path).tolist())
+    yield Finding("An item as the model writes it", "ok", repr(text))
+
+
+def check_branching(case: Case) -> Iterator[Finding]:
+    """Where items differ, and how many tokens of the targets there are to learn from."""
+    trie, first = case.trie, case.trie.first_branching_node
+    if first < 0:
+        seen = f"nowhere: all {len(case.catalog)} are written alike"
+        yield Finding("Where items begin to differ", "error", seen, "There is nothing to rank: check the text column.")
+        return
+    # Of each item that is a target: the number of valid tokens along its path
+    targets = case.target_counts.nonzero().squeeze(1)
+    counts, paths = case.target_counts[targets], trie.paths(trie.item_nodes[targets])
+    num_valid = trie.num_valid_tokens(paths.clamp(min=0)).where(paths >= 0, 0)
+    num_tokens = int(((paths >= 0).sum(dim=1) * counts).sum())
+    average = int((num_valid.sum(dim=1) * counts).sum()) / num_tokens
+    seen = f"{average:.2f} at a target's token on average, of {trie.vocab_size}"
+    yield Finding("Valid tokens (AVT)", "ok", seen)
+
+    forced = int(((num_valid == 1).sum(dim=1) * counts).sum()) / num_tokens
+    if forced > 0.5:
+        yield Finding(
+            "Tokens that are forced", "note", f"{forced:.0%} of the targets' tokens",
+            "They cost nothing, so `length_penalty` 1.0, the default of `generate`, favours long titles: pass 0.0.",
+        )  # fmt: skip
+    # Every path leads through the first branching node
+    first_tokens = trie.tokens(paths[trie.parents(paths.clamp(min=0)).eq(first) & (paths >= 0)])
+    share = torch.bincount(first_tokens, counts.double()) / counts.sum()
+    if share.max() > 0.25:
+        yield Finding(
+            "First token where items differ", "note",
+            f"{share.max():.0%} of the targets have {case.tokenizer.decode([int(share.argmax())])!r}; "
+            f"{int((share > 0).sum())} different ones",
+            "With `temperature_positions='first'` the adaptive temperature runs to its upper bound: use 'all'.",
+        )  # fmt: skip
+
+
+def check_item_lengths(case: Case) -> Iterator[Finding]:
+    longer = (case.trie.item_lengths > _LONG_ITEM).nonzero().squeeze(1).tolist()
+    if longer:
+        yield Finding(
+            "Long items", "note",
+            f"{len(longer)} of {len(case.catalog)} have more than {_LONG_ITEM} tokens, up to {case.trie.depth}, such "
+            f"as {shorten(case.catalog.texts[longer[0]])!r}",
+            "Shorten them if you can. Where you call `generate` yourself, pass `max_new_tokens=trie.depth`.",
+        )  # fmt: skip
+
+
+def check_row_lengths(case: Case) -> Iterator[Finding]:
+    if case.task.max_length is None:
+        return
+    completions = [completion_text(text, case.task.conversational) for text in case.rows["completion"]]
+    room = [case.task.max_length - len(item) for item in case.task.encode_items(completions)]
+    num_long = sum(len(prompt) > most for prompt, most in zip(case.prompts(case.rows), room))
+    if not num_long:
+        return
+    what, seen = f"Rows longer than {case.task.max_length} tokens", f"{num_long} of {len(room)}"
+    try:
+        case.task.fit_prompts(case.rows[:], room)
+    except ValueError as error:
+        yield Finding(what, "error", f"{seen}: {error}", "Raise `max_length`.")
+    else:
+        yield Finding(what, "note", seen, "They lose their oldest items: raise `max_length` to keep them.")
+
+
+TOKEN_CHECKS = (check_written_form, check_branching, check_item_lengths, check_row_lengths)
