@@ -14,6 +14,7 @@ from helpers import TITLES, make_windows
 
 import trl_msl
 from trl_msl.experiments.from_scratch import build_model, train_tokenizer
+from trl_msl.scripts.cli import COMMANDS
 
 
 DOCS = ROOT / "docs"
@@ -84,6 +85,17 @@ def anchors(page) -> set[str]:
     """The headings of a page as GitHub makes anchors of them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_commands_exist():
+    missing = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        missing += [name for name in re.findall(r"\btrl-msl ([a-z][a-z-]*)", text) if name not in COMMANDS]
+        missing += [name for name in re.findall(r"-m (trl_msl[\w.]*\w)", text) if name not in MODULES]
+        files = re.findall(r"\b(?:recipes|tests)/[\w/-]+\.(?:py|yaml)", text)
+        missing += [file for file in files if not (ROOT / file).exists()]
+    assert not missing
 
 
 def test_pages_are_in_the_index():
