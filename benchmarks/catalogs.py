@@ -82,10 +82,10 @@ def load_prompts(num_users: int) -> list[list[int]]:
         tokens[:, :40] = tokens[0, :40]  # an instruction
         return tokens.tolist()
     catalog = ItemCatalog.from_json(data / "id2name4Rec.json", template='"{text}"', empty_texts="keep")
-    windows = read_windows(data)["test"].select(range(num_users))
     template = PromptTemplate.from_paper("book", "books", "read")
-    task = RankingTask(catalog, AutoTokenizer.from_pretrained(tokenizer), template, max_length=None)
-    return task.ranking_prompts(build_rows(windows, task)[:])
+    task = RankingTask(catalog, AutoTokenizer.from_pretrained(tokenizer), template)
+    windows = read_windows(data)["test"].select(range(num_users))
+    return task.encode_prompts(build_rows(windows, task)["prompt"][:])
 
 
 def generate_sequences(num_items: int, length: int, seed: int = 0) -> np.ndarray:

@@ -15,12 +15,12 @@ import subprocess
 import sys
 import time
 
-from bundle import benchmark_bundle
 from decoding import benchmark_decoding
 from loss import benchmark_loss
 from processor import benchmark_processor
 from softmax_dpo import benchmark_softmax_dpo
 from step import benchmark_step
+from task import benchmark_task
 from timing import OUTPUT_DIR, describe_machine
 from trie_build import benchmark_trie_build
 
@@ -31,7 +31,7 @@ BENCHMARKS = {
     "trie_build": benchmark_trie_build,
     "processor": benchmark_processor,
     "decoding": benchmark_decoding,
-    "bundle": benchmark_bundle,
+    "task": benchmark_task,
     "softmax_dpo": benchmark_softmax_dpo,
 }
 # Targets: result → (at least or at most, limit, the absolute values behind it)
@@ -45,8 +45,11 @@ TARGETS = {
     "trie_build_1m_mb": ("<=", 200),
     "processor_vs_transformers": (">=", 10, "transformers_marisa_s", "processor_s"),
     "processor_inplace_vs_transformers": (">=", 10, "transformers_marisa_s", "processor_inplace_s"),
-    "bundle_1m_save_s": ("<=", 10),
-    "bundle_1m_load_s": ("<=", 10),
+    "task_1m_save_s": ("<=", 10),
+    "task_1m_load_s": ("<=", 10),
+    "request_1m_vs_search": ("<=", 1.5, "search_1m_ms", "request_1m_ms"),
+    "request_1m_withdrawn_vs_search": ("<=", 1.5, "search_1m_ms", "request_1m_withdrawn_ms"),
+    "request_1m_allowed_vs_search": ("<=", 1.5, "search_1m_allowed_ms", "request_1m_allowed_ms"),
     "decode_vs_generate_marisa": (">=", 8, "generate_marisa_users_per_s", "decode_users_per_s"),
     "decode_vs_generate_processor": (">=", 5, "generate_processor_users_per_s", "decode_users_per_s"),
     "decode_memory_vs_generate": ("<=", 0.25, "decode_peak_mb", "generate_processor_peak_mb"),

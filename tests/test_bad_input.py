@@ -9,26 +9,21 @@ import shutil
 import subprocess
 import sys
 
-import evaluate
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import recommend as recommend_recipe
-import sft_msl
 import torch
-import update_catalog
 from helpers import make_model, make_windows
 from hub_server import serve
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from trl import ModelConfig
+from safetensors.numpy import load_file
 
 from trl_msl import (
-    DataArguments,
     ItemCatalog,
-    MSLConfig,
+    ItemTrie,
     PromptTemplate,
     RankingTask,
     Recommender,
@@ -38,7 +33,6 @@ from trl_msl import (
     read_windows,
     tokenize_rows,
 )
-from trl_msl.experiments.from_scratch import ScratchArguments
 
 
 HALF = "\ud800"  # half a character, as JSON can hold it: no UTF-8
@@ -47,14 +41,9 @@ DEEP = "[" * 100_000
 
 
 @pytest.fixture(scope="module")
-def bundle(catalog, trie, template):
-    return RankingTask(catalog, trie, template)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, tokenizer, bundle):
+def saved(tmp_path_factory, tokenizer, task):
     path = tmp_path_factory.mktemp("saved")
-    Recommender(make_model(tokenizer), tokenizer, bundle).save_pretrained(path)
+    Recommender(make_model(tokenizer), task).save_pretrained(path)
     return path
 
 
@@ -83,13 +72,13 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     ("ids", "texts", "message"),
     [
-        ([None, "a"], ["x", "y"], "`ids` holds 1 of 2 that are neither .* such as None"),
+        ([None, "a"], ["x", "y"], "`ids` holds 1 of 2 ids that are neither .* such as None"),
         ([12.0, float("nan")], ["x", "y"], "`ids` holds 2 of 2 .* such as 12.0"),
         ([True], ["x"], "`ids` holds 1 of 1 .* such as True"),
         ([""], ["x"], "`ids` holds 1 of 1 .* such as ''"),
         ([[1]], ["x"], "`ids` holds 1 of 1"),
         ([HALF], ["x"], r"`ids` holds 1 of 1 .*\\ud800"),
-        (["a", "b"], ["x", "y" + HALF], "`texts` holds 1 .* half a character .* item 'b'"),
+        (["a", "b"], ["x", "y" + HALF], "`texts` holds 1 .* lone surrogate .* item 'b'"),
     ],
 )
 def test_ids_and_texts(ids, texts, message):
@@ -240,73 +229,22 @@ def test_windows(tmp_path, cell):
     assert len(str(caught.value)) < 1000  # not the whole cell
 
 
-# ---------------------------------------------------------------------- recommend.py's users
-
-
-@pytest.mark.parametrize(
-    ("cell", "items"),
-    [
-        ('["007", 7]', ["007", "7"]),
-        ("[]", []),
-        ("[1]", ["1"]),
-        ('["Dune, or: \\"sand\\"", "\U0001f600"]', ['Dune, or: "sand"', "\U0001f600"]),
-        *[(cell, None) for cell in ("[null]", "[NaN]", "[1.5]", "[1e999]", "[true]", '[["1"], "2"]', '{"1": "2"}')],
-        *[(cell, None) for cell in ('"ab"', "12", "[1", "", DEEP, f"[{'9' * 5000}]", b"[1]", {"1": 2}, None, 1.0)],
-        *[(cell, None) for cell in (np.array([1.0, np.nan]), np.array([["1"]]), np.array(["a", None], object))],
-        (np.array(["a", "b"], object), ["a", "b"]),
-        (np.array([1, 2]), ["1", "2"]),
-    ],
-)
-def test_histories_of_users(cell, items):
-    assert recommend_recipe.parse_history(cell) == items
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "cannot be read"),
-        (b"item_ids\n\xff\n", "cannot be read"),
-        ("item_ids\n[1,2]\n", "more cells than its header"),
-        ("user_id,item_ids\n1,[1]\n2,\n3,[]\n", r"`item_ids` must hold lists .* 2 of 3 rows .*\[1, 2\], with nan"),
-        ("item_ids,item_ids\n[1],[2]\n", "more than once"),
-        ("items\n[1]\n", r"lacks the columns \['item_ids'\]"),
-        ("item_ids,exact\n[1],2\n", r"has the columns \['exact'\], which are those to be added"),
-        (b"PAR1", "cannot be read"),
-        (table(item_ids=pa.array([], pa.list_(pa.string()))), "has no rows"),
-        (table(item_ids=[[1, None]]), "1 of 1 rows"),
-        (table(item_ids=["[1]"], name=NO_UTF8), "cannot be read.*UTF8"),
-    ],
-)
-def test_files_of_users(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
-        recommend_recipe.read_users(write(tmp_path / f"users.{suffix(content)}", content))
-
-
-def test_users_that_are_no_file_or_have_no_history(tmp_path):
-    for name, message in (("none.csv", "cannot be read"), ("none.parquet", "cannot be"), ("users", "must be a .csv")):
-        with pytest.raises(ValueError, match=message):
-            recommend_recipe.read_users(str(tmp_path / name))
-    path = write(tmp_path / "users.csv", 'user_id,item_ids\n007,"[1, ""2""]"\nNA,[]\n')
-    users = recommend_recipe.read_users(path, may_be_empty=True)  # as where unknown items are dropped
-    assert users.to_dict("list") == {"user_id": ["007", "NA"], "item_ids": [["1", "2"], []]}
-
-
 # ---------------------------------------------------------------------- texts and sizes, all the way through
 
 
 def test_awkward_texts_are_recommended(tmp_path, tokenizer):
-    long, family = ("The Silent River " * 6_000)[:100_000], "👩‍👩‍👧‍👦 é"
+    long, family = "The Silent River " * 1_000, "👩‍👩‍👧‍👦 é"
     texts = [long, "\x00\x07\x1b[31m", "a\r\nb\t", "\u202eשלום", family, "\ufeff\uffff", "{history}{text}"]
     catalog = ItemCatalog([f"{text[:2]}{index}\0" for index, text in enumerate(texts)], texts, template='"{text}"')
     template = PromptTemplate("\u202eRead: {history}\0\nNext: ")
-    bundle = RankingTask(catalog, catalog.build_trie(tokenizer), template)
+    task = RankingTask(catalog, tokenizer, template)
     short = catalog.ids[1:]
     rows = build_rows(make_windows(short, 5), task)
-    tokenized = tokenize_rows(rows[:], tokenizer, bundle.trie)
+    tokenized = tokenize_rows(rows[:], task)
     for ids, labels, row in zip(*tokenized.values(), rows):
         title = tokenizer.decode([token for token, label in zip(ids, labels) if label >= 0], skip_special_tokens=True)
         assert title == row["completion"]
-    Recommender(make_model(tokenizer), tokenizer, bundle).save_pretrained(tmp_path)
+    Recommender(make_model(tokenizer), task).save_pretrained(tmp_path)
     found = Recommender.from_pretrained(tmp_path).recommend([short, short[::-1]], k=7, exclude_history=False)
     assert [sorted(ids) for ids in found.ids] == [sorted(catalog.ids)] * 2
     assert texts[0] in found.texts[0]
@@ -316,9 +254,7 @@ def test_awkward_texts_are_recommended(tmp_path, tokenizer):
 def test_catalogues_without_a_choice(texts, tokenizer, template, caplog):
     """One sequence, so no node of the trie branches. That it can't be trained on is tested with the trainer."""
     catalog = ItemCatalog(range(len(texts)), texts)
-    recommender = Recommender(
-        make_model(tokenizer), tokenizer, RankingTask(catalog, catalog.build_trie(tokenizer), template)
-    )
+    recommender = Recommender(make_model(tokenizer), RankingTask(catalog, tokenizer, template))
     for mode in ("exact", "beam", "generate"):
         found = recommender.recommend([["0"]], mode=mode, exclude_history=False)
         assert found.ids == [catalog.ids] and not np.any(found.scores)  # the probability of what is certain
@@ -332,18 +268,18 @@ def test_catalogues_without_a_choice(texts, tokenizer, template, caplog):
 @pytest.mark.parametrize(
     ("histories", "message"),
     [
-        ([], "`histories` is empty"),
-        ("b0", "`histories`: 2 of 2 are no lists"),
-        (["b0", ["b1"]], "`histories`: 1 of 2 are no lists, the first that of user 0, 'b0'"),
-        ([["b0"], None, 5, {"b0": 1}], "`histories`: 3 of 4 are no lists, the first that of user 1, None"),
+        ([], "`histories` is empty: pass at least one"),
+        ("b0", "`histories`: 2 of 2 are not lists"),
+        (["b0", ["b1"]], "`histories`: 1 of 2 are not lists, the first that of user 0, 'b0'"),
+        ([["b0"], None, 5, {"b0": 1}], "`histories`: 3 of 4 are not lists, the first that of user 1, None"),
         ([[None]], "1 different ids that are not in the catalogue .*'None'"),
         ([[HALF]], r"1 different ids that are not in the catalogue .*\\ud800"),
         ([[["b0"]]], "1 different ids that are not in the catalogue"),
     ],
 )
-def test_histories(histories, message, tokenizer, bundle):
+def test_histories(histories, message, task):
     with pytest.raises(ValueError, match=message):
-        Recommender(None, tokenizer, bundle).recommend(histories)
+        Recommender(None, task).recommend(histories)
 
 
 def test_a_text_is_no_list_of_ids(catalog):
@@ -364,12 +300,12 @@ def test_a_text_is_no_list_of_ids(catalog):
         *[({"max_length": value}, "max_length.? is") for value in (True, "x", [1], 1.5, 10**400, 0, -5)],
         *[({"chat_template_kwargs": value}, "its 'chat_template_kwargs' is") for value in (True, "x", [1], 5)],
         *[({"num_items": value}, "its 'num_items' is|it counts 5 items") for value in (None, True, "12", 5)],
-        *[({"format": value}, "its format is .*, this version reads 2") for value in (None, 1, "2", [2], {"a": {}})],
+        *[({"format": value}, "its format is .*, this version reads 3") for value in (None, 1, "2", [2], {"a": {}})],
         ({"tokenizer_fingerprint": 5}, "its 'tokenizer_fingerprint' is 5"),
         ({"tokenizer_fingerprint": HALF}, "writes other tokens"),
         ({"sha256": {"items.parquet": [5]}}, "items.parquet is damaged"),
-        ({"withdrawn": [5]}, "its 'withdrawn' holds 1 that are no id, such as 5"),
-        ({"withdrawn": [["b1"], None]}, "its 'withdrawn' holds 2 that are no id"),
+        ({"withdrawn": [5]}, "its 'withdrawn' holds 1 that are not ids, such as 5"),
+        ({"withdrawn": [["b1"], None]}, "its 'withdrawn' holds 2 that are not ids"),
         ({"withdrawn": ["b1", "b99"]}, "1 id.s. of 2 that are not in the catalogue .*'b99'"),
         *[({"prompt_template": value}, message) for value, message in (
             ({}, "text"), ({"text": "{history}", "evil": 1}, "evil"), ({"text": "Next: "}, "exactly once"),
@@ -410,15 +346,15 @@ def test_recommender_json_of_other_shapes(folder, tokenizer):
     whole = json.dumps(content)[:-1]
     for text in (f'{whole}, "x": {DEEP}', f'{whole}, "x": {"9" * 5000}}}', "[]", '"format"', "null"):
         path.write_text(text)
-        with pytest.raises(ValueError, match="holds no readable catalogue"):
+        with pytest.raises(ValueError, match="does not hold a readable task"):
             RankingTask.from_pretrained(folder, tokenizer)
 
 
 def test_withdrawn_numbers_are_ids(tokenizer, template):
     """Else the number would be looked for among strings, and the item be recommended all the same."""
     catalog = ItemCatalog([4, 5, 6], ["Dune", "Emma", "Ulysses"])
-    bundle = RankingTask(catalog, catalog.build_trie(tokenizer), template, withdrawn=frozenset([5]))
-    found = Recommender(make_model(tokenizer), tokenizer, bundle).recommend([["6"]])
+    task = RankingTask(catalog, tokenizer, template, withdrawn=frozenset([5]))
+    found = Recommender(make_model(tokenizer), task).recommend([["6"]])
     assert found.ids == [["4"]]
 
 
@@ -428,13 +364,13 @@ METADATA = {b"trl_msl_template": b"{text}"}
 @pytest.mark.parametrize(
     ("content", "metadata", "message"),
     [
-        (table(id=["1"], text=["x"]), None, "it has no texts and their template"),
-        (table(id=["1"], text=["x"]), {b"trl_msl_template": b"\xff"}, "holds no readable"),
+        (table(id=["1"], text=["x"]), None, "it has no template"),
+        (table(id=["1"], text=["x"]), {b"trl_msl_template": b"\xff"}, "does not hold a readable"),
         (table(id=["1"], text=["x"]), {b"trl_msl_template": b"{item}"}, "exactly once"),
         (table(id=["1"], title=["x"]), METADATA, "text"),
-        (table(id=[1], text=["x"]), METADATA, "it has no texts and their template, but id: int64"),
-        (table(id=[["1"]], text=["x"]), METADATA, "it has no texts"),
-        (table(id=["1"], text=[b"x"]), METADATA, "it has no texts"),
+        (table(id=[1], text=["x"]), METADATA, "both of them texts, but has id: int64"),
+        (table(id=[["1"]], text=["x"]), METADATA, "both of them texts"),
+        (table(id=["1"], text=[b"x"]), METADATA, "both of them texts"),
         (table(id=["1", None], text=["x", "y"]), METADATA, "`ids` holds 1 of 2 .* such as None"),
         (table(id=["1", "2"], text=["x", None]), METADATA, "`texts` holds 1 value.*item '2'"),
         (table(id=["1"], text=NO_UTF8), METADATA, "UTF8"),
@@ -448,7 +384,118 @@ def test_items_parquet(tmp_path, content, metadata, message):
         ItemCatalog.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "ids", "texts"),
+    [
+        (1000, [f"{index}" for index in range(1000)], ["x" * 1_000_000]),  # one text, in a dictionary
+        (20, [f"{index}" for index in range(20)], [f"{index}" * 5_000_000 for index in range(20)]),
+        (30_000_000, ["1"], ["x"]),
+    ],
+    ids=["one text", "zeros", "rows"],
+)
+def test_items_that_unpack_to_gigabytes(num_rows, ids, texts, tmp_path):
+    """A small file is refused before it takes the memory."""
+    columns = []
+    for values in (ids, texts):
+        indices = pa.array(np.minimum(np.arange(num_rows), len(values) - 1).astype(np.int32))
+        columns.append(pa.DictionaryArray.from_arrays(indices, values))
+    table = pa.table(columns, ["id", "text"]).replace_schema_metadata(METADATA)
+    pq.write_table(table, tmp_path / "items.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "items.parquet").stat().st_size < 1_000_000
+    run = subprocess.run([sys.executable, "-c", READ_ITEMS, str(tmp_path)], capture_output=True, text=True)
+    *message, grown = run.stdout.splitlines()
+    assert "does not hold a readable items.parquet" in message[-1] and "unpack" in message[-1]
+    assert int(grown) < 300 << 20
+
+
+READ_ITEMS = """
+import resource, sys
+from trl_msl import ItemCatalog
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    print(ItemCatalog.from_pretrained(sys.argv[1]))
+except ValueError as error:
+    print(error)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def test_items_of_thousands_of_tokens(tokenizer, template, tmp_path):
+    """Memory grows with the square of an item's length, so a trie may not be as deep as its author likes."""
+    with pytest.raises(ValueError, match=r"item 'b' takes 44[0-9]{2} tokens, but an item may take at most 4096"):
+        RankingTask(ItemCatalog(["a", "b"], ["Dune", "Dune " * 2200]), tokenizer, template)
+    ItemTrie.from_sequences([[1] * 60_000]).save_pretrained(tmp_path)
+    ItemCatalog(["a"], ["Dune"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="takes 60000 tokens, but an item may take at most 4096"):
+        RankingTask(ItemCatalog(["a"], ["Dune"]), tokenizer, template, trie=ItemTrie.from_pretrained(tmp_path))
+
+
+def test_files_that_are_pipes_or_devices(saved, tmp_path):
+    """A pipe has no end as long as nobody writes to it, and /dev/zero has none at all. Links to files are fine."""
+    names = ["items.parquet", "trie.safetensors", "recommender.json", "model.safetensors", "adapter_config.json"]
+    folders = []
+    for name in names:
+        for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+            folder = tmp_path / str(len(folders))
+            folder.mkdir()
+            for path in saved.iterdir():
+                (folder / path.name).symlink_to(path)
+            (folder / name).unlink(missing_ok=True)
+            make(folder / name)
+            folders.append((str(folder), name))
+    command = [sys.executable, "-c", READ_ALL, json.dumps(folders)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    outcomes = json.loads(run.stdout.splitlines()[-1])
+    assert len(outcomes) == 2 * (5 + 3 + 1 + 1)
+    for name, outcome in outcomes:
+        assert f"{name} is not a regular file" in outcome
+
+
+READ_ALL = """
+import json, sys
+from trl_msl import ItemCatalog, ItemTrie, RankingTask, Recommender
+
+outcomes = []
+for folder, name in json.loads(sys.argv[1]):
+    readers = [Recommender.from_pretrained]
+    if "model" not in name and "adapter" not in name:
+        readers.append(lambda path: RankingTask.from_pretrained(path, None))
+    own = {"items.parquet": ItemCatalog, "trie.safetensors": ItemTrie}
+    readers += [own[name].from_pretrained] if name in own else []
+    for read in readers:
+        try:
+            outcomes.append([name, str(read(folder))])
+        except ValueError as error:
+            outcomes.append([name, str(error)])
+print(json.dumps(outcomes))
+"""
+
+
+def test_links_to_files_are_followed(folder, tmp_path):
+    """The Hub's cache consists of them."""
+    (tmp_path / "snapshot").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    assert Recommender.from_pretrained(tmp_path / "snapshot").recommend([["b0"]], k=1).ids
+
+
 # ---------------------------------------------------------------------- paths
+
+
+@pytest.mark.parametrize("where", ["../outside.safetensors", "{}/outside.safetensors", "sub/outside.safetensors"])
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.safetensors.index.fp16.json"])
+def test_weights_outside_the_folder_are_not_read(where, name, folder, tmp_path, tokenizer, task):
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "sub").mkdir()
+    shutil.copy(folder / "model.safetensors", folder / "sub" / "outside.safetensors")
+    shutil.move(folder / "model.safetensors", tmp_path / "outside.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, where.format(tmp_path))}
+    (folder / name).write_text(json.dumps(index))
+    adapter = make_adapter(tmp_path / "adapter", folder, tokenizer, task)
+    for path in (folder, adapter):
+        with pytest.raises(ValueError, match="names weights outside its folder, such as '.*outside.safetensors'"):
+            Recommender.from_pretrained(path, variant="fp16" if "fp16" in name else None)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +503,7 @@ def test_items_parquet(tmp_path, content, metadata, message):
     ["../../etc/passwd", "a/../../b", "a/..", "/etc/passwd", "/no/such", "no/such", "a\0b", "a\nb", "x" * 300, "~"],
 )
 def test_names_of_no_recommender(name):
-    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` = .* is no folder, and can't be had"):
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` = .* is not a folder, and can't be loaded"):
         Recommender.from_pretrained(name)
 
 
@@ -491,7 +538,7 @@ def test_a_repository_writes_nothing_outside_the_cache(tmp_path, saved):
     outcomes = json.loads(run.stdout.splitlines()[-1])
     assert "LlamaForCausalLM" in outcomes.pop("some/good")
     for outcome in outcomes.values():
-        assert "can't be had from the Hub" in outcome and "evil" in outcome
+        assert "can't be loaded from the Hub" in outcome and "evil" in outcome
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     found = [path for path in tmp_path.rglob("*evil*") if not path.is_dir()]
     assert all((tmp_path / "home" / "hub") in path.parents for path in found)
@@ -541,9 +588,9 @@ def add_code(folder, marker, name, model_type):
     edit(folder / name, **changes)
 
 
-def make_adapter(path, base, tokenizer, bundle):
+def make_adapter(path, base, tokenizer, task):
     model = get_peft_model(make_model(tokenizer), LoraConfig(task_type="CAUSAL_LM"))
-    Recommender(model, tokenizer, bundle).save_pretrained(path)
+    Recommender(model, task).save_pretrained(path)
     edit(path / "adapter_config.json", base_model_name_or_path=str(base))
     return path
 
@@ -560,11 +607,9 @@ def test_code_beside_a_model_is_not_run(name, model_type, folder, marker, no_que
     assert not marker.exists() and not no_questions
 
 
-def test_code_beside_the_base_model_of_an_adapter_is_not_run(
-    folder, tmp_path, tokenizer, bundle, marker, no_questions
-):
+def test_code_beside_the_base_model_of_an_adapter_is_not_run(folder, tmp_path, tokenizer, task, marker, no_questions):
     add_code(folder, marker, "config.json", "evil")
-    adapter = make_adapter(tmp_path / "adapter", folder, tokenizer, bundle)
+    adapter = make_adapter(tmp_path / "adapter", folder, tokenizer, task)
     with pytest.raises(ValueError, match="contains custom code which must be executed"):
         Recommender.from_pretrained(adapter)
     assert not marker.exists() and not no_questions
@@ -578,28 +623,9 @@ def test_code_is_run_where_it_is_asked_for(folder, marker):
     assert marker.exists()
 
 
-def test_recipes_run_no_code_unasked(folder, tmp_path, marker, no_questions):
-    add_code(folder, marker, "config.json", "evil")
-    add_code(folder, marker, "tokenizer_config.json", "evil")
-    model = ModelConfig(model_name_or_path=str(folder))
-    users = write(tmp_path / "users.csv", 'user_id,item_ids\n1,"[""b0""]"\n')
-    prompt = "The user has read: {history}\nNext: "  # of the bundle there
-    data = DataArguments(prompt_text=prompt, max_validation_users=1, max_test_users=1)
-    config = MSLConfig(str(tmp_path / "out"), report_to="none", bf16=False, use_cpu=True)
-    for call in (
-        lambda: recommend_recipe.main(recommend_recipe.RecommendArguments(users), model),
-        lambda: sft_msl.main(sft_msl.RecipeArguments(), data, ScratchArguments(), config, model),
-        lambda: evaluate.main(evaluate.EvaluationArguments(), data, model),
-        lambda: update_catalog.main(update_catalog.UpdateArguments(str(folder), str(tmp_path / "updated"))),
-    ):
-        with pytest.raises(ValueError, match="contains custom code which must be executed"):
-            call()
-        assert not marker.exists() and not no_questions
-
-
 @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
-def test_pickles_are_not_run(save, folder, tmp_path, marker, tokenizer, bundle):
-    adapter = make_adapter(tmp_path / "adapter", shutil.copytree(folder, tmp_path / "base"), tokenizer, bundle)
+def test_pickles_are_not_run(save, folder, tmp_path, marker, tokenizer, task):
+    adapter = make_adapter(tmp_path / "adapter", shutil.copytree(folder, tmp_path / "base"), tokenizer, task)
     for path, weights in ((folder, "model"), (adapter, "adapter_model")):
         (path / f"{weights}.safetensors").unlink()
         save(Hostile(marker), path / "pytorch_model.bin")
@@ -632,7 +658,19 @@ def test_damaged_files_of_the_model(name, content, folder):
         Recommender.from_pretrained(folder)
 
 
-def test_an_adapter_without_its_base_model(tmp_path, tokenizer, bundle):
-    adapter = make_adapter(tmp_path / "adapter", tmp_path / "gone", tokenizer, bundle)
+def test_models_that_cannot_be_made(folder):
+    """transformers raises an ImportError for a quantisation that is not installed, a RuntimeError for other sizes."""
+    content = (folder / "config.json").read_text()
+    edit(folder / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(ValueError, match="AutoModelForCausalLM can't load .*ImportError"):
+        Recommender.from_pretrained(folder)
+    (folder / "config.json").write_text(content)
+    edit(folder / "config.json", vocab_size=77)
+    with pytest.raises(ValueError, match="AutoModelForCausalLM can't load .*RuntimeError"):
+        Recommender.from_pretrained(folder)
+
+
+def test_an_adapter_without_its_base_model(tmp_path, tokenizer, task):
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "gone", tokenizer, task)
     with pytest.raises(ValueError, match="of an adapter, is the base model where its adapter_config.json says"):
         Recommender.from_pretrained(adapter)

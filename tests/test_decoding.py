@@ -2,6 +2,7 @@
 """The engine against brute force: every item of the catalogue teacher-forced after every prompt."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,8 @@ from helpers import make_model, make_windows, score_every_item
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     BertGenerationConfig,
     BloomConfig,
@@ -30,9 +33,10 @@ from transformers import (
     RwkvConfig,
 )
 
-from trl_msl import ItemTrie, TrieDecoder, build_rows, encode_prompts, recommend
+from trl_msl import ItemTrie, TrieDecoder, build_rows, recommend
 from trl_msl.decoding import next_tokens
-from trl_msl.model.head import head_projection
+from trl_msl.decoding.by_generate import generate_items
+from trl_msl.model import head_projection
 
 
 VOCAB_SIZE, END = 12, 11
@@ -107,18 +111,56 @@ def test_search_is_brute_force(sequences, prompts, seed, top_k, nodes_per_round,
     assert found.exact.all()
 
 
-@settings(max_examples=40, deadline=None)
-@given(CATALOG, PROMPTS, SEED, st.integers(1, 6), st.integers(1, 4))
-def test_a_certificate_is_never_wrong(sequences, prompts, seed, top_k, max_expansions):
+@settings(max_examples=60, deadline=None)
+@given(CATALOG, PROMPTS, SEED, st.integers(1, 8), st.integers(1, 6), st.booleans(), st.data())
+def test_whatever_the_bound_there_are_k_items(sequences, prompts, seed, top_k, max_expansions, is_restricted, data):
     trie, model = ItemTrie.from_sequences(sequences, VOCAB_SIZE), small_model(seed)
-    found = TrieDecoder(model, trie).search(prompts, top_k, max_expansions=max_expansions, nodes_per_round=2)
-    assert (found.expansions <= max_expansions).all()
-    scores = score_every_item(model, trie, prompts)
-    for user in found.exact.nonzero().squeeze(1).tolist():
-        best = np.sort(scores[user])[::-1][:top_k]
-        np.testing.assert_allclose(found.scores[user, : len(best)], best, atol=2e-5)
-    whole = TrieDecoder(model, trie).search(prompts, top_k)
-    assert (found.exact | (found.expansions < whole.expansions)).all()
+    items = range(trie.num_items)
+    lists = st.lists(st.sampled_from(items), max_size=len(items))
+    exclude = data.draw(st.lists(lists, min_size=len(prompts), max_size=len(prompts))) if is_restricted else None
+    decoder = TrieDecoder(model, trie)
+    settings = {"exclude": exclude, "nodes_per_round": 2}
+    found = decoder.search(prompts, top_k, max_expansions=max_expansions, **settings)
+    whole = decoder.search(prompts, top_k, **settings)
+    scores = decoder.score_items(prompts, [items] * len(prompts))
+    for user in range(len(prompts)):
+        may_get = set(items) - set(exclude[user] if is_restricted else [])
+        got = [item for item in found.items[user].tolist() if item >= 0]
+        assert len(got) == len(set(got)) == min(top_k, len(may_get))
+        assert set(got) <= may_get
+        torch.testing.assert_close(found.scores[user, : len(got)], scores[user][got], rtol=0, atol=2e-5)
+        ranking = list(zip((-found.scores[user]).tolist(), got))
+        assert ranking == sorted(ranking)
+    # A certificate is never wrong, and missing only where the bound was reached
+    torch.testing.assert_close(found.scores[found.exact], whole.scores[found.exact], rtol=0, atol=2e-5)
+    assert (found.exact | (whole.expansions > max_expansions)).all()
+    within = whole.expansions <= max_expansions
+    assert torch.equal(found.expansions[within], whole.expansions[within])
+    assert (found.expansions <= max_expansions + top_k * trie.depth).all()
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 8.0])
+def test_an_exhausted_search_goes_down_from_where_it_is(sharpness):
+    """Codes of 12 bits, of which no model can rule out many: best-first search alone does not get to any."""
+    sequences = [[int(bit) for bit in f"{code:012b}"] for code in range(2**12)]
+    trie, model = ItemTrie.from_sequences(sequences, VOCAB_SIZE), small_model(0, sharpness)
+    decoder, prompts = TrieDecoder(model, trie), [[4, 5, 6], [7], [4, 4]]
+    odd = range(1, 2**12, 2)
+    for max_expansions, allowed in ((1, None), (40, None), (40, odd)):
+        found = decoder.search(prompts, top_k=10, max_expansions=max_expansions, allowed=allowed)
+        assert (found.items >= 0).all()
+        assert set(found.items.flatten().tolist()) <= set(allowed or range(2**12))
+        assert all(len(set(row)) == 10 for row in found.items.tolist())
+        for items, scores, expected in zip(found.items, found.scores, decoder.score_items(prompts, found.items)):
+            torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
+            assert list(zip((-scores).tolist(), items.tolist())) == sorted(zip((-scores).tolist(), items.tolist()))
+        assert not found.exact.any()
+        assert (max_expansions < found.expansions).all()
+        assert (found.expansions <= max_expansions + 10 * 12).all()
+        for user, prompt in enumerate(prompts):  # whoever else is in the batch
+            alone = decoder.search([prompt], top_k=10, max_expansions=max_expansions, allowed=allowed)
+            assert torch.equal(alone.items[0], found.items[user])
+            assert torch.equal(alone.expansions[0], found.expansions[user])
 
 
 @settings(max_examples=30, deadline=None)
@@ -201,16 +243,14 @@ def test_our_beams_are_those_of_generate(sequences, prompts, seed, num_beams, no
     trie = ItemTrie.from_sequences(sequences, VOCAB_SIZE)
     settings = {"num_beams": num_beams, "normalize": normalize, "length_penalty": length_penalty}
     settings["top_k"] = min(num_beams, trie.num_items)
-    tokenizer = SimpleNamespace(pad_token_id=0)
-    ours, theirs = (
-        recommend(small_model(seed), tokenizer, trie, prompts, mode=mode, **settings) for mode in ("beam", "generate")
-    )
+    ours = TrieDecoder(small_model(seed), trie).beam_search(prompts, **settings)
+    theirs, _ = generate_items(small_model(seed), SimpleNamespace(pad_token_id=0), trie, prompts, **settings)
     if num_beams == 1:  # greedy search knows no length penalty
-        assert np.array_equal(ours.items, theirs.items)
+        assert torch.equal(ours.items, theirs.items)
         return
     np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-4)
     differs = ours.items != theirs.items
-    assert not differs.any() or np.ptp(ours.scores[differs]) < 1e-4  # only items that tie
+    assert not differs.any() or np.ptp(ours.scores[differs].numpy()) < 1e-4  # only items that tie
 
 
 def test_each_token_is_run_once(monkeypatch):
@@ -244,9 +284,9 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def prompts(tokenizer, catalog, template) -> list[list[int]]:
+def prompts(task, catalog) -> list[list[int]]:
     rows = build_rows(make_windows(catalog.ids, num_rows=5), task)
-    return encode_prompts(tokenizer, rows["prompt"][:])
+    return task.encode_prompts(rows["prompt"][:])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -414,6 +454,91 @@ def test_beams_with_restrictions_find_what_is_left(tokenizer, trie, prompts):
     assert not found.exact.any()
 
 
+def test_items_may_come_in_any_kind_of_list(tokenizer, trie, prompts):
+    decoder = TrieDecoder(make_model(tokenizer), trie)
+    history, stock = [1, 2], [0, 1, 3, 4, 5, 6]
+    expected = decoder.search(prompts, top_k=3, exclude=[history] * 5, allowed=stock)
+    for kind in (set, frozenset, tuple, np.array, np.uint32, torch.tensor, torch.IntTensor):
+        given = kind(stock)
+        for allowed in (given, [given] * 5, decoder.prepare_allowed(given)):
+            found = decoder.search(prompts, top_k=3, exclude=[kind(history)] * 5, allowed=allowed)
+            assert torch.equal(found.items, expected.items)
+            beams = decoder.beam_search(prompts, 3, [kind(history)] * 5, allowed, num_beams=12)
+            assert torch.equal(beams.items, expected.items)
+    expected = decoder.search(prompts, top_k=3, exclude=[[3, 4, 5]] * 5, allowed=[2, 3, 4, 5, 6, 7])
+    found = decoder.search(prompts, top_k=3, exclude=[range(3, 6)] * 5, allowed=range(2, 8))
+    assert torch.equal(found.items, expected.items)
+
+
+def test_allowed_items_that_are_all_excluded(tokenizer, trie, prompts):
+    decoder = TrieDecoder(make_model(tokenizer), trie)
+    for method in (decoder.search, decoder.beam_search):
+        found = method(prompts, top_k=2, exclude=[[5], [], [5], [], []], allowed=[5])
+        assert found.items.tolist() == [[-1, -1], [5, -1], [-1, -1], [5, -1], [5, -1]]
+
+
+class LargeTensors(TorchDispatchMode):
+    """Notes the operations that read or make a tensor of some size or more."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.read, self.made = size, set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for values, seen in (((args, kwargs), self.read), (result, self.made)):
+            tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+            if any(tensor.numel() >= self.size for tensor in tensors):
+                seen.add(func.overloadpacket.__name__)
+        return result
+
+
+def test_a_request_does_no_work_in_proportion_to_the_catalogue():
+    rng = np.random.default_rng(0)
+    sequences = np.concatenate([rng.integers(0, 4, (20_000, 10)), np.full((20_000, 1), END)], axis=1)
+    model, trie = small_model(0), ItemTrie.from_sequences(sequences, VOCAB_SIZE)
+    decoder = TrieDecoder(model, trie)
+    task = SimpleNamespace(trie=trie, tokenizer=None)
+    allowed = decoder.prepare_allowed(set(range(20_000)) - {17})
+    prompts = [[4, 5, 6], [7, 8]]
+    decoder.beam_search(prompts)  # what is derived from the trie once, at first use
+    for arguments in ({}, {"exclude": [[1, 2], {3}], "allowed": allowed}):
+        for mode in ("exact", "beam"):
+            with LargeTensors(10_000) as large:
+                found = recommend(model, task, prompts, 3, mode, decoder=decoder, **arguments)
+            assert (found.items >= 0).all()
+            assert large.made <= {"slice"}  # a view
+            assert large.read <= {"slice", "select", "index", "searchsorted"}  # lookups
+    with LargeTensors(10_000) as large:
+        decoder.search(prompts, allowed=range(20_000))  # the test notices it
+    assert "arange" in large.made
+
+
+def test_threads_get_what_each_gets_alone(tokenizer, task, prompts):
+    model, tree = make_model(tokenizer), task.trie
+    decoder = TrieDecoder(model, tree)
+    stock = decoder.prepare_allowed([0, 2, 4, 5, 6, 8, 10])
+    calls = [
+        lambda: decoder.search(prompts, top_k=5, batch_size=2),
+        lambda: decoder.search(prompts[:2], top_k=3, allowed=stock, exclude=[[0], [2]]),
+        lambda: decoder.beam_search(prompts[1:], top_k=4),
+        lambda: decoder.beam_search(prompts[:3], top_k=4, normalize="vocab", length_penalty=1.0),
+        lambda: decoder.search(prompts, top_k=12, max_expansions=2),
+        lambda: SimpleNamespace(scores=torch.cat(decoder.score_items(prompts, [[1, 2], [3], [], [4], range(12)]))),
+        lambda: recommend(model, task, prompts, top_k=5, decoder=decoder),
+        lambda: recommend(model, task, prompts[:2], top_k=3, mode="generate"),
+    ]
+    expected = [call() for call in calls]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(4):
+            found = [(index, pool.submit(calls[index])) for index in range(len(calls)) for _ in range(2)]
+            for index, future in found:
+                assert np.array_equal(future.result().scores, expected[index].scores)
+                if hasattr(expected[index], "items"):
+                    assert np.array_equal(future.result().items, expected[index].items)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
 def test_bad_arguments(tokenizer, trie, prompts):
     decoder = TrieDecoder(make_model(tokenizer), trie)
     for name in ("top_k", "max_expansions", "nodes_per_round", "batch_size"):
@@ -429,8 +554,28 @@ def test_bad_arguments(tokenizer, trie, prompts):
         decoder.search(prompts, exclude=[[], [], [], [], [3, 12]])
     with pytest.raises(ValueError, match="`allowed` holds item -1"):
         decoder.search(prompts, allowed=torch.tensor([-1]))
-    with pytest.raises(ValueError, match="`allowed` is empty"):
-        decoder.search(prompts, allowed=[])
+    for nothing in ([], set(), range(0), torch.tensor([], dtype=torch.int64)):
+        with pytest.raises(ValueError, match="`allowed` is empty.*pass at least one item"):
+            decoder.search(prompts, allowed=nothing)
+    with pytest.raises(ValueError, match=r"`exclude` holds 1 where a list of items belongs .prompt 0.*list of lists"):
+        decoder.search(prompts[:3], exclude=[1, 2, 3])
+    for flat in (torch.tensor([1, 2, 3]), np.array([1, 2, 3]), range(3), [[1], 2, [3]]):
+        with pytest.raises(ValueError, match="`exclude` holds .* where a list of items belongs"):
+            decoder.search(prompts[:3], exclude=flat)
+    for strange in ({1, 2, 3}, {"a": [1]}, "abc", 3, torch.tensor(3)):
+        with pytest.raises(ValueError, match="`exclude` is .*pass a list that holds a list of items for each prompt"):
+            decoder.search(prompts[:3], exclude=strange)
+    with pytest.raises(ValueError, match="`allowed` is 3: pass a list of items"):
+        decoder.search(prompts, allowed=3)
+    with pytest.raises(ValueError, match=r"`exclude` holds \['b1'\] \(list 1\), but must hold item indices"):
+        decoder.search(prompts[:2], exclude=[[], ["b1"]])
+    with pytest.raises(ValueError, match="`allowed` holds item 12"):
+        decoder.prepare_allowed(range(13))
+    with pytest.raises(ValueError, match="`items` holds lists"):
+        decoder.prepare_allowed([[1]])
+    other = TrieDecoder(make_model(tokenizer), trie)
+    with pytest.raises(ValueError, match="`allowed` was prepared by another `TrieDecoder`"):
+        decoder.search(prompts, allowed=other.prepare_allowed([1]))
     mask = torch.tensor([True, False])
     with pytest.raises(ValueError, match=r"`allowed` holds torch.bool \(list 0\).*`mask.nonzero\(\).squeeze\(1\)`"):
         decoder.search(prompts, allowed=mask)

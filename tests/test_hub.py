@@ -18,12 +18,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl_msl import (
-    ItemCatalog, MSLConfig, MSLTrainer, PromptTemplate, RecommendationCallback, Recommender
+    ItemCatalog, MSLConfig, MSLTrainer, PromptTemplate, RankingTask, RecommendationCallback, Recommender
 )
 
 folder, histories = sys.argv[1], json.loads(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/base")
 catalog = ItemCatalog.from_pretrained(f"{folder}/base")
+task = RankingTask(catalog, tokenizer, PromptTemplate("The user has read: {history}\\nNext: "))
 rows = Dataset.from_parquet(f"{folder}/rows.parquet")
 trainer = MSLTrainer(
     f"{folder}/base",
@@ -31,18 +32,15 @@ trainer = MSLTrainer(
         f"{folder}/out", max_steps=2, report_to="none", bf16=False, use_cpu=True, learning_rate=1e-2, push_to_hub=True,
         hub_model_id="somebody/recommender", eval_strategy="steps", eval_steps=1,
     ),
+    task=task,
     train_dataset=rows,
     eval_dataset=rows,
-    processing_class=tokenizer,
-    trie=catalog.build_trie(tokenizer),
-    prompt_template=PromptTemplate("The user has read: {history}\\nNext: "),
-    catalog=catalog,
     peft_config=LoraConfig(task_type="CAUSAL_LM"),
 )
-trainer.add_callback(RecommendationCallback(trainer, trainer.trie, catalog, rows))
+trainer.add_callback(RecommendationCallback(trainer, rows))
 trainer.train()
 trainer.push_to_hub()
-found = Recommender(trainer.model, tokenizer, trainer.bundle).recommend(histories)
+found = Recommender(trainer.model, trainer.task).recommend(histories)
 print(json.dumps([found.ids, found.scores]))
 """
 
@@ -72,7 +70,7 @@ def run(code: str, folder, url: str, home: str) -> list:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_train_push_and_pull(tmp_path, tokenizer, catalog, template):
+def test_train_push_and_pull(tmp_path, tokenizer, catalog, task):
     make_model(tokenizer).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     catalog.save_pretrained(tmp_path / "base")

@@ -1,47 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+import errno
 import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import takewhile
+from random import Random
 
 import numpy as np
 import pytest
+import torch
 from helpers import TITLES, make_model, make_windows
 from peft import LoraConfig
+from transformers import MambaConfig
 
 from trl_msl import (
     ItemCatalog,
+    ItemTrie,
     MSLConfig,
     MSLTrainer,
     PromptTemplate,
     RankingTask,
     RecommendedItems,
     Recommender,
+    TrieDecoder,
     build_rows,
     encode_items,
     recommend,
 )
 from trl_msl.experiments.from_scratch import train_tokenizer
+from trl_msl.trie import read_checksum
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer, catalog, trie, template):
-    """What training leaves behind: an adapter on a base model in a folder, and the catalogue."""
+def folder(tmp_path_factory, task):
+    """What training leaves behind: an adapter on a base model in a folder, and the task."""
     path = tmp_path_factory.mktemp("trained")
-    make_model(tokenizer).save_pretrained(path / "base")
-    rows = build_rows(make_windows(catalog.ids), task)
+    make_model(task.tokenizer).save_pretrained(path / "base")
+    rows = build_rows(make_windows(task.catalog.ids), task)
     trainer = MSLTrainer(
         str(path / "base"),
         MSLConfig(
             path / "out", max_steps=2, save_steps=1, report_to="none", bf16=False, use_cpu=True, learning_rate=1e-2
         ),
+        task=task,
         train_dataset=rows,
-        processing_class=tokenizer,
-        trie=trie,
-        prompt_template=template,
-        catalog=catalog,
         peft_config=LoraConfig(task_type="CAUSAL_LM"),
     )
     trainer.train()
@@ -81,10 +87,10 @@ def test_a_new_process_recommends_the_same(folder):
     check_same(RecommendedItems(*json.loads(output.splitlines()[-1])), expected)
 
 
-def test_recommendations_are_those_of_the_engine(folder, tokenizer, catalog, trie, template):
+def test_recommendations_are_those_of_the_engine(folder, task, catalog, template):
     recommender = Recommender.from_pretrained(folder)
     prompts = [template.render([catalog.completions[i] for i in catalog.indices(ids)]) for ids in HISTORIES]
-    expected = recommend(recommender.model, tokenizer, trie, prompts, top_k=12)
+    expected = recommend(recommender.model, task, prompts, top_k=12)
     found = recommender.recommend(HISTORIES, k=12, exclude_history=False)
     assert [catalog.indices(ids) for ids in found.ids] == expected.items.tolist()
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
@@ -112,7 +118,7 @@ def test_save_merged_and_load(folder, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
     merged = AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()
-    Recommender(merged, recommender.tokenizer, recommender.bundle).save_pretrained(tmp_path / "merged")
+    Recommender(merged, recommender.task).save_pretrained(tmp_path / "merged")
     found = Recommender.from_pretrained(tmp_path / "merged").recommend(HISTORIES, k=5)
     assert found.ids == expected.ids
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
@@ -143,10 +149,10 @@ def test_missing_and_damaged_files(name, folder, tmp_path, tokenizer):
     content = path.read_bytes()
     for damaged in (content[:-3], content[:10], b"", b"[1]", content[::-1]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="holds no readable catalogue"):
+        with pytest.raises(ValueError, match="does not hold a readable task"):
             RankingTask.from_pretrained(tmp_path / "copy", tokenizer)
     path.unlink()
-    with pytest.raises(ValueError, match="holds no readable catalogue|has no recommender.json"):
+    with pytest.raises(ValueError, match="does not hold a readable task|has no recommender.json"):
         Recommender.from_pretrained(tmp_path / "copy")
 
 
@@ -156,8 +162,9 @@ def test_awkward_texts_survive(tmp_path, tokenizer):
     catalog.save_pretrained(tmp_path)
     loaded = ItemCatalog.from_pretrained(tmp_path)
     assert (loaded.ids, loaded.texts, loaded.template) == (catalog.ids, texts, "<{text}>")
-    bundle = RankingTask(catalog, catalog.build_trie(tokenizer), PromptTemplate("{history}"))
-    bundle.save_pretrained(tmp_path, tokenizer)
+    texts[1] = "x" * 4_000  # a prompt and an item may be long, but not any length
+    catalog = ItemCatalog(range(7), texts, template="<{text}>", empty_texts="keep")
+    RankingTask(catalog, tokenizer, PromptTemplate("{history}")).save_pretrained(tmp_path)
     assert RankingTask.from_pretrained(tmp_path, tokenizer).catalog.completions == catalog.completions
 
 
@@ -173,7 +180,7 @@ def test_items_withdrawn_and_restored(folder, catalog, caplog):
         np.testing.assert_allclose(after.scores[user], [before.scores[user][place] for place in kept], atol=1e-5)
     assert updated.recommend(HISTORIES[:1], k=12, allowed=["b3", "b1"]).ids == [["b1"]]
     assert updated.update(restore=["b3", "b7"]).recommend(HISTORIES, k=12) == before
-    assert updated.update(restore=["b3"], withdraw=["b1"]).bundle.withdrawn == {"b1", "b7"}
+    assert updated.update(restore=["b3"], withdraw=["b1"]).task.withdrawn == {"b1", "b7"}
     with pytest.raises(ValueError, match="`restore` holds 1 .* not withdrawn, such as .'b1'"):
         updated.update(restore=["b1"])
     with pytest.raises(ValueError, match="1 id.* not in the catalogue"):
@@ -192,12 +199,12 @@ def test_items_added_without_training(folder, tmp_path, tokenizer, catalog):
     recommender = Recommender.from_pretrained(folder)
     new = ItemCatalog(["n0", "n1", "n2"], ["The Silent Wood", "Emma and Dune", "#42"])
     updated = recommender.update(add=new, withdraw=["b0"])
-    assert updated.bundle.catalog.completions[-1] == '"#42"'  # the template of the catalogue, not of what was added
-    shared = updated.bundle.shared_prefixes()
+    assert updated.task.catalog.completions[-1] == '"#42"'  # the template of the catalogue, not of what was added
+    shared = updated.task.shared_prefixes()
     assert list(shared) == ["n0", "n1", "n2"] and shared["n0"] > shared["n1"] > shared["n2"] == 0
     # Counted by hand: tokens shared with some trained item, less the quote with which all of them begin
     written = encode_items(tokenizer, catalog.completions)
-    for item, tokens in zip(new.ids, encode_items(tokenizer, updated.bundle.catalog.completions[12:])):
+    for item, tokens in zip(new.ids, encode_items(tokenizer, updated.task.catalog.completions[12:])):
         longest = max(sum(x == y for x, y in takewhile(lambda p: p[0] == p[1], zip(tokens, t))) for t in written)
         assert shared[item] == longest - 1
 
@@ -207,7 +214,7 @@ def test_items_added_without_training(folder, tmp_path, tokenizer, catalog):
     assert found.ids == updated.recommend([["b3", "n1"], ["b1"]], k=12).ids
     assert {"n0", "n2"} <= set(found.ids[0]) and "b0" not in found.ids[1]
     # What is new stays new when more is added, and shares nothing with what is just as new
-    again = loaded.update(add=ItemCatalog(["n3"], ["#42 again"])).bundle
+    again = loaded.update(add=ItemCatalog(["n3"], ["#42 again"])).task
     assert again.num_trained == 12 and again.shared_prefixes() == {**shared, "n3": 0}
     with pytest.raises(ValueError, match="1 id.* in the catalogue already, such as .'n1'"):
         loaded.update(add=ItemCatalog(["n1"], ["Another"]))
@@ -215,8 +222,8 @@ def test_items_added_without_training(folder, tmp_path, tokenizer, catalog):
 
 def test_decoding_settings_travel(folder, tmp_path):
     recommender = Recommender.from_pretrained(folder)
-    bundle = replace(recommender.bundle, decoding={"mode": "beam", "num_beams": 12, "normalize": "vocab"})
-    Recommender(recommender.model, recommender.tokenizer, bundle).save_pretrained(tmp_path)
+    task = replace(recommender.task, decoding={"mode": "beam", "num_beams": 12, "normalize": "vocab"})
+    Recommender(recommender.model, task).save_pretrained(tmp_path)
     loaded = Recommender.from_pretrained(tmp_path)
     found = loaded.recommend(HISTORIES, k=3)
     assert not any(found.exact)
@@ -224,15 +231,185 @@ def test_decoding_settings_travel(folder, tmp_path):
     check_same(loaded.recommend(HISTORIES, k=3, mode="exact"), recommender.recommend(HISTORIES, k=3))
     for wrong in ({"temperature": 2}, {"mode": "generate"}, {"mode": "exact", "num_beams": 3}):
         with pytest.raises(ValueError, match="`decoding` has "):
-            replace(bundle, decoding=wrong)
+            replace(task, decoding=wrong)
 
 
-def test_a_catalogue_needs_its_template_and_its_trie(tokenizer, catalog, trie, template, tmp_path):
-    rows = build_rows(make_windows(catalog.ids), task)
-    args = MSLConfig(tmp_path, report_to="none", use_cpu=True, bf16=False)
-    kwargs = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
-    with pytest.raises(ValueError, match="also needs the `prompt_template`"):
-        MSLTrainer(make_model(tokenizer), trie=trie, catalog=catalog, **kwargs)
-    other = ItemCatalog(["0"], ["Dune"])
-    with pytest.raises(ValueError, match="is not what `trie`"):
-        MSLTrainer(make_model(tokenizer), trie=trie, catalog=other, prompt_template=template, **kwargs)
+def test_a_task_needs_its_parts_to_fit(tokenizer, catalog, task, template):
+    with pytest.raises(ValueError, match="`prompt_template` is a NoneType: pass a `PromptTemplate`"):
+        RankingTask(catalog, tokenizer, None)
+    with pytest.raises(ValueError, match="`trie` .* does not hold the items of `catalog`"):
+        RankingTask(ItemCatalog(["0"], ["Dune"]), tokenizer, template, trie=task.trie)
+    with pytest.raises(ValueError, match="`trie` .* does not hold the items of `catalog`"):
+        RankingTask(catalog, tokenizer, replace(template, conversational=True), trie=task.trie)
+
+
+@pytest.mark.parametrize("name", ["items.parquet", "trie.safetensors", "recommender.json"])
+def test_a_full_disk_leaves_the_old_task(name, task, tokenizer, tmp_path, monkeypatch):
+    task.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    new = task.update(add=ItemCatalog(["n0"], ["Ulysses"]))
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = {
+        "items.parquet": "pyarrow.parquet.write_table",
+        "trie.safetensors": "trl_msl.trie.arrays.save_file",
+        "recommender.json": "pathlib.Path.write_text",
+    }
+    monkeypatch.setattr(writer[name], fail)
+    with pytest.raises(OSError, match="No space left"):
+        new.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert RankingTask.from_pretrained(tmp_path, tokenizer).catalog.ids == task.catalog.ids
+    for part in (new.catalog, new.trie) if name != "recommender.json" else ():  # alone, too
+        with contextlib.suppress(OSError):
+            part.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == before.keys()
+    monkeypatch.undo()
+    new.save_pretrained(tmp_path)
+    assert RankingTask.from_pretrained(tmp_path, tokenizer).catalog.ids == new.catalog.ids
+
+
+def test_items_that_stand_in_each_others_places(tokenizer, template, tmp_path):
+    """Two of 300, with checksums that fit: all items of a small catalogue are compared, not a sample."""
+    catalog = ItemCatalog(range(300), [f"{index} rivers" for index in range(300)])
+    task = RankingTask(catalog, tokenizer, template)
+    nodes = task.trie.item_nodes.clone()
+    nodes[[1, 2]] = nodes[[2, 1]]
+    swapped = ItemTrie(task.trie.first_child, task.trie.edges, nodes, task.trie.vocab_size)
+    with pytest.raises(ValueError, match="`trie` .* does not hold the items of `catalog`"):
+        replace(task, trie=swapped)
+    task.save_pretrained(tmp_path)
+    swapped.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="trie.safetensors is damaged, or does not belong to recommender.json"):
+        RankingTask.from_pretrained(tmp_path, tokenizer)
+    content = json.loads((tmp_path / "recommender.json").read_text())
+    content["sha256"]["trie.safetensors"] = read_checksum(tmp_path)
+    (tmp_path / "recommender.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="`trie` .* does not hold the items of `catalog`"):
+        RankingTask.from_pretrained(tmp_path, tokenizer)
+
+
+def test_a_sample_of_a_large_catalogue(catalog, tokenizer, template, monkeypatch):
+    monkeypatch.setattr("trl_msl.data.task._MAX_COMPARED", 5)  # of 12: items 0, 3, 6 and 9
+    task = RankingTask(catalog, tokenizer, template)
+    for places, is_found in (([1, 2], False), ([0, 3], True)):
+        nodes = task.trie.item_nodes.clone()
+        nodes[places] = nodes[places[::-1]]
+        trie = ItemTrie(task.trie.first_child, task.trie.edges, nodes, task.trie.vocab_size)
+        with pytest.raises(ValueError, match="does not hold") if is_found else contextlib.nullcontext():
+            replace(task, trie=trie)
+
+
+# ---------------------------------------------------------------------- serving
+
+
+def test_the_engine_is_made_once(folder, monkeypatch):
+    made = []
+    original = TrieDecoder.__init__
+    monkeypatch.setattr(TrieDecoder, "__init__", lambda self, *args: made.append(args) or original(self, *args))
+    recommender = Recommender.from_pretrained(folder)
+    assert not made
+    for _ in range(3):
+        recommender.recommend(HISTORIES, k=3)
+        recommender.recommend(HISTORIES, k=3, mode="beam")
+    assert len(made) == 1
+    with ThreadPoolExecutor(8) as pool:  # by one of those that come at once
+        fresh = Recommender(recommender.model, recommender.task)
+        list(pool.map(lambda _: fresh.recommend(HISTORIES, k=3), range(8)))
+    assert len(made) == 2
+
+
+def test_requests_from_several_threads(folder, catalog):
+    recommender = Recommender.from_pretrained(folder).update(withdraw=["b7"])
+    stock = recommender.prepare_allowed(catalog.ids[:9])
+    random = Random(0)
+    requests = [
+        {
+            "histories": [random.sample(catalog.ids, random.randint(1, 5)) for _ in range(random.randint(1, 3))],
+            "k": random.randint(1, 12),
+            "mode": random.choice(["exact", "beam"]),
+            "allowed": random.choice([None, stock, catalog.ids[3:]]),
+        }
+        for _ in range(60)
+    ]
+    expected = [recommender.recommend(**request) for request in requests]
+    recommender.model.train()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda request: recommender.recommend(**request), requests))
+    for one, other in zip(found, expected):
+        check_same(one, other)
+    assert recommender.model.training  # left as it was
+
+
+def test_the_engine_follows_the_model(folder):
+    recommender = Recommender.from_pretrained(folder)
+    before = recommender.recommend(HISTORIES, k=5)
+    with torch.no_grad():
+        for name, parameter in recommender.model.named_parameters():
+            if "lora_B" in name or "lm_head" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    after = recommender.recommend(HISTORIES, k=5)
+    assert after.scores != before.scores
+    check_same(after, Recommender(recommender.model, recommender.task).recommend(HISTORIES, k=5))
+    recommender.model = make_model(recommender.task.tokenizer, seed=5)
+    check_same(
+        recommender.recommend(HISTORIES, k=5),
+        Recommender(recommender.model, recommender.task).recommend(HISTORIES, k=5),
+    )
+
+
+def test_allowed_items_are_prepared_once(folder, catalog):
+    recommender = Recommender.from_pretrained(folder).update(withdraw=["b1"])
+    stock = recommender.prepare_allowed(["b1", "b2", "b3"])
+    for mode in ("exact", "beam"):
+        found = recommender.recommend(HISTORIES, k=12, allowed=stock, mode=mode)
+        assert found == recommender.recommend(HISTORIES, k=12, allowed=["b1", "b2", "b3"], mode=mode)
+        assert {item for ids in found.ids for item in ids} == {"b2", "b3"}
+
+
+def test_no_request_reads_the_whole_catalogue(folder):
+    """Lists and dictionaries of the catalogue are looked up, but not iterated over, once the engine is made."""
+
+    class Lookup(list):
+        def __iter__(self):
+            raise AssertionError("a request went through the whole catalogue")
+
+    class Keys(dict):
+        __iter__ = keys = items = values = Lookup.__iter__
+
+    recommender = Recommender.from_pretrained(folder).update(withdraw=["b7"])
+    texts = [[recommender.task.catalog.texts[int(item[1:])] for item in history] for history in HISTORIES]
+    expected = recommender.recommend(HISTORIES, k=5)
+    assert recommender.recommend(texts, k=5) == expected
+    catalog = recommender.task.catalog
+    for name in ("ids", "texts", "completions"):
+        setattr(catalog, name, Lookup(getattr(catalog, name)))
+    for owner, name in ((catalog, "index_of_id"), (recommender, "_indices_of_text")):
+        owner.__dict__[name] = Keys(getattr(owner, name))
+    assert recommender.recommend(HISTORIES, k=5) == recommender.recommend(texts, k=5) == expected
+
+
+def test_models_that_the_engine_cannot_run(task):
+    model = make_model(task.tokenizer, MambaConfig, state_size=4)
+    recommender = Recommender(model, task)
+    with pytest.raises(ValueError, match="mode='generate'"):
+        recommender.recommend(HISTORIES, k=3, exclude_history=False)
+    found = recommender.recommend(HISTORIES, k=3, exclude_history=False, mode="generate")
+    assert all(len(ids) == 3 for ids in found.ids)
+
+
+def test_nothing_left_to_recommend(folder):
+    recommender = Recommender.from_pretrained(folder).update(withdraw=["b1", "b2"])
+    for allowed in (["b1"], ["b1", "b2"]):
+        with pytest.raises(ValueError, match="`allowed` holds .* withdrawn.* or restore") as caught:
+            recommender.recommend(HISTORIES, allowed=allowed)
+        assert "leave it out" not in str(caught.value)
+    with pytest.raises(ValueError, match="`allowed` is empty"):
+        recommender.recommend(HISTORIES, allowed=[])
+
+
+def test_more_items_asked_for_than_there_are(folder, catalog):
+    found = Recommender.from_pretrained(folder).recommend(HISTORIES, k=1000, exclude_history=False)
+    assert [sorted(ids) for ids in found.ids] == [sorted(catalog.ids)] * 3

@@ -14,18 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..trie import ItemTrie
 from .item_tokens import encode_items
+from .items_file import ITEMS_FILE, read_items_file, write_items
 
 
 logger = logging.getLogger(__name__)
-
-ITEMS_FILE = "items.parquet"
-_TEMPLATE_KEY = b"trl_msl_template"
 
 
 class ItemCatalog:
@@ -160,13 +157,8 @@ class ItemCatalog:
     # ------------------------------------------------------------------ storage
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write the items to `items.parquet` in a folder, whole and then renamed; the template is its metadata."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        schema = pa.schema([("id", pa.string()), ("text", pa.string())], {_TEMPLATE_KEY: self.template})
-        temporary = folder / f".{ITEMS_FILE}.tmp"
-        pq.write_table(pa.table([self.ids, self.texts], schema=schema), temporary)
-        temporary.replace(folder / ITEMS_FILE)
+        """Write the items to `items.parquet` in a folder, whole or not at all; the template is its metadata."""
+        write_items(Path(save_directory), self.ids, self.texts, self.template)
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> ItemCatalog:
@@ -176,14 +168,8 @@ class ItemCatalog:
         Raises:
             `ValueError`: if the file is missing or can't be read.
         """
-        path = Path(save_directory) / ITEMS_FILE
         try:
-            table = pq.read_table(path, columns=["id", "text"])
-            if table.schema.types != [pa.string()] * 2 or _TEMPLATE_KEY not in (table.schema.metadata or {}):
-                raise ValueError(f"it must hold texts and their template, but has {table.schema}")
-            table.validate(full=True)  # for example, whether texts are UTF-8
-            template = table.schema.metadata[_TEMPLATE_KEY].decode()
-            ids, texts = table["id"].to_pylist(), table["text"].to_pylist()
+            ids, texts, template = read_items_file(Path(save_directory))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(
                 f"`save_directory` = {str(save_directory)!r} does not hold a readable {ITEMS_FILE} ({error}). Save it "

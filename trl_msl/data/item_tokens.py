@@ -110,18 +110,6 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], begin
     return encoded
 
 
-def describe_end(
-    tokenizer: PreTrainedTokenizerBase, conversational: bool, chat_template_kwargs: dict[str, Any] | None = None
-) -> tuple[str, str]:
-    """The token that ends an item, and what else the chat template writes around one, as text."""
-    if not conversational:
-        return tokenizer.eos_token, ""
-    before, after, end_token = _chat_turn(tokenizer, chat_template_kwargs or {})
-    end = tokenizer.decode([end_token])
-    around = [repr(text) for text in (before, after.removesuffix(end)) if text]
-    return end, " and ".join(around)
-
-
 def _chat_turn(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> tuple[str, str, int]:
     """What the chat template puts before and after an assistant's content: text, text, and the end token's id."""
     if tokenizer.chat_template is None:

@@ -4,34 +4,29 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
-import platform
-import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..trie import TRIE_FILE, ItemTrie
-from .catalog import ITEMS_FILE, ItemCatalog
+from ..trie import ItemTrie
+from .catalog import ItemCatalog
 from .fit_prompts import fit_prompts, supervised_prompts
 from .item_tokens import encode_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
+from .task_files import check_decoding, is_whole, read_task, tokenizer_fingerprint, unreadable, write_task
 
 
 logger = logging.getLogger(__name__)
 
-TASK_FILE = "recommender.json"
-TASK_FILES = [TASK_FILE, ITEMS_FILE, TRIE_FILE]
-_FORMAT = 2
-_DECODING = ("mode", "max_expansions", "num_beams", "normalize", "length_penalty")
-_PACKAGES = ("trl_msl", "trl", "transformers", "peft", "datasets", "torch", "marisa-trie")
+# Memory grows with the square of an item's length. A title takes some ten tokens
+_MAX_ITEM_LENGTH = 4096
+_MAX_COMPARED = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +85,25 @@ class RankingTask:
                 raise ValueError(f"`{name}` is a {type(getattr(self, name)).__name__}: pass a `{kind.__name__}`.")
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"`tokenizer` is a {type(self.tokenizer).__name__}: pass the model's tokenizer.")
-        if self.max_length is not None and not _is_whole(self.max_length, 1, 1 << 31):
+        if self.max_length is not None and not is_whole(self.max_length, 1, 1 << 31):
             raise ValueError(f"`max_length` is {self.max_length!r}: it must be a number of tokens, or `None`.")
-        if self.trie is None:
+        is_built = self.trie is None
+        if is_built:
             trie = self.catalog.build_trie(self.tokenizer, self.conversational, self.chat_template_kwargs)
             object.__setattr__(self, "trie", trie)
-        self._check_trie()
-        _check_decoding(self.decoding, len(self.catalog))
+        lengths = self.trie.item_lengths
+        longest = int(lengths.argmax())
+        if lengths[longest] > _MAX_ITEM_LENGTH:
+            item = f"item {self.catalog.ids[longest]!r}" if longest < len(self.catalog) else "an item"
+            raise ValueError(
+                f"`catalog`: {item} takes {lengths[longest]} tokens, but an item may take at most {_MAX_ITEM_LENGTH}: "
+                "shorten its text."
+            )
+        if not is_built:
+            self._check_trie()
+        # Once, not in each request. Not a cached property, which would change how `datasets` fingerprints the task
+        object.__setattr__(self, "_mean_item_length", int(lengths.double().mean()))
+        check_decoding(self.decoding, len(self.catalog))
         if self.num_trained is not None and not 0 < self.num_trained <= len(self.catalog):
             raise ValueError(f"`num_trained` is {self.num_trained}, but there are {len(self.catalog)} items.")
         # As the catalogue has them: the number 5 would not be found among its ids, and item "5" be recommended
@@ -116,13 +123,18 @@ class RankingTask:
     # ------------------------------------------------------------------ tokens
 
     def _check_trie(self) -> None:
-        """Whether a sample of the items stand in the trie where the tokenizer puts them."""
+        """Whether all items, or of many an even sample, stand in the trie where the tokenizer puts them."""
         if len(self.catalog) == self.trie.num_items:
-            sample = list(range(0, len(self.catalog), max(1, len(self.catalog) // 50)))
-            texts = [self.catalog.completions[index] for index in sample]
+            sample = slice(None, None, -(-len(self.catalog) // _MAX_COMPARED))
+            texts = self.catalog.completions[sample]
             sequences = encode_items(self.tokenizer, texts, self.conversational, self.chat_template_kwargs)
-            reached = [int(self.trie.to("cpu").walk(torch.tensor(sequence))[-1]) for sequence in sequences]
-            if reached == self.trie.item_nodes[sample].tolist():
+            trie, lengths = self.trie.to("cpu"), torch.tensor([len(sequence) for sequence in sequences])
+            tokens, starts = torch.tensor(list(chain.from_iterable(sequences))), lengths.cumsum(0) - lengths
+            nodes = torch.zeros(len(lengths), dtype=torch.int64)
+            for depth in range(int(lengths.max())):
+                going_on = (lengths > depth).nonzero().squeeze(1)
+                nodes[going_on] = trie.child(nodes[going_on], tokens[starts[going_on] + depth])
+            if torch.equal(nodes, trie.item_nodes[sample].long()):
                 return
         raise ValueError(
             f"`trie` ({self.trie}) does not hold the items of `catalog` ({self.catalog}) in the tokens of this "
@@ -172,7 +184,7 @@ class RankingTask:
                 `prompt`, and `history` where a prompt is to be shortened, as [`build_rows`] makes them.
         """
         limit = float("inf") if self.max_length is None else self.max_length
-        room = [limit - int(self.trie.item_lengths.double().mean())] * len(rows["prompt"])
+        room = [limit - self._mean_item_length] * len(rows["prompt"])
         return self.fit_prompts(rows, room)
 
     def supervised_prompts(
@@ -187,28 +199,10 @@ class RankingTask:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
         Write the task into a folder, usually that of the model: `items.parquet`, `trie.safetensors`, and
-        `recommender.json`, last, with the checksums of the others and the tokenizer's fingerprint. Each file is
-        written whole and then renamed. The tokenizer itself is saved by the trainer and by [`Recommender`].
+        `recommender.json` with their checksums and the tokenizer's fingerprint. If writing fails, the old files stay.
+        The tokenizer itself is saved by the trainer and by [`Recommender`].
         """
-        folder = Path(save_directory)
-        self.catalog.save_pretrained(folder)
-        self.trie.save_pretrained(folder)
-        content = {
-            "format": _FORMAT,
-            "num_items": len(self.catalog),
-            "prompt_template": dataclasses.asdict(self.prompt_template),
-            "max_length": self.max_length,
-            "chat_template_kwargs": self.chat_template_kwargs,
-            "decoding": self.decoding,
-            "num_trained": self.num_trained,
-            "withdrawn": sorted(self.withdrawn),
-            "tokenizer_fingerprint": self.fingerprint(),
-            "sha256": {name: _checksum(folder / name) for name in (ITEMS_FILE, TRIE_FILE)},
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        }
-        temporary = folder / f".{TASK_FILE}.tmp"
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(folder / TASK_FILE)
+        write_task(self, Path(save_directory))
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> RankingTask:
@@ -224,54 +218,28 @@ class RankingTask:
         Raises:
             `ValueError`: if there is none, a file is damaged, or the tokenizer is not the one that it was made with.
         """
-        folder = Path(save_directory)
+        folder, tokenizer = Path(save_directory), getattr(tokenizer, "tokenizer", tokenizer)
+        arguments, fingerprint = read_task(folder)
         try:
-            content = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
-            _check_types(content)
-            for name in (ITEMS_FILE, TRIE_FILE):
-                if content["sha256"].get(name) != _checksum(folder / name):
-                    raise ValueError(f"{name} is damaged, or does not belong to {TASK_FILE}")
-            task = cls(
-                ItemCatalog.from_pretrained(folder),
-                tokenizer,
-                PromptTemplate(**content["prompt_template"]),
-                trie=ItemTrie.from_pretrained(folder),
-                withdrawn=frozenset(content["withdrawn"]),
-                **{name: content[name] for name in ("max_length", "chat_template_kwargs", "decoding", "num_trained")},
-            )
-            if content["num_items"] != len(task.catalog):
-                raise ValueError(f"it counts {content['num_items']} items, {ITEMS_FILE} holds {len(task.catalog)}")
-        except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"`save_directory` = {str(save_directory)!r} holds no readable catalogue ({error}). Save it again, "
-                "with `Recommender.save_pretrained`, or train again."
-            ) from error
-        try:
-            fingerprint = task.fingerprint()
+            found = tokenizer_fingerprint(tokenizer, **arguments)
         except Exception as error:  # a chat template is a program: it may fail in any way
             raise ValueError(
                 f"`tokenizer` ({tokenizer.name_or_path!r}) can't write the items and the prompt of "
                 f"{str(save_directory)!r} ({type(error).__name__}: {error})."
             ) from error
-        if fingerprint != content["tokenizer_fingerprint"]:
+        if found != fingerprint:
             raise ValueError(
                 f"`tokenizer` ({tokenizer.name_or_path!r}) writes other tokens than the one that "
                 f"{str(save_directory)!r} was made with: load the tokenizer that lies beside the model."
             )
-        return task
+        try:
+            return cls(tokenizer=tokenizer, **arguments)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise unreadable(folder, error) from error
 
     def fingerprint(self) -> str:
-        """
-        SHA-256 of what matters of the tokenizer here: its vocabulary, and the tokens that it makes of up to 200 items
-        and of a prompt, which stand for its normalisation, merges, special tokens and chat template.
-        """
-        items = self.catalog.completions[:: max(1, len(self.catalog) // 200)][:200]
-        made = {
-            "vocabulary": sorted(self.tokenizer.get_vocab().items()),
-            "items": self.encode_items(items),
-            "prompt": self.encode_prompts([self.prompt_template.render(items[:5])]),
-        }
-        return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+        """SHA-256 of what matters of the tokenizer here: see [`tokenizer_fingerprint`]."""
+        return tokenizer_fingerprint(**vars(self))
 
     # ------------------------------------------------------------------ a catalogue that changes
 
@@ -348,63 +316,3 @@ def _ids(argument: str, ids: Iterable[Any]) -> frozenset[str]:
     if isinstance(ids, str):
         raise ValueError(f"`{argument}` is {ids!r}, whose characters could be ids: pass a list of ids.")
     return frozenset(map(str, ids))
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _check_types(content: Any) -> None:
-    """Raise where a file from elsewhere has other keys or types than [`RankingTask.save_pretrained`] writes."""
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        found = content.get("format") if isinstance(content, dict) else content
-        raise ValueError(f"its format is {reprlib.repr(found)}, this version reads {_FORMAT}")
-    expected = {
-        "num_items": int,
-        "prompt_template": dict,
-        "max_length": int | None,
-        "chat_template_kwargs": dict | None,
-        "decoding": dict,
-        "num_trained": int | None,
-        "withdrawn": list,
-        "tokenizer_fingerprint": str,
-        "sha256": dict,
-    }
-    if missing := expected.keys() - content.keys():
-        raise ValueError(f"it lacks {sorted(missing)}")
-    for name, kind in expected.items():
-        if not isinstance(content[name], kind) or isinstance(content[name], bool):
-            raise ValueError(f"its {name!r} is {reprlib.repr(content[name])}")
-    if strange := [item for item in content["withdrawn"] if not isinstance(item, str)]:
-        raise ValueError(f"its 'withdrawn' holds {len(strange)} that are no id, such as {reprlib.repr(strange[0])}")
-
-
-def _check_decoding(decoding: dict[str, Any], num_items: int) -> None:
-    """Raise where arguments of [`recommend`] are none that it takes, or would take memory without end."""
-    if unknown := decoding.keys() - set(_DECODING):
-        raise ValueError(f"`decoding` has {sorted(unknown)}: it may have {', '.join(_DECODING)}.")
-    penalty = decoding.get("length_penalty", 0.0)
-    is_valid = {
-        "mode": decoding.get("mode", "exact") in ("exact", "beam"),  # `generate` leaves nobody's history out
-        "normalize": decoding.get("normalize", "trie") in ("trie", "vocab"),
-        "num_beams": decoding.get("num_beams") is None or _is_whole(decoding["num_beams"], 1, num_items),
-        "max_expansions": _is_whole(decoding.get("max_expansions", 1), 1, 1 << 31),
-        "length_penalty": isinstance(penalty, int | float) and abs(penalty) <= 10,
-    }
-    is_beam = decoding.get("mode") == "beam"
-    for name in ("max_expansions",) if is_beam else ("num_beams", "normalize", "length_penalty"):
-        is_valid[name] = is_valid[name] and name not in decoding
-    for name, is_fine in is_valid.items():
-        if not is_fine:
-            raise ValueError(
-                f"`decoding` has {reprlib.repr(decoding[name])} as {name!r}: pass what `recommend` takes with mode "
-                f"'exact' or 'beam', and no more beams than the {num_items} items."
-            )
-
-
-def _is_whole(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

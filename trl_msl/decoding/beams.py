@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What beam search keeps of each user of a batch: the beams and the finished items, by the rules of `generate`."""
+"""State of beam search for a batch of users: beams and finished items, by the rules of `generate`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .restriction import Restriction
 
 class Beams:
     """
-    Beams and finished items of each user of a batch. They stop, and score what is finished, as the beam search of
-    transformers' `generate` does with `early_stopping=False`.
+    Beams and finished items of each user of a batch. The search stops, and finished items are scored, as in the beam
+    search of transformers' `generate` with `early_stopping=False`.
 
     Args:
         tree ([`CompressedTrie`]):
@@ -68,27 +68,27 @@ class Beams:
 
     @property
     def is_alive(self) -> Tensor:
-        """Which beams there are, bool of shape `(num_users, num_beams)`."""
+        """Whether each place holds a beam, bool of shape `(num_users, num_beams)`."""
         return self.scores > -torch.inf
 
     @property
     def is_choosing(self) -> Tensor:
-        """Which beams stand at the end of their chain, where they have a choice."""
+        """Whether each beam is at the end of its chain, where it has a choice, bool of the same shape."""
         return self.is_alive & (self.steps == self.tree.chain_length(self.nodes) - 1)
 
     @property
     def is_done(self) -> Tensor:
-        """Whose beams can't improve on what is finished, bool of shape `(num_users,)`."""
+        """Whether no beam of a user can improve on the finished items, bool of shape `(num_users,)`."""
         best_possible = self.scores[:, 0] / max(self.length, 1) ** self.length_penalty
         return (best_possible <= self.finished_scores[:, -1]) | ~self.is_alive.any(1)
 
     def continuations(self) -> tuple[Tensor, Tensor, Tensor]:
         """
-        Every token that some beam may write next.
+        All tokens by which some beam can be extended.
 
         Returns:
-            `tuple` of three int64 `torch.Tensor` of shape `(total,)`: row of the beam when all users' beams stand in a
-            row, node and index in the node's chain of the token.
+            `tuple` of three int64 `torch.Tensor` of shape `(total,)`: place of the beam, counting through all
+            users' beams, node and index in the node's chain of the token.
         """
         tree, choosing = self.tree, self.is_choosing.reshape(-1)
         nodes, steps = self.nodes.reshape(-1), self.steps.reshape(-1)
@@ -101,11 +101,11 @@ class Beams:
 
     def advance(self, rows: Tensor, nodes: Tensor, steps: Tensor, log_probs: Tensor) -> None:
         """
-        Write the best tokens.
+        Extend the beams by the best tokens.
 
         Args:
             rows, nodes, steps (`torch.Tensor` of shape `(total,)`, int64):
-                What [`~Beams.continuations`] gave.
+                From [`~Beams.continuations`].
             log_probs (`torch.Tensor` of shape `(total,)`, fp32):
                 Log-probability of each token after its beam.
         """
@@ -145,7 +145,7 @@ class Beams:
 
     @property
     def is_exact(self) -> Tensor:
-        """Beam search is never certain."""
+        """`False` for all users: beam search gives no certificate."""
         return torch.zeros_like(self.users, dtype=torch.bool)
 
     def best_items(self, top_k: int) -> Tensor:
@@ -160,6 +160,6 @@ class Beams:
         return best_keys(torch.cat([keys, none], dim=1), top_k)
 
     def select(self, rows: Tensor) -> None:
-        """Keep only some users, given by their row."""
+        """Keep only some users, given by a mask over rows."""
         for name in ("users", "nodes", "steps", "scores", "finished_nodes", "finished_scores", "expansions", "rounds"):
             setattr(self, name, getattr(self, name)[rows])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from ..model import (
     USE_GENERATE,
     TreeCache,
+    backbone,
     check_head,
     check_length,
     check_tree_attention,
@@ -25,13 +25,13 @@ from ..model import (
     head_projection,
     prefill_prefix,
 )
-from ..trie import CompressedTrie, ItemTrie, pad_rows
+from ..trie import CompressedTrie, ItemTrie
+from .batches import Project, beam_search_batch, score_batch, score_root, search_batch
 from .beams import Beams
 from .frontier import Frontier
-from .item_keys import key_items, key_scores
-from .next_tokens import next_token_log_probs
+from .item_lists import Items, read_allowed, read_item_lists
 from .output import DecodingOutput
-from .restriction import Restriction, check_items, check_restrictions, is_shared
+from .restriction import Allowed, Restriction
 
 
 class TrieDecoder:
@@ -43,6 +43,9 @@ class TrieDecoder:
     take one forward, or none at the end of an item. Logits are computed for the tokens that continue some expanded
     node, in fp32. Memory is bounded by `batch_size`, whatever the size of the catalogue.
 
+    Making one takes time in proportion to the catalogue, a search does not: make one and keep it. Several threads may
+    search with it at once.
+
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model, PEFT-wrapped or not, on the devices of one process.
@@ -50,9 +53,9 @@ class TrieDecoder:
             Trie of the catalogue, built with the model's tokenizer.
 
     Raises:
-        `ValueError`: if the model can't run a tree of tokens in one forward pass. A small tree is tried: recurrent
-            layers, FlashAttention, or whatever else makes its logits differ from those of the model's own forward, is
-            found there.
+        `ValueError`: if the model can't run a tree of tokens in one forward pass. This is found by running a
+            small tree and comparing its logits with those of the model's own forward: they differ with recurrent
+            layers or FlashAttention, for example.
 
     Example:
 
@@ -71,9 +74,10 @@ class TrieDecoder:
         self.model = model
         self.base = model.get_base_model() if is_peft_model(model) else model
         check_head(self.base, trie)
-        self.backbone = self.base.base_model
+        self.backbone = backbone(self.base)
         self.trie = trie.to(self.base.device)
         self.tree = CompressedTrie(self.trie)
+        PartialState()  # made here, as two threads that make it at once would find it half made
         with evaluating(model):
             check_tree_attention(self.base)
 
@@ -81,8 +85,8 @@ class TrieDecoder:
         self,
         prompts: Sequence[list[int]],
         top_k: int = 10,
-        exclude: Sequence[Sequence[int]] | None = None,
-        allowed: Sequence[int] | Tensor | Sequence[Sequence[int]] | None = None,
+        exclude: Sequence[Items] | None = None,
+        allowed: Allowed | Items | Sequence[Items] | None = None,
         max_expansions: int = 1024,
         nodes_per_round: int = 16,
         batch_size: int = 16,
@@ -100,17 +104,20 @@ class TrieDecoder:
             top_k (`int`, *optional*, defaults to `10`):
                 Number of items to find. Where a user may get fewer, the rest is `-1` with a score of `-inf`.
             exclude (`Sequence[Sequence[int]]`, *optional*):
-                Item indices that each user must not get, such as the history.
-            allowed (`Sequence[int]`, `torch.Tensor` or `Sequence[Sequence[int]]`, *optional*):
+                Item indices that each user must not get, such as the history. Sets, arrays and tensors will do too.
+            allowed (`Sequence[int]`, `torch.Tensor`, [`Allowed`] or `Sequence[Sequence[int]]`, *optional*):
                 Item indices that all users, or each of them, may get, such as what is in stock. The scores stay those
-                of the whole catalogue.
+                of the whole catalogue. To use many items more than once, pass what [`~TrieDecoder.prepare_allowed`]
+                makes of them.
             max_expansions (`int`, *optional*, defaults to `1024`):
-                Number of nodes to expand for a user at most. If it is reached first, `exact` may be `False`.
+                Number of nodes that the search expands for a user before it stops, in which case `exact` may be
+                `False`. If fewer than `top_k` items have been found by then, the best open nodes are followed down by
+                `top_k` beams until there are as many, which expands at most `top_k` nodes more on each level.
             nodes_per_round (`int`, *optional*, defaults to `16`):
-                Number of nodes of each user that one forward pass expands. More need fewer passes, but expand nodes in
-                vain.
+                Number of nodes of each user that one forward pass expands. A larger number needs fewer passes, but
+                expands more nodes that turn out not to matter.
             batch_size (`int`, *optional*, defaults to `16`):
-                Number of prompts at a time.
+                Number of prompts in a batch.
 
         Returns:
             [`DecodingOutput`]: The items of each prompt.
@@ -119,29 +126,30 @@ class TrieDecoder:
             `ValueError`: if an argument is out of range, or a prompt is longer than the model's sliding window.
         """
         limits = {"top_k": top_k, "max_expansions": max_expansions, "nodes_per_round": nodes_per_round}
-        prompts = self._check_arguments(prompts, exclude, allowed, batch_size=batch_size, **limits)
+        prompts = self._check_prompts(prompts, batch_size=batch_size, **limits)
+        exclude, allowed = self._check_restrictions(len(prompts), exclude, allowed)
         output = DecodingOutput.empty(len(prompts), top_k)
-        with self._ready():
+        with self._ready() as project:
             for users, cache in self._batches(prompts, batch_size):
                 restriction = self._restriction(users, exclude, allowed)
                 frontier = Frontier(self.tree, restriction, len(users), top_k, max_expansions)
-                self._search(output, users, cache, frontier, nodes_per_round)
+                search_batch(project, output, users, cache, frontier, nodes_per_round)
         return output
 
     def beam_search(
         self,
         prompts: Sequence[list[int]],
         top_k: int = 10,
-        exclude: Sequence[Sequence[int]] | None = None,
-        allowed: Sequence[int] | Tensor | Sequence[Sequence[int]] | None = None,
+        exclude: Sequence[Items] | None = None,
+        allowed: Allowed | Items | Sequence[Items] | None = None,
         num_beams: int | None = None,
         normalize: str = "trie",
         length_penalty: float = 0.0,
         batch_size: int = 16,
     ) -> DecodingOutput:
         """
-        The items that `model.generate` finds with `num_beams` beams and a [`TrieLogitsProcessor`], with the same
-        scores: for comparison with published numbers, which come from there.
+        Find the items that `model.generate` finds with `num_beams` beams and a [`TrieLogitsProcessor`], with the same
+        scores, for comparison with published results, which were obtained in that way.
 
         Args:
             prompts, top_k, exclude, allowed, batch_size:
@@ -161,35 +169,36 @@ class TrieDecoder:
             `ValueError`: if an argument is out of range, or an item is a strict prefix of another.
         """
         num_beams = top_k if num_beams is None else num_beams
-        prompts = self._check_arguments(prompts, exclude, allowed, batch_size=batch_size, top_k=top_k)
+        prompts = self._check_prompts(prompts, batch_size=batch_size, top_k=top_k)
+        exclude, allowed = self._check_restrictions(len(prompts), exclude, allowed)
         if num_beams < top_k:
             raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
         if normalize not in ("trie", "vocab"):
             raise ValueError(f"`normalize` is {normalize!r}: it must be 'trie' or 'vocab'.")
-        if not self.trie.is_leaf(self.trie.item_nodes.long()).all():
+        if not self._ends_at_leaves:
             raise ValueError(
-                "`trie` has items that are the beginning of others, so beams can't know when one is finished: append "
-                "an end token to every sequence, as `ItemCatalog.build_trie` does."
+                "`trie` has items that are the beginning of others, so beam search can't tell when one is finished: "
+                "append an end token to every sequence, as `ItemCatalog.build_trie` does."
             )
         output = DecodingOutput.empty(len(prompts), top_k)
-        with self._ready(cast_head=normalize == "vocab"):
+        with self._ready(cast_head=normalize == "vocab") as project:
             for users, cache in self._batches(prompts, batch_size):
                 restriction = self._restriction(users, exclude, allowed)
-                root_scores = self._score_root(cache, normalize)
+                root_scores = score_root(project, cache, normalize)
                 beams = Beams(self.tree, restriction, num_beams, length_penalty, root_scores)
-                self._beam_search(output, users, cache, beams, normalize)
+                beam_search_batch(project, output, users, cache, beams, normalize)
         return output
 
     def score_items(
         self,
         prompts: Sequence[list[int]],
-        items: Sequence[Sequence[int]],
+        items: Sequence[Items],
         batch_size: int = 16,
         items_per_pass: int = 128,
     ) -> list[Tensor]:
         """
-        Log-probability `log P_valid` of given items, for reranking and diagnosis. What the items of a user have in
-        common is computed once.
+        Log-probability `log P_valid` of given items, for reranking and diagnosis. Prefixes that the items of a user
+        have in common are computed once.
 
         Args:
             prompts (`Sequence[list[int]]`):
@@ -197,7 +206,7 @@ class TrieDecoder:
             items (`Sequence[Sequence[int]]`):
                 Item indices to score for each prompt.
             batch_size (`int`, *optional*, defaults to `16`):
-                Number of prompts at a time.
+                Number of prompts in a batch.
             items_per_pass (`int`, *optional*, defaults to `128`):
                 Number of items of a user that one forward pass scores, which bounds its memory.
 
@@ -207,106 +216,46 @@ class TrieDecoder:
         Raises:
             `ValueError`: if there are not as many lists of items as prompts, or an item is not in the catalogue.
         """
-        prompts = self._check_arguments(prompts, batch_size=batch_size, items_per_pass=items_per_pass)
-        check_items("items", items, len(prompts), self.trie.num_items)
-        items = [torch.as_tensor(row, dtype=torch.int64, device="cpu") for row in items]
+        prompts = self._check_prompts(prompts, batch_size=batch_size, items_per_pass=items_per_pass)
+        items = read_item_lists("items", items, len(prompts), self.trie.num_items)
+        items = [row.to(self.tree.device) for row in items]
         scores = [torch.zeros(len(row)) for row in items]
-        item_place = self.tree.item_place.cpu()
-        with self._ready():
+        with self._ready() as project:
             for users, cache in self._batches(prompts, batch_size):
                 # In the order of the leaves, so that the items of a pass have much in common
-                orders = [item_place[items[user]].argsort() for user in users]
+                orders = [self.tree.item_place[items[user]].argsort() for user in users]
                 for start in range(0, max(map(len, orders)), items_per_pass):
                     parts = [order[start : start + items_per_pass] for order in orders]
-                    found = self._score(cache, [items[user][part] for user, part in zip(users, parts)])
+                    found = score_batch(project, cache, [items[user][part] for user, part in zip(users, parts)])
                     for user, part, values in zip(users, parts, found):
-                        scores[user][part] = values
+                        scores[user][part.cpu()] = values
                     cache.clear()
         return scores
 
-    # ------------------------------------------------------------------ one batch
+    def prepare_allowed(self, items: Items) -> Allowed:
+        """
+        Prepare items that all users may get, to be passed as `allowed` to any number of searches. The time it takes is
+        in proportion to the number of items; a search then does no such work.
 
-    def _search(
-        self, output: DecodingOutput, users: Tensor, cache: TreeCache, frontier: Frontier, nodes_per_round: int
-    ) -> None:
-        """Exact search for a batch of `users`, whose results go into their rows of `output`."""
-        for rounds in itertools.count(start=1):
-            nodes, scores = frontier.take(nodes_per_round)
-            is_done = (nodes < 0).all(1)
-            if is_done.any():
-                _write(output, users, frontier, is_done)
-                if is_done.all():
-                    return
-                frontier.select(~is_done)
-                cache.select(~is_done)
-                nodes, scores = nodes[~is_done], scores[~is_done]
-            # The prompt's last token stands for the root
-            hidden = cache.root_hidden[:, -1] if rounds == 1 else cache.append(nodes)
-            row, column = (nodes >= 0).nonzero(as_tuple=True)
-            parents, children = self.tree.children(nodes[row, column])
-            log_probs = next_token_log_probs(self.project, hidden, parents, self.tree.head_tokens(children))
-            frontier.add(row[parents], children, scores[row, column][parents] + log_probs)
+        Args:
+            items (`Sequence[int]`, `set[int]` or `torch.Tensor` of shape `(num_allowed,)`):
+                Item indices.
 
-    def _beam_search(
-        self, output: DecodingOutput, users: Tensor, cache: TreeCache, beams: Beams, normalize: str
-    ) -> None:
-        """Beam search for a batch of `users`, whose results go into their rows of `output`."""
-        for rounds in itertools.count(start=1):
-            is_done = beams.is_done
-            if is_done.any():
-                _write(output, users, beams, is_done)
-                if is_done.all():
-                    return
-                beams.select(~is_done)
-                cache.select(~is_done)
-            rows, nodes, steps = beams.continuations()
-            log_probs = torch.zeros(len(rows), device=rows.device)
-            # A forced token has a probability of 1 among the valid ones, but not in the vocabulary
-            read = beams.is_choosing if normalize == "trie" else beams.is_alive
-            if read.any():
-                if rounds == 1:
-                    hidden = cache.root_hidden[:, -1]
-                elif normalize == "trie":
-                    hidden = cache.append(torch.where(read, beams.nodes, -1))
-                else:
-                    hidden = cache.append(torch.where(read, beams.nodes, -1), beams.steps, beams.steps + 1)
-                state = read.reshape(-1).cumsum(0) - 1
-                is_read = read.reshape(-1)[rows]
-                tokens = self.tree.chain_tokens[self.tree.chain_start[nodes] + steps]
-                log_probs[is_read] = next_token_log_probs(
-                    self.project, hidden, state[rows[is_read]], tokens[is_read], normalize
-                )
-                beams.count_expansions(read)
-            beams.advance(rows, nodes, steps, log_probs)
+        Returns:
+            [`Allowed`]: The items, for this decoder only.
 
-    def _score(self, cache: TreeCache, items: list[Tensor]) -> list[Tensor]:
-        """Scores of items of each user of a batch, in one forward pass."""
-        tree, counts = self.tree, torch.tensor([len(row) for row in items])
-        users = torch.repeat_interleave(counts).to(tree.device)
-        leaves = tree.item_nodes[torch.cat(items).to(tree.device)].long()
-        levels = [leaves]
-        while (levels[-1] > 0).any():
-            levels.append(tree.parent[levels[-1]].long().clamp(min=0))
-        # Every node at which some item of a user takes a choice, by user and from the root down
-        keys = torch.cat([users[:0], *(users * tree.num_nodes + nodes for nodes in levels[1:])]).unique()
-        row, nodes = keys // tree.num_nodes, keys % tree.num_nodes
-        hidden = cache.root_hidden.new_empty(len(keys), cache.root_hidden.shape[-1])
-        hidden[nodes == 0] = cache.root_hidden[row[nodes == 0], -1]
-        if (nodes > 0).any():
-            hidden[nodes > 0] = cache.append(pad_rows(row[nodes > 0], nodes[nodes > 0], len(items), fill=-1))
-        parents, children = tree.children(nodes)
-        log_probs = next_token_log_probs(self.project, hidden, parents, tree.head_tokens(children))
-        first = torch.searchsorted(parents, torch.arange(len(keys), device=tree.device))
-        scores = torch.zeros(len(leaves), device=tree.device)
-        for above, below in zip(levels[1:], levels):
-            place = first[torch.searchsorted(keys, users * tree.num_nodes + above)] + below - tree.first_child[above]
-            scores += torch.where(below > 0, log_probs[place.clamp(max=len(log_probs) - 1)], 0.0)
-        return scores.cpu().split(counts.tolist())
+        Raises:
+            `ValueError`: if there is no item, or an index that is not an item's.
+        """
+        found = read_allowed(items, 1, self.trie.num_items)
+        if isinstance(found, list):
+            raise ValueError("`items` holds lists: pass one list of items that all users may get.")
+        return Allowed.from_items(self.tree, found)
 
     # ------------------------------------------------------------------ parts
 
     def _batches(self, prompts: Sequence[list[int]], batch_size: int) -> Iterator[tuple[Tensor, TreeCache]]:
-        """Users and the cache of their prompts, a batch at a time, prompts of similar length together."""
+        """Users of each batch and the cache of their prompts. Prompts of similar length share a batch."""
         order = sorted(range(len(prompts)), key=lambda user: -len(prompts[user]))
         shared = _common_length(min(prompts), max(prompts)) if len(prompts) > 1 else 0
         shared = min(shared, len(prompts[order[-1]]) - 1)  # each prompt keeps a token to read on from
@@ -318,65 +267,57 @@ class TrieDecoder:
             yield torch.tensor(users), TreeCache(self.backbone, self.tree, [prompts[user] for user in users], prefix)
 
     @contextlib.contextmanager
-    def _ready(self, cast_head: bool = False) -> Iterator[None]:
-        """Evaluation mode, no gradient, and the head that the model has now; in fp32 if all of it is used often."""
-        self.project = head_projection(self.base)
+    def _ready(self, cast_head: bool = False) -> Iterator[Project]:
+        """Evaluation mode without gradients, and the head as the model has it now, in fp32 if all of it is used."""
+        project = head_projection(self.base)
         if cast_head:
-            self.project = functools.partial(self.project, weight=self.project.keywords["weight"].float())
-        try:
-            with evaluating(self.model):
-                yield
-        finally:
-            del self.project
+            project = functools.partial(project, weight=project.keywords["weight"].float())
+        with evaluating(self.model):
+            yield project
 
-    def _score_root(self, cache: TreeCache, normalize: str) -> Tensor:
-        """Log-probability of the tokens that all items begin with, fp32 of shape `(num_users,)`."""
-        num_users, num_forced = len(cache.root_hidden), cache.root_hidden.shape[1] - 1
-        if normalize == "trie" or num_forced == 0:
-            return torch.zeros(num_users, device=self.tree.device)
-        rows = torch.arange(num_users * num_forced, device=self.tree.device)
-        tokens = self.tree.chain_tokens[:num_forced].repeat(num_users)
-        hidden = cache.root_hidden[:, :-1].flatten(0, 1)
-        log_probs = next_token_log_probs(self.project, hidden, rows, tokens, normalize)
-        return log_probs.view(num_users, num_forced).sum(1)
+    @functools.cached_property
+    def _ends_at_leaves(self) -> bool:
+        """Whether no item is the beginning of another."""
+        return bool(self.trie.is_leaf(self.trie.item_nodes.long()).all())
 
-    def _restriction(self, users: Tensor, exclude, allowed) -> Restriction:
+    def _restriction(
+        self, users: Tensor, exclude: list[Tensor] | None, allowed: Allowed | list[Tensor] | None
+    ) -> Restriction:
         """What the users of a batch may get."""
-        if exclude is not None:
-            exclude = [exclude[user] for user in users]
-        if allowed is not None:
-            allowed = torch.as_tensor(allowed) if is_shared(allowed) else [allowed[user] for user in users]
+        exclude, allowed = (
+            [rows[user] for user in users] if isinstance(rows, list) else rows for rows in (exclude, allowed)
+        )
         return Restriction(self.tree, exclude, allowed)
 
     # ------------------------------------------------------------------ checks
 
-    def _check_arguments(
-        self, prompts: Sequence[Sequence[int]], exclude=None, allowed=None, **counts: int
-    ) -> list[list[int]]:
-        """Raise a `ValueError` for arguments out of range; return the prompts as lists."""
+    def _check_prompts(self, prompts: Sequence[Sequence[int]], **counts: int) -> list[list[int]]:
+        """Raise a `ValueError` for prompts or numbers out of range; return the prompts as lists."""
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"`{name}` is {value}: it must be at least 1.")
         if len(prompts) == 0:
-            raise ValueError("`prompts` is empty: there is nobody to recommend to.")
+            raise ValueError("`prompts` is empty: pass at least one.")
         prompts = [[int(token) for token in prompt] for prompt in prompts]
         lengths = list(map(len, prompts))
         if min(lengths) == 0:
-            raise ValueError(f"`prompts` has no token for user {lengths.index(0)}: an item must come after something.")
+            raise ValueError(f"`prompts` has no token for user {lengths.index(0)}: pass at least one token each.")
         check_length(self.backbone, max(lengths), self.trie.depth)
-        check_restrictions(len(prompts), self.trie.num_items, exclude, allowed)
         return prompts
 
-
-def _write(output: DecodingOutput, users: Tensor, state: Frontier | Beams, is_done: Tensor) -> None:
-    """Write what has been found for the users that are done into their rows of `output`."""
-    done = users[state.users[is_done].cpu()]
-    keys = state.best_items(output.items.shape[1])[is_done]
-    output.items[done] = key_items(keys).cpu()
-    output.scores[done] = key_scores(keys).cpu()
-    output.exact[done] = state.is_exact[is_done].cpu()
-    output.expansions[done] = state.expansions[is_done].cpu()
-    output.rounds[done] = state.rounds[is_done].cpu()
+    def _check_restrictions(
+        self, num_users: int, exclude: Sequence[Items] | None, allowed: Allowed | Items | Sequence[Items] | None
+    ) -> tuple[list[Tensor] | None, Allowed | list[Tensor] | None]:
+        """Raise a `ValueError` where they don't fit users or catalogue; return them as [`Restriction`] takes them."""
+        if exclude is not None:
+            exclude = read_item_lists("exclude", exclude, num_users, self.trie.num_items)
+        if isinstance(allowed, Allowed):
+            if allowed.tree is not self.tree:
+                raise ValueError("`allowed` was prepared by another `TrieDecoder`: prepare it with this one.")
+        elif allowed is not None:
+            allowed = read_allowed(allowed, num_users, self.trie.num_items)
+            allowed = Allowed.from_items(self.tree, allowed) if isinstance(allowed, Tensor) else allowed
+        return exclude, allowed
 
 
 def _common_length(first: list[int], last: list[int]) -> int:

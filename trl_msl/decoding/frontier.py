@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What best-first search keeps of each user of a batch: the open nodes and the best items so far."""
+"""State of best-first search for a batch of users: open nodes and the best items found so far."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ class Frontier:
     """
     Open nodes and best items of each user of a batch.
 
+    Where `max_expansions` nodes have been expanded and fewer than `top_k` items found, the user's search finishes by
+    beams: the `top_k` best open nodes are expanded, then the best of their children, and so on. As each leads to an
+    item, that finds as many as there are, up to `top_k`.
+
     Args:
         tree ([`CompressedTrie`]):
             Trie of the catalogue.
@@ -23,7 +27,7 @@ class Frontier:
         num_users, top_k (`int`):
             Number of users of the batch, and of items to find for each.
         max_expansions (`int`):
-            Number of nodes that may be expanded for each user.
+            Number of nodes that may be expanded for each user, best first.
 
     Attributes (a row for each user that still searches):
         users (`torch.Tensor` of shape `(num_users,)`, int64):
@@ -34,6 +38,8 @@ class Frontier:
             Open nodes, best first, and their log-probabilities; `-inf` where there is none.
         expansions, rounds (`torch.Tensor` of shape `(num_users,)`, int64):
             Number of nodes expanded, and number of rounds in which some were.
+        is_finishing (`torch.Tensor` of shape `(num_users,)`, bool):
+            Whether the search of each user finishes by beams.
         best_dropped (`torch.Tensor` of shape `(num_users,)`, fp32):
             Best score of the nodes that were not kept, since too few may still be expanded to get to them.
     """
@@ -51,6 +57,7 @@ class Frontier:
         self.max_expansions = max_expansions
         self.expansions = torch.zeros_like(self.users)
         self.rounds = torch.zeros_like(self.users)
+        self.is_finishing = torch.zeros_like(self.users, dtype=torch.bool)
         self.best_dropped = torch.full((num_users,), -torch.inf, device=device)
         self.add(self.users, torch.zeros_like(self.users), torch.zeros(num_users, device=device))
 
@@ -61,7 +68,7 @@ class Frontier:
 
     def add(self, rows: Tensor, nodes: Tensor, scores: Tensor) -> None:
         """
-        Add nodes that were reached: the items that end in them, and what may be found below them.
+        Add nodes that were reached: the items that end in them, and the nodes themselves if items may be found below.
 
         Args:
             rows (`torch.Tensor` of shape `(num_reached,)`, int64):
@@ -86,29 +93,49 @@ class Frontier:
         rows, nodes, scores = rows[is_open], nodes[is_open], scores[is_open]
         scores = torch.cat([self.scores, pad_rows(rows, scores, num_users, fill=-torch.inf)], dim=1)
         nodes = torch.cat([self.nodes, pad_rows(rows, nodes, num_users, fill=-1)], dim=1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        num_promising = ((scores >= self.threshold[:, None]) & (scores > -torch.inf)).sum(1).max()
-        width = int(torch.minimum(num_promising, self.max_expansions - self.expansions.min()))
-        if width < scores.shape[1]:
-            self.best_dropped = torch.maximum(self.best_dropped, scores[:, width])
-        self.scores, self.nodes = scores[:, :width], nodes.gather(1, order[:, :width])
+        self.scores, order = scores.sort(dim=1, descending=True, stable=True)
+        self.nodes = nodes.gather(1, order)
+        # At least as many as finishing by beams needs
+        self._keep((self.max_expansions - self.expansions).clamp(min=top_k))
+        width = int((self.scores > -torch.inf).sum(1).max())
+        self.scores, self.nodes = self.scores[:, :width], self.nodes[:, :width]
 
     def take(self, num_nodes: int) -> tuple[Tensor, Tensor]:
         """
-        Take out each user's best open nodes, as far as they may lead to one of the K best items.
+        Take out the best open nodes of each user, of those that may lead to one of the K best items.
+
+        Args:
+            num_nodes (`int`):
+                Maximum number of nodes of a user. Where a search finishes by beams it is `top_k` instead.
 
         Returns:
             `tuple` of two `torch.Tensor` of shape `(num_users, num_taken)`: nodes, int64, `-1` where there is none,
             and their scores, fp32.
         """
-        scores, nodes = self.scores[:, :num_nodes], self.nodes[:, :num_nodes]
-        column = torch.arange(scores.shape[1], device=scores.device)
-        taken = (scores >= self.threshold[:, None]) & (scores > -torch.inf)
-        taken &= column < self.max_expansions - self.expansions[:, None]
+        top_k, remaining = self.keys.shape[1], self.max_expansions - self.expansions
+        self.is_finishing = self.is_finishing | ((remaining <= 0) & (self.keys[:, -1] == NO_ITEM))
+        # Beams never go back, so nodes that are not among them are given up
+        self._keep(torch.where(self.is_finishing, top_k, self.scores.shape[1]))
+        limit = torch.where(self.is_finishing, top_k, remaining.clamp(max=num_nodes))
+        taken = self._is_promising & (torch.arange(self.scores.shape[1], device=limit.device) < limit[:, None])
         self.expansions = self.expansions + taken.sum(1)
         self.rounds = self.rounds + taken.any(1)
-        self.scores = torch.cat([scores.masked_fill(taken, -torch.inf), self.scores[:, num_nodes:]], dim=1)
-        return torch.where(taken, nodes, -1), scores
+        width = int(taken.sum(1).max())
+        nodes, scores = torch.where(taken, self.nodes, -1)[:, :width], self.scores[:, :width]
+        self.scores = self.scores.masked_fill(taken, -torch.inf)
+        return nodes, scores
+
+    @property
+    def _is_promising(self) -> Tensor:
+        """Which open nodes may lead to one of the K best items, bool of shape `(num_users, num_open)`."""
+        return (self.scores >= self.threshold[:, None]) & (self.scores > -torch.inf)
+
+    def _keep(self, num_nodes: Tensor) -> None:
+        """Drop all open nodes of each user but the best `num_nodes`, int64 of shape `(num_users,)`."""
+        kept = self._is_promising & (torch.arange(self.scores.shape[1], device=num_nodes.device) < num_nodes[:, None])
+        dropped = torch.cat([self.best_dropped[:, None], self.scores.masked_fill(kept, -torch.inf)], dim=1)
+        self.best_dropped = dropped.amax(1)
+        self.scores = self.scores.masked_fill(~kept, -torch.inf)
 
     def best_items(self, top_k: int) -> Tensor:
         """Keys of each user's best items, int64 of shape `(num_users, top_k)`."""
@@ -116,11 +143,11 @@ class Frontier:
 
     @property
     def is_exact(self) -> Tensor:
-        """Whether each user's items beat whatever may be found below an open node, bool of shape `(num_users,)`."""
+        """Whether each user's items beat all that could be found below an open node, bool of shape `(num_users,)`."""
         best_open = torch.cat([self.best_dropped[:, None], self.scores], dim=1).amax(1)
         return (best_open < self.threshold) | (best_open == -torch.inf)
 
     def select(self, rows: Tensor) -> None:
-        """Keep only some users, given by their row."""
-        for name in ("users", "keys", "nodes", "scores", "expansions", "rounds", "best_dropped"):
+        """Keep only some users, given by a mask over rows."""
+        for name in ("users", "keys", "nodes", "scores", "expansions", "rounds", "is_finishing", "best_dropped"):
             setattr(self, name, getattr(self, name)[rows])

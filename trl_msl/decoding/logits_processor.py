@@ -12,13 +12,13 @@ from ..trie import ItemTrie, logsumexp_by_row
 
 class TrieLogitsProcessor(LogitsProcessor):
     r"""
-    [`~transformers.LogitsProcessor`] that lets `model.generate` write items of the catalogue and nothing else.
+    [`~transformers.LogitsProcessor`] that restricts `model.generate` to the items of the catalogue.
 
     Works with greedy search, sampling and beam search, on all rows at once, and keeps no state: where a row stands in
     the trie is read from `input_ids`, so it can be reused and beams may be reordered.
 
-    Once a row has written a whole item only its end token is allowed again. A row that left the trie (a beam that
-    search made up because there were fewer items than beams) gets `-inf` throughout.
+    Once a row has written a whole item, only its end token is allowed again. A row off the trie (a beam that search
+    makes up where there are fewer items than beams) gets `-inf` everywhere.
 
     Args:
         trie ([`ItemTrie`]):
@@ -30,9 +30,9 @@ class TrieLogitsProcessor(LogitsProcessor):
             the restricted score that MSL trains (Lemma 4.1 of the paper); or `"vocab"`, unchanged, so that beam search
             sums log-probabilities over the whole vocabulary, as transformers' `PrefixConstrainedLogitsProcessor` does.
         inplace (`bool`, *optional*, defaults to `False`):
-            Whether to overwrite the scores instead of making new ones, which takes most of the time where the
-            vocabulary is large. Right for `generate`, except when it is to return the raw logits of greedy search or
-            sampling (`output_logits=True`).
+            Whether to overwrite the scores instead of making new ones, which takes most of the time with a
+            large vocabulary. Safe with `generate`, unless it is to return the raw logits of greedy search or sampling
+            (`output_logits=True`).
 
     Example:
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities of next tokens, without the logits that nobody asks for."""
+"""Log-probabilities of next tokens, computing only the logits needed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def next_token_log_probs(
     if normalize == "trie":
         for chosen in _groups(torch.bincount(rows, minlength=len(hidden))):
             here = chosen[rows]
-            # A product with the union of the rows' tokens, out of which each row takes its own
+            # A product with the union of the rows' tokens, from which each row takes its own
             union, columns = tokens[here].unique(return_inverse=True)
             logits = project(hidden[chosen], rows=union).to(device)
             log_probs[here] = logits[(chosen.cumsum(0) - 1)[rows[here]], columns]
@@ -60,7 +60,7 @@ def next_token_log_probs(
 def _groups(counts: Tensor) -> Iterator[Tensor]:
     """
     Split rows with `counts` tokens each into groups, given as masks, so that the product of a group's rows with all
-    of its tokens stays small: the many rows with few tokens must not pay for the few rows with many.
+    of its tokens stays small, and rows with few tokens are not multiplied with the tokens of rows with many.
     """
     if len(counts) * int(counts.sum()) <= _MAX_LOGITS:
         yield torch.ones_like(counts, dtype=torch.bool)

@@ -1,34 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recommending: ranked items for prompts, by exact search, beam search, or `generate`."""
+"""Ranked items for prompts, by exact search, beam search, or `generate`."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, is_peft_model
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitNormalization, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel
 
 from ..data import Prompt, RankingTask
-from ..model import check_whole, evaluating
-from ..trie import ItemTrie
+from ..model import check_whole
+from .by_generate import generate_items
 from .decoder import TrieDecoder
-from .logits_processor import TrieLogitsProcessor
+from .item_lists import Items, read_allowed, read_item_lists
 from .output import DecodingOutput
-from .restriction import check_restrictions, is_shared
+from .restriction import Allowed
 
 
 logger = logging.getLogger(__name__)
-
-_DEAD_BEAM = -1e8  # transformers gives -1e9 or -inf to beams that search made up
-
 
 MODES = ("exact", "beam", "generate")
 
@@ -50,7 +44,7 @@ class Recommendations:
         rounds (`numpy.ndarray` of shape `(num_users,)`, int64):
             Number of forward passes that the user took part in; `0` from `generate`.
         invalid_rate (`float`):
-            Share of sequences decoded that are no item. Constrained decoding makes none.
+            Share of decoded sequences that are not an item. Constrained decoding makes none.
         target_ranks (`numpy.ndarray` of shape `(num_users,)`, fp64, *optional*):
             From [`evaluate_recommendations`]: rank of each target, as [`ranks_of_targets`] gives it.
     """
@@ -70,20 +64,21 @@ def recommend(
     prompts: Sequence[Prompt] | Sequence[list[int]],
     top_k: int = 10,
     mode: str = "exact",
-    exclude: Sequence[Sequence[int]] | None = None,
-    allowed: Sequence[int] | torch.Tensor | Sequence[Sequence[int]] | None = None,
+    exclude: Sequence[Items] | None = None,
+    allowed: Allowed | Items | Sequence[Items] | None = None,
     max_expansions: int = 1024,
     num_beams: int | None = None,
     normalize: str = "trie",
     length_penalty: float = 0.0,
     batch_size: int = 16,
+    decoder: TrieDecoder | None = None,
 ) -> Recommendations:
     """
     Rank the catalogue's items for each prompt.
 
     Under `accelerate launch` each process takes a share of the prompts, and all get the whole result. Items with the
     same text share a score and follow each other in catalogue order. To answer one request after the other make a
-    [`TrieDecoder`] once: making it includes a check of the model.
+    [`TrieDecoder`] once and pass it: making it takes time in proportion to the catalogue, and a check of the model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -95,28 +90,28 @@ def recommend(
         top_k (`int`, *optional*, defaults to `10`):
             Number of items to rank.
         mode (`str`, *optional*, defaults to `"exact"`):
-            `"exact"`, the best items there are, by [`TrieDecoder.search`]; `"beam"`, what beam search finds, by
-            [`TrieDecoder.beam_search`]; or `"generate"`, the same by `model.generate`, slowly, for models that
+            `"exact"`, the best items, by [`TrieDecoder.search`]; `"beam"`, those that beam search finds, by
+            [`TrieDecoder.beam_search`]; or `"generate"`, the same by `model.generate`, which is slow, for models that
             [`TrieDecoder`] can't run.
-        exclude (`Sequence[Sequence[int]]`, *optional*):
-            Item indices that each user must not get, such as the history. Not with `"generate"`.
-        allowed (`Sequence[int]`, `torch.Tensor` or `Sequence[Sequence[int]]`, *optional*):
-            Item indices that all users, or each of them, may get. Not with `"generate"`.
+        exclude, allowed (*optional*):
+            Item indices that users must not, and may get, as for [`TrieDecoder.search`]. Not with `"generate"`.
         max_expansions (`int`, *optional*, defaults to `1024`):
-            With `"exact"`, the number of trie nodes to expand for a user at most.
+            With `"exact"`, the number of trie nodes to expand for a user, as for [`TrieDecoder.search`].
         num_beams (`int`, *optional*):
             With beams, their number. Defaults to `top_k`.
         normalize (`str`, *optional*, defaults to `"trie"`):
             With beams, as for [`TrieLogitsProcessor`].
         length_penalty (`float`, *optional*, defaults to `0.0`):
             With beams, as for `generate`. Its own default of 1.0 favours long titles, whose last tokens are forced and
-            free.
+            cost nothing.
         batch_size (`int`, *optional*, defaults to `16`):
             Prompts per process at a time.
+        decoder ([`TrieDecoder`], *optional*):
+            Decoder of this model and this task's trie, made before. `"generate"` uses none.
 
     Raises:
-        `ValueError`: if `top_k` exceeds the number of items, an argument has no meaning with `mode`, or the model or
-            the trie is not fit for it.
+        `ValueError`: if `top_k` exceeds the number of items, an argument has no meaning with `mode`, `decoder` is of
+            another model or trie, or the model or the trie can't be used with `mode`.
     """
     trie = task.trie
     beam_arguments = {"num_beams": num_beams, "normalize": normalize, "length_penalty": length_penalty}
@@ -124,8 +119,14 @@ def recommend(
     if not 0 < top_k <= trie.num_items:
         raise ValueError(f"`top_k` is {top_k}: it must lie between 1 and the number of items, {trie.num_items}.")
     if len(prompts) == 0:
-        raise ValueError("`prompts` is empty: there is nobody to recommend to.")
-    check_restrictions(len(prompts), trie.num_items, exclude, allowed)
+        raise ValueError("`prompts` is empty: pass at least one.")
+    if decoder is not None and not (decoder.model is model and decoder.trie is trie.to(decoder.trie.device)):
+        raise ValueError("`decoder` was made of another model or trie: make it with `TrieDecoder(model, task.trie)`.")
+    # All processes read all of it, so that all of them raise the same errors
+    if exclude is not None:
+        exclude = read_item_lists("exclude", exclude, len(prompts), trie.num_items)
+    if allowed is not None and not isinstance(allowed, Allowed):
+        allowed = read_allowed(allowed, len(prompts), trie.num_items)
     process = PartialState()
     is_encoded = not isinstance(prompts[0], str) and not (len(prompts[0]) > 0 and isinstance(prompts[0][0], dict))
     encoded = prompts if is_encoded else task.encode_prompts(prompts)
@@ -134,12 +135,11 @@ def recommend(
     num_invalid = 0
     if mode == "generate":
         check_whole(model)
-        found, num_invalid = _generate_items(model, task.tokenizer, trie, **arguments, **beam_arguments)
+        found, num_invalid = generate_items(model, task.tokenizer, trie, **arguments, **beam_arguments)
     else:
         arguments["exclude"] = None if exclude is None else [exclude[user] for user in mine]
-        is_per_user = allowed is not None and not is_shared(allowed)
-        arguments["allowed"] = [allowed[user] for user in mine] if is_per_user else allowed
-        decoder = TrieDecoder(model, trie)
+        arguments["allowed"] = [allowed[user] for user in mine] if isinstance(allowed, list) else allowed
+        decoder = TrieDecoder(model, trie) if decoder is None else decoder
         if len(mine) == 0:  # more processes than prompts
             found = DecodingOutput.empty(0, top_k)
         elif mode == "exact":
@@ -172,10 +172,10 @@ def _check_mode(mode: str, beam_arguments: dict[str, Any], max_expansions: int, 
 
 
 def _report(found: Recommendations, mode: str) -> None:
-    """Say for how many users the result is less than was asked for."""
+    """Warn if some users got fewer items than were asked for, or items that may not be the best."""
     num_short, num_inexact = int((found.items[:, -1] < 0).sum()), int((~found.exact).sum())
     if num_short:
-        remedy = "there are no more that they may get" if mode == "exact" else "raise `num_beams`"
+        remedy = "`exclude` and `allowed` leave no more" if mode == "exact" else "raise `num_beams`"
         logger.warning("%d of %d users got fewer than `top_k` items: %s.", num_short, len(found.items), remedy)
     if mode == "exact" and num_inexact:
         logger.warning(
@@ -183,116 +183,3 @@ def _report(found: Recommendations, mode: str) -> None:
             num_inexact,
             len(found.items),
         )
-
-
-# ---------------------------------------------------------------------- by `generate`
-
-
-def _generate_items(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    trie: ItemTrie,
-    prompts: list[list[int]],
-    top_k: int,
-    batch_size: int,
-    num_beams: int | None,
-    normalize: str,
-    length_penalty: float,
-) -> tuple[DecodingOutput, int]:
-    """Items by `generate`, and the number of sequences that are no item."""
-    num_beams = num_beams or top_k
-    if num_beams < top_k:
-        raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
-    trie = trie.to("cpu")
-    by_length = sorted(range(len(prompts)), key=lambda user: -len(prompts[user]))
-    pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    config = GenerationConfig(
-        num_beams=num_beams,
-        num_return_sequences=num_beams,
-        max_new_tokens=trie.depth,
-        length_penalty=length_penalty,
-        do_sample=False,
-        eos_token_id=_end_tokens(trie),
-        pad_token_id=pad_token,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    output, num_invalid = DecodingOutput.empty(len(prompts), top_k), 0
-    starts = range(0, len(by_length), batch_size)
-    is_silent = len(starts) < 2 or not PartialState().is_local_main_process
-    with _ready_to_generate(model):
-        for start in tqdm(starts, desc="Recommending", disable=is_silent):
-            users = by_length[start : start + batch_size]
-            sequences, scores = _generate(model, trie, [prompts[u] for u in users], pad_token, config, normalize)
-            scores = scores.view(len(users), num_beams).cpu()
-            nodes = trie.reached(sequences.cpu()).view(len(users), num_beams)
-            is_item, alive = trie.is_leaf(nodes), scores > _DEAD_BEAM
-            num_invalid += int((~is_item & alive).sum())
-            ranked = _expand_leaves(trie, nodes.where(is_item & alive, -1), scores, top_k)
-            for user, (user_items, user_scores) in zip(users, ranked):
-                output.items[user], output.scores[user] = torch.tensor(user_items), torch.tensor(user_scores)
-    return output, num_invalid
-
-
-@contextlib.contextmanager
-def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
-    """
-    Evaluation mode, no gradient, a cache, and none of the model's own generation settings: `generate` takes from them
-    whatever a config leaves unset, and a repetition penalty or top-k breaks constrained search silently.
-    """
-    base = model.get_base_model() if is_peft_model(model) else model
-    before = base.generation_config, model.generation_config
-    base.generation_config = model.generation_config = GenerationConfig()
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        base.generation_config, model.generation_config = before
-
-
-def _generate(
-    model: PreTrainedModel,
-    trie: ItemTrie,
-    prompts: list[list[int]],
-    pad_token: int,
-    config: GenerationConfig,
-    normalize: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens written for left-padded prompts, `(rows, length)`, and their scores, `(rows,)`."""
-    longest = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token] * (longest - len(p)) + p for p in prompts], device=model.device)
-    attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    processors = [TrieLogitsProcessor(trie, longest, normalize, inplace=True)]
-    if config.num_beams == 1:  # greedy search hands over logits, beam search log-probabilities
-        processors.insert(0, LogitNormalization())
-    output = model.generate(
-        input_ids=input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=processors
-    )
-    written = output.sequences[:, longest:]
-    if config.num_beams > 1:
-        return written, output.sequences_scores
-    steps = torch.stack(output.scores, dim=1).gather(-1, written.unsqueeze(-1)).squeeze(-1)
-    return written, steps.nan_to_num(neginf=0.0).sum(dim=1)  # greedy search: its padding has no score
-
-
-def _expand_leaves(
-    trie: ItemTrie, nodes: torch.Tensor, scores: torch.Tensor, top_k: int
-) -> Iterator[tuple[list[int], list[float]]]:
-    """Per user, the items at the leaves found, best first, ties and shared leaves by index; filled up by -1, -inf."""
-    for user_nodes, user_scores in zip(nodes.tolist(), scores.tolist()):
-        items = [(-s, item) for node, s in zip(user_nodes, user_scores) if node >= 0 for item in trie.items(node)]
-        items = sorted(items)[:top_k]
-        items += [(float("inf"), -1)] * (top_k - len(items))
-        yield [item for _, item in items], [-score for score, _ in items]
-
-
-def _end_tokens(trie: ItemTrie) -> list[int]:
-    """Tokens that end items, by which `generate` knows that a beam is finished."""
-    end_tokens = trie.tokens(trie.item_nodes).unique()
-    inner_nodes = torch.arange(1, trie.num_nodes)[~trie.is_leaf(torch.arange(1, trie.num_nodes))]
-    if not trie.is_leaf(trie.item_nodes.long()).all() or torch.isin(trie.tokens(inner_nodes), end_tokens).any():
-        raise ValueError(
-            "`trie` has items that do not end with a token of their own, so `generate` can't know when one is "
-            "finished: append an end token to every sequence, as `ItemCatalog.build_trie` does."
-        )
-    return end_tokens.tolist()

@@ -4,12 +4,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..trie import CompressedTrie, ragged_arange
+
+
+@dataclass(frozen=True, eq=False)
+class Allowed:
+    """
+    Items that all users may get, sorted once for any number of searches: from [`TrieDecoder.prepare_allowed`].
+
+    Args:
+        tree ([`CompressedTrie`]):
+            Trie of the catalogue.
+        places (`torch.Tensor` of shape `(num_allowed,)`, int64):
+            Their places in `tree.item_order`, ascending and without repeats.
+    """
+
+    tree: CompressedTrie
+    places: Tensor
+
+    @classmethod
+    def from_items(cls, tree: CompressedTrie, items: Tensor) -> Allowed:
+        """Of item indices, int64 of shape `(num_items,)`, in any order."""
+        places = tree.item_place[items.to(tree.device)].long()
+        if len(places) <= len(tree.item_order) // 16:
+            return cls(tree, places.unique())
+        is_allowed = torch.zeros(len(tree.item_order), dtype=torch.bool, device=tree.device)  # quicker than to sort
+        is_allowed[places] = True
+        return cls(tree, is_allowed.nonzero().squeeze(1))
 
 
 class Restriction:
@@ -20,35 +46,34 @@ class Restriction:
     Args:
         tree ([`CompressedTrie`]):
             Trie of the catalogue.
-        exclude (`Sequence[Sequence[int]]`, *optional*):
+        exclude (`Sequence` of `torch.Tensor` of shape `(num_excluded,)`, int64, *optional*):
             Item indices that each user must not get.
-        allowed (`torch.Tensor` of shape `(num_allowed,)`, int64, or `Sequence[Sequence[int]]`, *optional*):
-            Item indices that all users, or each user, may get. Defaults to the whole catalogue.
+        allowed ([`Allowed`], or `Sequence` of `torch.Tensor` of shape `(num_allowed,)`, int64, *optional*):
+            Items that all users, or item indices that each user, may get. Defaults to the whole catalogue.
     """
 
     def __init__(
         self,
         tree: CompressedTrie,
-        exclude: Sequence[Sequence[int]] | None = None,
-        allowed: Tensor | Sequence[Sequence[int]] | None = None,
+        exclude: Sequence[Tensor] | None = None,
+        allowed: Allowed | Sequence[Tensor] | None = None,
     ):
         self.tree = tree
         self.stride = len(tree.item_order) + 1
         # All users alike have the first one's keys
-        self.allowed_stride = 0 if isinstance(allowed, Tensor) else self.stride
+        self.allowed_stride = 0 if isinstance(allowed, Allowed) else self.stride
         self.allowed = self.excluded = None
         if allowed is not None:
-            self.allowed = self._keys([allowed] if isinstance(allowed, Tensor) else allowed)
+            self.allowed = allowed.places if isinstance(allowed, Allowed) else self._keys(allowed)
         if exclude is not None:
             keys = self._keys(exclude)
             users, places = keys // self.stride, keys % self.stride
             self.excluded = keys[self.count(users, places, places + 1) > 0]
 
-    def _keys(self, items: Sequence[Tensor] | Sequence[Sequence[int]]) -> Tensor:
+    def _keys(self, items: Sequence[Tensor]) -> Tensor:
         """Sorted `user * stride + place` of the items of each user, without repeats."""
-        counts = torch.tensor([len(row) for row in items])
-        flat = torch.cat([torch.as_tensor(row, dtype=torch.int64) for row in items]).to(self.tree.device)
-        users = torch.repeat_interleave(counts).to(self.tree.device)
+        flat = torch.cat([row.to(self.tree.device) for row in items])
+        users = torch.repeat_interleave(torch.tensor([len(row) for row in items])).to(self.tree.device)
         return (users * self.stride + self.tree.item_place[flat]).unique()
 
     def count(self, users: Tensor, start: Tensor, end: Tensor) -> Tensor:
@@ -68,13 +93,13 @@ class Restriction:
 
     def first_items(self, users: Tensor, start: Tensor, end: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """
-        The first items of each range that users may get, so that a text which very many items share costs no more.
+        The first items of each range that users may get. A text that very many items share costs no more than others.
 
         Args:
             users, start, end:
                 As for [`~Restriction.count`].
             limit (`int`):
-                Number of items of a range to give at most.
+                Maximum number of items of a range.
 
         Returns:
             `tuple` of two `torch.Tensor` of shape `(num_found,)`: index of the range, and item, in order.
@@ -105,46 +130,3 @@ class Restriction:
 
 def _count(keys: Tensor, offset: Tensor, start: Tensor, end: Tensor) -> Tensor:
     return torch.searchsorted(keys, offset + end) - torch.searchsorted(keys, offset + start)
-
-
-def is_shared(allowed: Sequence[int] | Tensor | Sequence[Sequence[int]]) -> bool:
-    """Whether one list of items is meant for all users."""
-    return allowed.ndim == 1 if isinstance(allowed, Tensor) else isinstance(allowed[0], Integral)
-
-
-def check_restrictions(
-    num_users: int,
-    num_items: int,
-    exclude: Sequence[Sequence[int]] | None,
-    allowed: Sequence[int] | Tensor | Sequence[Sequence[int]] | None,
-) -> None:
-    """Raise a `ValueError` if the arguments of [`Restriction`] do not fit the users or the catalogue."""
-    if exclude is not None:
-        check_items("exclude", exclude, num_users, num_items)
-    if allowed is None:
-        return
-    if len(allowed) == 0:
-        raise ValueError("`allowed` is empty: leave it out to allow the whole catalogue.")
-    if is_shared(allowed):
-        check_items("allowed", [allowed], 1, num_items)
-    else:
-        check_items("allowed", allowed, num_users, num_items)
-
-
-def check_items(name: str, rows: Sequence[Sequence[int]], num_users: int, num_items: int) -> None:
-    """Raise a `ValueError` if the argument `name` is not a list of item indices for each user."""
-    if len(rows) != num_users:
-        raise ValueError(f"`{name}` has {len(rows)} lists for {num_users} prompts: pass a list for each.")
-    for user, row in enumerate(rows):
-        items = torch.as_tensor(row)
-        if len(items) > 0 and (items.dtype == torch.bool or items.dtype.is_floating_point):
-            raise ValueError(
-                f"`{name}` holds {items.dtype} (list {user}), but must hold item indices: pass "
-                "`mask.nonzero().squeeze(1)` instead of a mask."
-            )
-        off = items[(items < 0) | (items >= num_items)]
-        if len(off) > 0:
-            raise ValueError(
-                f"`{name}` holds item {int(off[0])} (list {user}), but the catalogue has items 0 to {num_items - 1}: "
-                "pass indices, such as `catalog.indices(ids)`."
-            )

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import is_peft_model
 
 from ..decoding import TrieDecoder
-from ..model import check_head, head_projection
+from ..model import backbone, check_head, head_projection
 from .findings import Case, Finding
 
 
@@ -76,7 +76,7 @@ def check_precision(case: Case) -> Iterator[Finding]:
     prompts = case.prompts(case.rows.select(range(min(_NUM_PROMPTS, len(case.rows)))))
     for prompt in prompts:
         input_ids = torch.tensor([prompt + start], device=case.model.device)
-        hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1:]
+        hidden = backbone(base)(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1:]
         logits = project(hidden, rows=valid)[0].cpu()
         best = logits.topk(min(_NUM_BEST, len(logits))).values
         num_ties += len(best.unique()) - len(best.bfloat16().unique())

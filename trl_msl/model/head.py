@@ -118,12 +118,11 @@ def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             f"`model` has an LM head of {weight.dtype}, whose rows can't be picked: keep it out of the quantisation, "
             "e.g. `BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])`."
         )
-    largest = int(trie.tokens(torch.arange(1, trie.num_nodes, device=trie.device)).max())
     vocab_size = getattr(weight, "ds_shape", weight.shape)[0]
-    if largest >= vocab_size:
+    if trie.largest_token >= vocab_size:
         raise ValueError(
-            f"`trie` holds token {largest}, but the model's LM head has {vocab_size} rows. Was the trie built with "
-            "another tokenizer?"
+            f"`trie` holds token {trie.largest_token}, but the model's LM head has {vocab_size} rows. Was the trie "
+            "built with another tokenizer?"
         )
     is_armed = hasattr(weight, "ds_id") and len(head._forward_pre_hooks) > 0
     if not (weight.is_meta or isinstance(weight, DTensor) or is_armed):

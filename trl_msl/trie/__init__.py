@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trie of a catalogue's token sequences. This room knows only integers."""
 
-from .arrays import TRIE_FILE
+from .arrays import TRIE_FILE, check_regular, read_checksum, replacing
 from .compressed import CompressedTrie
 from .item_trie import ItemTrie
 from .ragged import logsumexp_by_row, pad_rows, ragged_arange
 
 
-__all__ = ["CompressedTrie", "ItemTrie", "TRIE_FILE", "logsumexp_by_row", "pad_rows", "ragged_arange"]
+__all__ = [
+    "CompressedTrie",
+    "ItemTrie",
+    "TRIE_FILE",
+    "check_regular",
+    "logsumexp_by_row",
+    "pad_rows",
+    "ragged_arange",
+    "read_checksum",
+    "replacing",
+]

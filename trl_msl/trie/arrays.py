@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def find_first_children(edges: np.ndarray, vocab_size: int) -> np.ndarray:
 
 def write_arrays(folder: Path, edges: np.ndarray, item_nodes: np.ndarray, vocab_size: int) -> None:
     """
-    Write a trie into one safetensors file, whole and then renamed: four bytes a node and four an item.
+    Write a trie into one safetensors file, with a checksum of its content: four bytes a node and four an item.
 
     As nodes stand in breadth-first order, a node's token and two bits, whether it has a child and whether it is its
     parent's first, say it all. A marisa-trie would be half as large, but its reader trusts what it reads: of 500 files
@@ -125,10 +126,8 @@ def write_arrays(folder: Path, edges: np.ndarray, item_nodes: np.ndarray, vocab_
     nodes[1:][parents[1:] != parents[:-1]] |= _IS_FIRST_SIBLING
     arrays = {"nodes": nodes, "item_nodes": item_nodes.astype(np.int32)}
     header = {"format": str(_FORMAT), "vocab_size": str(vocab_size), "sha256": _checksum(arrays, vocab_size)}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{TRIE_FILE}.tmp"
-    save_file(arrays, temporary, metadata=header)
-    temporary.replace(folder / TRIE_FILE)
+    with replacing(folder / TRIE_FILE) as temporary:
+        save_file(arrays, temporary, metadata=header)
 
 
 def read_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
@@ -140,6 +139,7 @@ def read_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
         `ValueError`: if the file is missing, damaged, or does not hold a trie.
     """
     try:
+        check_regular(folder / TRIE_FILE)
         with safe_open(folder / TRIE_FILE, framework="numpy") as file:
             header = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in ("nodes", "item_nodes")}
@@ -153,6 +153,34 @@ def read_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{TRIE_FILE} is missing, damaged or not a trie: {error}") from error
     return edges, arrays["item_nodes"], vocab_size
+
+
+def read_checksum(folder: Path) -> str | None:
+    """The checksum that a trie's file holds of its own content; `read_arrays` compares the two."""
+    check_regular(folder / TRIE_FILE)
+    try:
+        with safe_open(folder / TRIE_FILE, framework="numpy") as file:
+            return (file.metadata() or {}).get("sha256")
+    except SafetensorError as error:
+        raise ValueError(f"{TRIE_FILE} is damaged: {error}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be written, which takes its place once it is whole and is removed otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_regular(path: Path) -> None:
+    """Raise a `ValueError` unless `path` is a file or a link to one: reading a pipe or a device may never end."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} is {'not a regular file' if path.exists() else 'missing'}")
 
 
 def _unpack(nodes: np.ndarray, vocab_size: int) -> np.ndarray:

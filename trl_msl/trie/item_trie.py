@@ -105,7 +105,7 @@ class ItemTrie:
         if device not in self._copies:
             copy = ItemTrie(*(a.to(device) for a in (self.first_child, self.edges, self.item_nodes)), self.vocab_size)
             copy._copies = self._copies
-            self._copies[device] = copy
+            self._copies.setdefault(device, copy)  # another thread may have been first
         return self._copies[device]
 
     # ------------------------------------------------------------------ nodes (int tensors of any shape)
@@ -205,6 +205,11 @@ class ItemTrie:
         mask = torch.zeros(len(nodes), vocab_size or self.vocab_size, dtype=torch.bool, device=self.device)
         mask[self.valid_tokens(nodes)] = True
         return mask
+
+    @cached_property
+    def largest_token(self) -> int:
+        """Largest token id of any item."""
+        return int((self.edges[1:] % self.vocab_size).max())
 
     # ------------------------------------------------------------------ items
 

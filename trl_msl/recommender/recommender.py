@@ -3,30 +3,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .data import TASK_FILE, TASK_FILES, ItemCatalog, RankingTask
-from .decoding import recommend
+from ..data import TASK_FILE, TASK_FILES, ItemCatalog, RankingTask
+from ..decoding import TrieDecoder, recommend
+from .loading import check_files, find_folder, load
 
 
 logger = logging.getLogger(__name__)
-
-# What transformers and what it builds on raise at files that are damaged, foreign or missing
-_UNREADABLE = (
-    OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError, UnpicklingError
-)  # fmt: skip
 
 
 @dataclass
@@ -51,9 +43,35 @@ class RecommendedItems:
     exact: list[bool]
 
 
+@dataclass(frozen=True, eq=False)
+class AllowedItems:
+    """
+    Items that may be recommended, as [`Recommender.prepare_allowed`] makes them.
+
+    Args:
+        task ([`RankingTask`]):
+            What they are items of.
+        decoder ([`TrieDecoder`]):
+            What they have been prepared for.
+        indices (`list[int]`, *optional*):
+            Their indices. `None` for the whole catalogue.
+        prepared (`Any`):
+            What [`TrieDecoder.prepare_allowed`] made of them.
+    """
+
+    task: RankingTask
+    decoder: TrieDecoder
+    indices: list[int] | None
+    prepared: Any
+
+
 class Recommender:
     """
     A trained model with its task: catalogue, tokenizer, trie and prompt.
+
+    The first request makes a [`TrieDecoder`], which all later ones share, and the cost of those does not depend on the
+    size of the catalogue. Requests may come from several threads at once. If the weights change, the next request uses
+    the new ones.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -73,6 +91,8 @@ class Recommender:
     def __init__(self, model: PreTrainedModel, task: RankingTask):
         self.model = model
         self.task = task
+        self._lock = threading.Lock()
+        self._available: AllowedItems | None = None
 
     @classmethod
     def from_pretrained(
@@ -99,23 +119,25 @@ class Recommender:
                 Code from the repository is not run unless you pass `trust_remote_code=True`.
 
         Raises:
-            `ValueError`: if there is no catalogue in it, or it is damaged or does not fit the tokenizer.
+            `ValueError`: if a file is missing, damaged, foreign, or would be read from outside its folder, or the
+                tokenizer is another than the one that the catalogue was saved with.
         """
-        folder = _find(pretrained_model_name_or_path, "pretrained_model_name_or_path", revision)
-        task_folder = folder if task_from is None else _find(task_from, "task_from", allow_patterns=TASK_FILES)
-        if task_from is None and not (folder / TASK_FILE).is_file() and (base := _base_of_adapter(folder)):
-            task_folder = _find(base, "base_model_name_or_path", allow_patterns=TASK_FILES)
-        if not (task_folder / TASK_FILE).is_file():
+        folder = find_folder(pretrained_model_name_or_path, "pretrained_model_name_or_path", revision)
+        task_folder = folder if task_from is None else find_folder(task_from, "task_from", allow_patterns=TASK_FILES)
+        base = check_files(folder, kwargs.get("subfolder", ""))
+        if task_from is None and not (folder / TASK_FILE).exists() and base:
+            task_folder = find_folder(base, "base_model_name_or_path", allow_patterns=TASK_FILES)
+        if not (task_folder / TASK_FILE).exists():
             raise ValueError(
                 f"`pretrained_model_name_or_path` = {str(pretrained_model_name_or_path)!r} has no {TASK_FILE}, so "
-                "it is a model without a catalogue: train with `MSLTrainer`, name a folder that has one by "
-                "`task_from`, or make a `Recommender` of the model and a `RankingTask`."
+                "it is a model without a catalogue: train with `MSLTrainer`, name a folder that has one as "
+                "`task_from`, or make a `Recommender` from the model and a `RankingTask`."
             )
         # Left out, transformers would ask at the terminal
         trust_remote_code = kwargs.setdefault("trust_remote_code", False)
-        tokenizer = _load(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
+        tokenizer = load(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
         task = RankingTask.from_pretrained(task_folder, tokenizer)
-        return cls(_load(AutoModelForCausalLM, folder, **kwargs), task)
+        return cls(load(AutoModelForCausalLM, folder, **kwargs), task)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model (or adapter), tokenizer and catalogue into a folder, the catalogue last."""
@@ -144,43 +166,39 @@ class Recommender:
             histories (`Sequence[Sequence[str]]`):
                 Items that each user has had, oldest first: all of them ids, or all of them texts.
             k (`int`, *optional*, defaults to `10`):
-                Number of items to recommend.
+                Number of items to recommend. More than there are in the catalogue means all of them.
             exclude_history (`bool`, *optional*, defaults to `True`):
                 Whether to leave out what a user has had, and items with the same text.
-            allowed (`Iterable[str]`, *optional*):
-                Ids of the items that may be recommended, such as those in stock.
+            allowed (`Iterable[str]` or [`AllowedItems`], *optional*):
+                Ids of the items that may be recommended, such as those in stock. A list is looked up id by id: for
+                many requests prepare it once, by [`~Recommender.prepare_allowed`].
             **kwargs:
-                `batch_size`, `mode` and other arguments of [`recommend`]. Without `mode` the task's hold.
+                `batch_size`, `mode` and other arguments of [`recommend`]. Without `mode` the task's hold. A model that
+                [`TrieDecoder`] can't run takes `mode="generate"`.
 
         Raises:
-            `ValueError`: if a history is empty or holds an item that is not in the catalogue.
+            `ValueError`: if a history is empty or holds an item that is not in the catalogue, or no item is left to
+                recommend.
         """
         catalog, template = self.task.catalog, self.task.prompt_template
-        if len(histories) == 0:
-            raise ValueError("`histories` is empty: there is nobody to recommend to.")
-        no_lists = [user for user, history in enumerate(histories) if _is_no_list(history)]
-        if no_lists:  # the characters of a text may well be ids
-            raise ValueError(
-                f"`histories`: {len(no_lists)} of {len(histories)} are no lists, the first that of user "
-                f"{no_lists[0]}, {histories[no_lists[0]]!r}. Pass a list of items for each user, even for one alone."
-            )
-        empty = [user for user, history in enumerate(histories) if len(history) == 0]
-        if empty:
-            raise ValueError(
-                f"`histories`: {len(empty)} of {len(histories)} are empty, the first that of user {empty[0]}, so "
-                "there is nothing to go by. Recommend them the most popular items instead."
-            )
+        _check_histories(histories)
         indices = self._indices(histories)
         written = [[catalog.completions[index] for index in history] for history in indices]
         rows = {"prompt": [template.render(history) for history in written], "history": written}
+        settings = ({} if "mode" in kwargs else self.task.decoding) | kwargs
+        if settings.get("mode") == "generate":
+            engine = {"allowed": self._available_indices(allowed)}
+        else:
+            allowed = self.prepare_allowed(allowed)
+            engine = {"decoder": allowed.decoder, "allowed": allowed.prepared}
         found = recommend(
             self.model,
             self.task,
             self.task.ranking_prompts(rows),
             top_k=min(k, len(catalog)),
             exclude=[self._with_same_text(history) for history in indices] if exclude_history else None,
-            allowed=self._allowed_indices(allowed),
-            **({} if "mode" in kwargs else self.task.decoding) | kwargs,
+            **engine,
+            **settings,
         )
         items = [[index for index in row if index >= 0] for row in found.items.tolist()]
         return RecommendedItems(
@@ -189,6 +207,47 @@ class Recommender:
             scores=[scores[: len(row)] for scores, row in zip(found.scores.tolist(), items)],
             exact=found.exact.tolist(),
         )
+
+    def prepare_allowed(self, allowed: Iterable[str] | AllowedItems | None) -> AllowedItems:
+        """
+        Look up ids of items once, to be passed to many requests as `allowed`. Items that are withdrawn are left out.
+
+        Args:
+            allowed (`Iterable[str]` or [`AllowedItems`], *optional*):
+                Ids of the items that may be recommended. `None` for all of the catalogue.
+
+        Raises:
+            `ValueError`: if an id is not in the catalogue, no item is left, or the items were prepared by another
+                [`Recommender`], whose catalogue or withdrawn items may be others.
+
+        Example:
+
+        ```python
+        in_stock = recommender.prepare_allowed(ids)
+        for histories in requests:
+            found = recommender.recommend(histories, allowed=in_stock)
+        ```
+        """
+        if isinstance(allowed, AllowedItems) and allowed.task is not self.task:
+            raise ValueError(
+                "`allowed` was prepared by a recommender with another task, such as one before `update`: prepare it "
+                "again, by `prepare_allowed` of this one."
+            )
+        with self._lock:
+            everything, model = self._available, self.model
+            is_made = everything is not None and everything.task is self.task and everything.decoder.model is model
+            if not is_made or everything.decoder.trie.device != model.device:
+                everything = self._available = self._prepare(TrieDecoder(model, self.task.trie), None)
+        if allowed is None:
+            return everything
+        if isinstance(allowed, AllowedItems) and allowed.decoder is everything.decoder:
+            return allowed
+        return self._prepare(everything.decoder, allowed)
+
+    def _prepare(self, decoder: TrieDecoder, allowed: Iterable[str] | AllowedItems | None) -> AllowedItems:
+        indices = self._available_indices(allowed)
+        prepared = None if indices is None else decoder.prepare_allowed(indices)
+        return AllowedItems(self.task, decoder, indices, prepared)
 
     @cached_property
     def _indices_of_text(self) -> dict[str, list[int]]:
@@ -201,7 +260,8 @@ class Recommender:
         """Index of each item: by id if all are ids, else by text."""
         catalog = self.task.catalog
         items = {str(item) for history in histories for item in history}
-        unknown_ids, unknown_texts = items - catalog.index_of_id.keys(), items - self._indices_of_text.keys()
+        unknown_ids = {item for item in items if item not in catalog.index_of_id}
+        unknown_texts = {item for item in items if item not in self._indices_of_text}
         if unknown_ids and unknown_texts:
             kind, unknown = min(("ids", unknown_ids), ("texts", unknown_texts), key=lambda pair: len(pair[1]))
             raise ValueError(
@@ -213,13 +273,22 @@ class Recommender:
             return [catalog.indices(history) for history in histories]
         return [[self._indices_of_text[str(item)][0] for item in history] for history in histories]
 
-    def _allowed_indices(self, allowed: Iterable[str] | None) -> list[int] | None:
-        """Indices of the items that may be recommended, of those `allowed`; `None` if all of the catalogue may."""
+    def _available_indices(self, allowed: Iterable[str] | AllowedItems | None) -> list[int] | None:
+        """Indices of the `allowed` items that are not withdrawn; `None` if all of the catalogue is allowed."""
         catalog, withdrawn = self.task.catalog, self.task.withdrawn
+        if isinstance(allowed, AllowedItems):
+            return allowed.indices
         if allowed is None and not withdrawn:
             return None
         indices = range(len(catalog)) if allowed is None else catalog.indices(allowed)
         available = [index for index in indices if catalog.ids[index] not in withdrawn]
+        if indices and not available:
+            raise ValueError(
+                f"`allowed` holds {len(indices)} item(s), all of which are withdrawn, so there is nothing to "
+                "recommend: allow others too, or restore some of them with `update(restore=...)`."
+            )
+        if not available:
+            raise ValueError("`allowed` is empty: leave it out to allow the whole catalogue.")
         if allowed is not None and len(available) < len(indices):
             logger.warning("%d of %d `allowed` items are withdrawn.", len(indices) - len(available), len(indices))
         return available
@@ -230,37 +299,24 @@ class Recommender:
         return [same for index in indices for same in self._indices_of_text[texts[index]]]
 
 
-def _is_no_list(history: Any) -> bool:
-    return isinstance(history, str | bytes | Mapping) or not hasattr(history, "__len__")
-
-
-def _find(name: str | Path, argument: str, revision: str | None = None, **kwargs: Any) -> Path:
-    """A folder, or where the snapshot of a repository lies."""
-    if os.path.isdir(name):  # unlike `Path.is_dir`, also of names that no file system takes
-        return Path(name)
-    try:
-        return Path(snapshot_download(str(name), revision=revision, **kwargs))
-    except (OSError, ValueError) as error:
+def _check_histories(histories: Sequence[Sequence[str]]) -> None:
+    """Raise a `ValueError` where there is no history, one is empty, or one is not a list."""
+    if len(histories) == 0:
+        raise ValueError("`histories` is empty: pass at least one.")
+    # Of a text each character could be an id
+    not_lists = [
+        user
+        for user, history in enumerate(histories)
+        if isinstance(history, str | bytes | Mapping) or not hasattr(history, "__len__")
+    ]
+    if not_lists:
         raise ValueError(
-            f"`{argument}` = {str(name)!r} is no folder, and can't be had from the Hub ({error})."
-        ) from error
-
-
-def _base_of_adapter(folder: Path) -> str | None:
-    """Folder or repository of the base model, if there is an adapter in the folder."""
-    try:
-        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return name if isinstance(name, str) else None
-
-
-def _load(auto_class: type, folder: Path, **kwargs: Any) -> Any:
-    """Load a model or tokenizer; what transformers makes of damaged or foreign files becomes one kind of error."""
-    try:
-        return auto_class.from_pretrained(folder, **kwargs)
-    except _UNREADABLE as error:
+            f"`histories`: {len(not_lists)} of {len(histories)} are not lists, the first that of user {not_lists[0]}, "
+            f"{histories[not_lists[0]]!r}. Pass a list of items for each user, even if there is only one user."
+        )
+    empty = [user for user, history in enumerate(histories) if len(history) == 0]
+    if empty:
         raise ValueError(
-            f"{auto_class.__name__} can't load {str(folder)!r} ({type(error).__name__}: {error}). Are its files "
-            "whole, and, of an adapter, is the base model where its adapter_config.json says?"
-        ) from error
+            f"`histories`: {len(empty)} of {len(histories)} are empty, the first that of user {empty[0]}. Leave these "
+            "users out, and recommend the most popular items to them."
+        )

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes from elsewhere, damaged or hostile, as the commands read it: see test_bad_input.py."""
+
+import builtins
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from helpers import make_model
+from test_bad_input import DEEP, NO_UTF8, add_code, suffix, table, write
+from trl import ModelConfig
+from trl_msl.scripts import evaluate, recommend, train, update_catalog
+from trl_msl.scripts.train_and_evaluate import DecodingArguments
+
+from trl_msl import DataArguments, MSLConfig, Recommender
+
+
+# ---------------------------------------------------------------------- users to recommend to
+
+
+@pytest.mark.parametrize(
+    ("cell", "items"),
+    [
+        ('["007", 7]', ["007", "7"]),
+        ("[]", []),
+        ("[1]", ["1"]),
+        ('["Dune, or: \\"sand\\"", "\U0001f600"]', ['Dune, or: "sand"', "\U0001f600"]),
+        *[(cell, None) for cell in ("[null]", "[NaN]", "[1.5]", "[1e999]", "[true]", '[["1"], "2"]', '{"1": "2"}')],
+        *[(cell, None) for cell in ('"ab"', "12", "[1", "", DEEP, f"[{'9' * 5000}]", b"[1]", {"1": 2}, None, 1.0)],
+        *[(cell, None) for cell in (np.array([1.0, np.nan]), np.array([["1"]]), np.array(["a", None], object))],
+        (np.array(["a", "b"], object), ["a", "b"]),
+        (np.array([1, 2]), ["1", "2"]),
+    ],
+)
+def test_histories_of_users(cell, items):
+    assert recommend.parse_history(cell) == items
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "cannot be read"),
+        (b"item_ids\n\xff\n", "cannot be read"),
+        ("item_ids\n[1,2]\n", "more cells than its header"),
+        ("user_id,item_ids\n1,[1]\n2,\n3,[]\n", r"`item_ids` must hold lists .* 2 of 3 rows .*\[1, 2\], with nan"),
+        ("item_ids,item_ids\n[1],[2]\n", "more than once"),
+        ("items\n[1]\n", r"lacks the columns \['item_ids'\]"),
+        ("item_ids,exact\n[1],2\n", r"has the columns \['exact'\], which are those to be added"),
+        (b"PAR1", "cannot be read"),
+        (table(item_ids=pa.array([], pa.list_(pa.string()))), "has no rows"),
+        (table(item_ids=[[1, None]]), "1 of 1 rows"),
+        (table(item_ids=["[1]"], name=NO_UTF8), "cannot be read.*UTF8"),
+    ],
+)
+def test_files_of_users(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        recommend.read_users(write(tmp_path / f"users.{suffix(content)}", content))
+
+
+def test_users_that_are_no_file_or_have_no_history(tmp_path):
+    for name, message in (("none.csv", "cannot be read"), ("none.parquet", "cannot be"), ("users", "must be a .csv")):
+        with pytest.raises(ValueError, match=message):
+            recommend.read_users(str(tmp_path / name))
+    path = write(tmp_path / "users.csv", 'user_id,item_ids\n007,"[1, ""2""]"\nNA,[]\n')
+    users = recommend.read_users(path, may_be_empty=True)  # as where unknown items are dropped
+    assert users.to_dict("list") == {"user_id": ["007", "NA"], "item_ids": [["1", "2"], []]}
+
+
+# ---------------------------------------------------------------------- code that comes with a model
+
+
+def test_commands_run_no_code_unasked(task, folder, tmp_path, monkeypatch):
+    model_folder, marker, asked = tmp_path / "model", tmp_path / "marker", []
+    monkeypatch.setattr(builtins, "input", lambda question="": asked.append(question) or "no")
+    Recommender(make_model(task.tokenizer), task).save_pretrained(model_folder)
+    add_code(model_folder, marker, "config.json", "evil")
+    add_code(model_folder, marker, "tokenizer_config.json", "evil")
+    model = ModelConfig(model_name_or_path=str(model_folder))
+    users = write(tmp_path / "users.csv", 'user_id,item_ids\n1,"[""b0""]"\n')
+    prompt = "The user has read: {history}\nNext: "  # of the task there
+    data = DataArguments(data_dir=str(folder), prompt_text=prompt, max_validation_users=1, max_test_users=1)
+    config = MSLConfig(str(tmp_path / "out"), report_to="none", bf16=False, use_cpu=True)
+    for call in (
+        lambda: recommend.main(recommend.RecommendArguments(users), model),
+        lambda: train.main(DecodingArguments(), data, config, model),
+        lambda: evaluate.main(evaluate.EvaluationArguments(), data, model),
+        lambda: update_catalog.main(update_catalog.UpdateArguments(str(model_folder), str(tmp_path / "updated"))),
+    ):
+        with pytest.raises(ValueError, match="contains custom code which must be executed"):
+            call()
+        assert not marker.exists() and not asked

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Item indices as users pass them: checked, and as tensors."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence, Set
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+Items = Sequence[int] | Set[int] | np.ndarray | Tensor  # item indices
+
+
+def read_item_lists(name: str, rows: Sequence[Items], num_users: int, num_items: int) -> list[Tensor]:
+    """
+    Item indices of each user as tensors.
+
+    Args:
+        name (`str`):
+            Name of the argument, for errors.
+        rows (`Sequence` of lists, ranges, sets, arrays or tensors):
+            Item indices of each user.
+        num_users, num_items (`int`):
+            Number of lists there must be, and of items of the catalogue.
+
+    Returns:
+        `list` of `torch.Tensor` of shape `(len(row),)`, int64; a tensor stays on its device.
+
+    Raises:
+        `ValueError`: if there is not a list for each user, or one holds anything but indices of items.
+    """
+    if not _is_list(rows, is_outer=True):
+        raise ValueError(f"`{name}` is {reprlib.repr(rows)}: pass a list that holds a list of items for each prompt.")
+    for user, row in enumerate(rows):
+        if not _is_list(row):
+            raise ValueError(
+                f"`{name}` holds {reprlib.repr(row)} where a list of items belongs (prompt {user}): pass a list of "
+                "lists, one for each prompt."
+            )
+    if len(rows) != num_users:
+        raise ValueError(f"`{name}` has {len(rows)} lists for {num_users} prompts: pass a list for each.")
+    return [_read_items(name, row, user, num_items) for user, row in enumerate(rows)]
+
+
+def read_allowed(allowed: Items | Sequence[Items], num_users: int, num_items: int) -> Tensor | list[Tensor]:
+    """
+    Item indices that all users, or each of them, may get.
+
+    Returns:
+        `torch.Tensor` of shape `(num_allowed,)`, int64, if they are meant for all users; else a `list` of such
+        tensors, one for each user.
+
+    Raises:
+        `ValueError`: if there is no item, or an index that is not an item's.
+    """
+    if not _is_list(allowed, is_outer=True) and not isinstance(allowed, Set):
+        raise ValueError(f"`allowed` is {reprlib.repr(allowed)}: pass a list of items, or one for each prompt.")
+    if len(allowed) == 0:
+        raise ValueError("`allowed` is empty, so there is nothing to rank: pass at least one item.")
+    is_array = isinstance(allowed, Tensor | np.ndarray)
+    if allowed.ndim == 1 if is_array else isinstance(next(iter(allowed)), Integral):
+        return read_item_lists("allowed", [allowed], 1, num_items)[0]
+    return read_item_lists("allowed", allowed, num_users, num_items)
+
+
+def _is_list(values: Any, is_outer: bool = False) -> bool:
+    """Whether these are items, or of the outer ones, lists of items in an order."""
+    if isinstance(values, Tensor | np.ndarray):
+        return values.ndim > 0 if is_outer else values.ndim == 1
+    is_other = isinstance(values, str | bytes | Mapping) or (is_outer and isinstance(values, Set))
+    return hasattr(values, "__len__") and not is_other
+
+
+def _read_items(name: str, row: Items, user: int, num_items: int) -> Tensor:
+    if isinstance(row, range):
+        items = torch.arange(row.start, row.stop, row.step) if len(row) > 0 else torch.empty(0, dtype=torch.int64)
+    else:
+        try:
+            items = torch.as_tensor(list(row) if isinstance(row, Set) else row)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"`{name}` holds {reprlib.repr(row)} (list {user}), but must hold item indices, such as "
+                f"`catalog.indices(ids)` ({error})."
+            ) from error
+    if len(items) == 0:
+        return items.long()
+    if items.dtype == torch.bool or items.dtype.is_floating_point:
+        raise ValueError(
+            f"`{name}` holds {items.dtype} (list {user}), but must hold item indices: pass "
+            "`mask.nonzero().squeeze(1)` instead of a mask."
+        )
+    items = items.long()
+    if items.min() < 0 or items.max() >= num_items:
+        off = items[(items < 0) | (items >= num_items)]
+        raise ValueError(
+            f"`{name}` holds item {int(off[0])} (list {user}), but the catalogue has items 0 to {num_items - 1}: "
+            "pass indices, such as `catalog.indices(ids)`."
+        )
+    return items

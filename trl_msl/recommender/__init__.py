@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model with its task, from one folder or repository."""
+
+from .recommender import AllowedItems, RecommendedItems, Recommender
+
+
+__all__ = ["AllowedItems", "RecommendedItems", "Recommender"]
