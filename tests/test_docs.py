@@ -41,7 +41,7 @@ def blocks(page) -> list[str]:
 
 @pytest.mark.parametrize("page", EXECUTED, ids=[page.stem for page in EXECUTED])
 def test_code_blocks(page, tmp_path, monkeypatch):
-    """Run in a folder with data, with a small model in the place of the one on the Hub, two steps of training, and no GPU."""
+    """Run in a folder with data, with a small model in place of the one on the Hub, two training steps and no GPU."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_DISABLED", "true")
     make_folder(tmp_path)
