@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator, dispatch_model
+from accelerate.state import AcceleratorState
 from helpers import dense_positions, make_model, make_windows
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -267,6 +268,7 @@ def test_the_check_neither_runs_nor_changes_the_model(state, autocast, tokenizer
 
 
 def wrapped_by_accelerate(model):
+    AcceleratorState._reset_state(reset_partial_state=True)  # of another precision, which stays set for good
     return Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
 
 

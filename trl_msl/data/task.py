@@ -202,7 +202,7 @@ class RankingTask:
         `recommender.json` with their checksums and the tokenizer's fingerprint. If writing fails, the old files stay.
         The tokenizer itself is saved by the trainer and by [`Recommender`].
         """
-        write_task(self, Path(save_directory))
+        write_task(Path(save_directory), vars(self), self.fingerprint())
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> RankingTask:

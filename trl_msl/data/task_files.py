@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,9 +22,6 @@ from .items_file import ITEMS_FILE
 from .prompts import PromptTemplate, encode_prompts
 
 
-if TYPE_CHECKING:
-    from .task import RankingTask
-
 TASK_FILE = "recommender.json"
 TASK_FILES = [TASK_FILE, ITEMS_FILE, TRIE_FILE]
 _FORMAT = 3
@@ -33,23 +30,24 @@ _DECODING = ("mode", "max_expansions", "num_beams", "normalize", "length_penalty
 _PACKAGES = ("trl_msl", "trl", "transformers", "peft", "datasets", "torch", "marisa-trie")
 
 
-def write_task(task: RankingTask, folder: Path) -> None:
+def write_task(folder: Path, arguments: dict[str, Any], fingerprint: str) -> None:
     """
-    Write the three files of a task. All of them are written before any takes its place, so that a full disk leaves the
-    old ones; `recommender.json` comes last, and its checksums tell whether the others belong to it.
+    Write the three files of a task, given as [`read_task`] returns it. All of them are written before any takes its
+    place, so that a full disk leaves the old ones; `recommender.json` comes last, and its checksums tell whether the
+    others belong to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".task-") as name:
         temporary = Path(name)
-        task.catalog.save_pretrained(temporary)
-        task.trie.save_pretrained(temporary)
+        arguments["catalog"].save_pretrained(temporary)
+        arguments["trie"].save_pretrained(temporary)
         content = {
             "format": _FORMAT,
-            "num_items": len(task.catalog),
-            "prompt_template": asdict(task.prompt_template),
-            **{name: getattr(task, name) for name in _SETTINGS},
-            "withdrawn": sorted(task.withdrawn),
-            "tokenizer_fingerprint": task.fingerprint(),
+            "num_items": len(arguments["catalog"]),
+            "prompt_template": asdict(arguments["prompt_template"]),
+            **{name: arguments[name] for name in _SETTINGS},
+            "withdrawn": sorted(arguments["withdrawn"]),
+            "tokenizer_fingerprint": fingerprint,
             "sha256": _checksums(temporary),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         }

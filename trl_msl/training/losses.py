@@ -171,7 +171,7 @@ def softmax_dpo_loss(
 
     ```python
     >>> import torch
-    >>> from trl_msl import softmax_dpo_loss
+    >>> from trl_msl.training import softmax_dpo_loss
 
     >>> softmax_dpo_loss(torch.tensor([0.0]), torch.tensor([[0.0, 0.0, 0.0]]), beta=1.0)  # log 4: one of four alike
     tensor([1.3863])

@@ -196,12 +196,7 @@ class ItemTrie:
         return rows, self.tokens(self.first_child[nodes][rows] + offset)
 
     def valid_mask(self, nodes: Tensor, vocab_size: int | None = None) -> Tensor:
-        """
-        Dense mask of the tokens valid after each node.
-
-        Returns:
-            `torch.Tensor` of shape `(num_rows, vocab_size)`, bool.
-        """
+        """Dense mask of the tokens valid after each node, bool of shape `(num_rows, vocab_size)`."""
         mask = torch.zeros(len(nodes), vocab_size or self.vocab_size, dtype=torch.bool, device=self.device)
         mask[self.valid_tokens(nodes)] = True
         return mask
