@@ -305,5 +305,5 @@ def test_trls_own_dpo_script_on_a_model_trained_with_msl(tmp_path, folder, adapt
         source = {} if name == "adapter" else {"task_from": tmp_path / "merged"}
         found = Recommender.from_pretrained(tmp_path / name, **source).recommend([["0", "3"]])
         assert len(found.ids[0]) == 10 and found.scores != merged.scores
-    with pytest.raises(ValueError, match="name a folder that has one by `task_from`"):
+    with pytest.raises(ValueError, match="name a folder that has one as `task_from`"):
         Recommender.from_pretrained(tmp_path / "full")

@@ -4,15 +4,14 @@
 import dataclasses
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets import Dataset, DatasetDict
-from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, TrainingArguments
 from trl import ModelConfig
 
 from ..data import TASK_FILE, TASK_FILES, DataArguments, ItemCatalog, RankingTask, build_rows, read_data
 from ..experiments.synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
+from ..recommender import find_folder
 from ..training import last_complete_checkpoint, warn_of_missing_state
 
 
@@ -81,7 +80,7 @@ def load_task(
         `ValueError`: if the saved task differs from the options that were given, or from the items of the data.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    folder = find_folder(name, revision, allow_patterns=TASK_FILES)
+    folder = find_folder(name, "model_name_or_path", revision, allow_patterns=TASK_FILES)
     if not (folder / TASK_FILE).is_file():
         return make_task(model_args, data_args, catalog, max_length, trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -122,11 +121,6 @@ def _check_options(task: RankingTask, args: DataArguments, max_length: int | Non
             f"The prompt differs from the one that {name} was trained with, in (here, there): {different}. Leave "
             "these options out: those of its training are then used."
         )
-
-
-def find_folder(name: str, revision: str | None = None, **kwargs) -> Path:
-    """A folder, or the folder of a repository's snapshot, which is downloaded from the Hub."""
-    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, revision=revision, **kwargs))
 
 
 def checkpoint_to_resume(config: TrainingArguments) -> str | None:

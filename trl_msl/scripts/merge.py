@@ -17,9 +17,8 @@ from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from ..data import RankingTask
-from ..recommender import Recommender
+from ..recommender import Recommender, find_folder
 from .command_line import command
-from .loading import find_folder
 
 
 @dataclass
@@ -40,7 +39,8 @@ def main(args: MergeArguments, model_args: ModelConfig) -> None:
     if output_dir.exists():
         raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=False)
-    task = RankingTask.from_pretrained(find_folder(name, model_args.model_revision), tokenizer)
+    folder = find_folder(name, "model_name_or_path", model_args.model_revision)
+    task = RankingTask.from_pretrained(folder, tokenizer)
     adapted = AutoPeftModelForCausalLM.from_pretrained(
         name, revision=model_args.model_revision, dtype="auto", trust_remote_code=False
     )

@@ -21,8 +21,8 @@ import pandas as pd
 from transformers import AutoTokenizer
 
 from ..data import RankingTask, read_items
+from ..recommender import find_folder
 from .command_line import command
-from .loading import find_folder
 
 
 @dataclass
@@ -60,7 +60,7 @@ def main(args: UpdateArguments) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.exists():
         raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
-    folder = find_folder(args.model_name_or_path)
+    folder = find_folder(args.model_name_or_path, "model_name_or_path")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # left out, it would ask
     task = RankingTask.from_pretrained(folder, tokenizer)
     policies = {"empty_texts": args.empty_texts, "html_entities": args.html_entities}
