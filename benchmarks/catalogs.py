@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from trl_msl import ItemCatalog, ItemTrie, PromptTemplate, RankingTask, build_rows, encode_items, read_windows
+from trl_msl import ItemCatalog, ItemTrie, PromptTemplate, RankingTask, build_rows, read_windows
+from trl_msl.data import encode_items
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -28,7 +28,8 @@ from timing import OUTPUT_DIR, peak_memory, summarize, time_calls
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM, PrefixConstrainedLogitsProcessor
 
-from trl_msl import DecodingOutput, TrieDecoder, TrieLogitsProcessor
+from trl_msl import TrieDecoder, TrieLogitsProcessor
+from trl_msl.decoding import DecodingOutput
 
 
 matplotlib.use("Agg")

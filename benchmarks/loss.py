@@ -22,7 +22,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_msl import ItemTrie, add_sparse_lm_head, masked_softmax_loss
+from trl_msl import ItemTrie, masked_softmax_loss
+from trl_msl.training import add_sparse_lm_head
 
 
 BATCH_SIZE, PROMPT_LENGTH, HIDDEN_SIZE = 8, 200, 1_024

@@ -30,8 +30,8 @@ from trl_msl import (
     build_rows,
     draw_negatives,
     read_windows,
-    softmax_dpo_loss,
 )
+from trl_msl.training import softmax_dpo_loss
 
 
 HIDDEN_SIZE, NUM_LAYERS = 256, 4

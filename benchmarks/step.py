@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 from timing import summarize, time_calls
 from torch import Tensor, nn
 
-from trl_msl import add_sparse_lm_head, masked_softmax_loss
+from trl_msl import masked_softmax_loss
+from trl_msl.training import add_sparse_lm_head
 
 
 BATCH_SIZE, PROMPT_LENGTH = 8, 200

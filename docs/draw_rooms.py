@@ -15,7 +15,7 @@ import textwrap
 from pathlib import Path
 
 import matplotlib
-from read_rooms import NO_DOOR, PACKAGE, drawn_arrows, floors, read_arrows, read_modules
+from read_rooms import PACKAGE, drawn_arrows, floors, read_arrows, read_modules
 
 
 matplotlib.use("agg")
@@ -24,7 +24,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
 
 
 IMAGE = Path(__file__).resolve().parent / "images" / "rooms.png"
-COLORS = ["#dbe5ee", "#e3ebe0", "#f5efdf", "#ede6ef", "#eeeeee"]  # of floors, from the lowest
+COLORS = ["#dbe5ee", "#e3ebe0", "#f5efdf", "#ede6ef", "#eeeeee", "#e0ecec"]  # of floors, from the lowest
 INK, GREY = "#26323d", "#66727d"
 # Inches
 WIDTH, GAP, FLOOR_GAP, MARGIN = 12.0, 0.35, 0.75, 0.15
@@ -71,8 +71,8 @@ class Box:
         return self.left + self.width / 2
 
 
-def draw_arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], style: str = "-|>") -> None:
-    line = {"arrowstyle": style, "mutation_scale": 13, "color": GREY, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
+def draw_arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    line = {"arrowstyle": "-|>", "mutation_scale": 13, "color": GREY, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
     axes.add_patch(FancyArrowPatch(start, end, zorder=2, **line))
 
 
@@ -98,8 +98,7 @@ def draw(package: Path = PACKAGE, image: Path = IMAGE) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     bottom, levels = 0.0, {}
     for level, rooms in enumerate(floors(arrows)):
-        is_top = rooms[0] in NO_DOOR
-        free = WIDTH + (0.5 if is_top else 0) - GAP * (len(rooms) - 1)
+        free = WIDTH - GAP * (len(rooms) - 1)
         left, height = 0.0, 0.0
         for room in rooms:
             width = free * boxes[room].weight / sum(boxes[other].weight for other in rooms)
@@ -110,10 +109,6 @@ def draw(package: Path = PACKAGE, image: Path = IMAGE) -> None:
         levels |= dict.fromkeys(rooms, level)
         bottom += height + FLOOR_GAP
     draw_arrows(axes, drawn_arrows(arrows), boxes, levels)
-    if all(arrows.get(room, set()) & NO_DOOR for room in NO_DOOR):  # those of one import those of the other
-        one, other = sorted((boxes[room] for room in NO_DOOR), key=lambda box: box.left)
-        y = (one.bottom + one.top) / 2
-        draw_arrow(axes, (one.left + one.width, y), (other.left, y), "<|-|>")
     size = WIDTH + 0.5 + 2 * MARGIN, bottom - FLOOR_GAP + 2 * MARGIN
     figure.set_size_inches(size)
     axes.set(xlim=(-MARGIN, size[0] - MARGIN), ylim=(-MARGIN, size[1] - MARGIN))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "trl_msl"
 FRONT = {"", "api"}  # the package's own `__init__.py` and what it exports: it is imported by users, not by rooms
-NO_DOOR = {"experiments", "scripts"}  # modules that are run; those of one may import those of the other
+NO_DOOR = {"experiments", "scripts"}  # rooms of modules that are run, each imported by its own name
 
 
 def read_modules(package: Path = PACKAGE) -> dict[str, Path]:
@@ -64,26 +64,24 @@ def read_arrows(package: Path = PACKAGE) -> dict[str, set[str]]:
 
 
 def floors(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Rooms, each above all that it imports; those of modules that are run come last."""
+    """Rooms, each above all that it imports."""
 
     def height(room: str) -> int:
         return max((height(other) + 1 for other in arrows[room]), default=0)
 
-    heights = {room: height(room) for room in arrows if room not in NO_DOOR}
-    heights |= {room: max(heights.values()) + 1 for room in NO_DOOR & arrows.keys()}
-    below = [sorted(room for room in arrows if heights[room] == level) for level in range(max(heights.values()) + 1)]
-    return [rooms if rooms[0] not in NO_DOOR else rooms[::-1] for rooms in below]
+    heights = {room: height(room) for room in arrows}
+    return [sorted(room for room in arrows if heights[room] == level) for level in range(max(heights.values()) + 1)]
 
 
 def drawn_arrows(arrows: dict[str, set[str]]) -> list[tuple[str, str]]:
     """Arrows that do not follow from others."""
 
     def below(room: str) -> set[str]:
-        return arrows[room].union(*(below(other) for other in arrows[room] - NO_DOOR))
+        return arrows[room].union(*(below(other) for other in arrows[room]))
 
     return [
         (room, other)
         for room, others in arrows.items()
-        for other in sorted(others - NO_DOOR)
-        if not any(other in below(third) for third in others - NO_DOOR)
+        for other in sorted(others)
+        if not any(other in below(third) for third in others)
     ]

@@ -19,17 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from trl_msl import (
-    ItemCatalog,
-    MSLConfig,
-    MSLTrainer,
-    PromptTemplate,
-    RankingTask,
-    add_sparse_lm_head,
-    is_sharded,
-    masked_softmax_loss,
-    tokenize_rows,
-)
+from trl_msl import ItemCatalog, MSLConfig, MSLTrainer, PromptTemplate, RankingTask, masked_softmax_loss, tokenize_rows
+from trl_msl.model import is_sharded
+from trl_msl.training import add_sparse_lm_head
 
 
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])

@@ -29,10 +29,10 @@ from trl_msl import (
     Recommender,
     build_rows,
     read_interactions,
-    read_items,
     read_windows,
     tokenize_rows,
 )
+from trl_msl.data import read_items
 
 
 HALF = "\ud800"  # half a character, as JSON can hold it: no UTF-8

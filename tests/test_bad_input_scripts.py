@@ -10,7 +10,8 @@ from helpers import make_model
 from test_bad_input import DEEP, NO_UTF8, add_code, suffix, table, write
 from trl import ModelConfig
 
-from trl_msl import DataArguments, MSLConfig, Recommender
+from trl_msl import MSLConfig, Recommender
+from trl_msl.data import DataArguments
 from trl_msl.scripts import evaluate, recommend, train, update_catalog
 from trl_msl.scripts.train_and_evaluate import DecodingArguments
 

@@ -13,7 +13,8 @@ import torch
 import yaml
 from launching import launch
 
-from trl_msl import DataArguments, masked_softmax_loss
+from trl_msl import masked_softmax_loss
+from trl_msl.data import DataArguments
 
 
 NUM_ITEMS, COLD = 40, 40

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from trl_msl import ItemCatalog, encode_items
-from trl_msl.data import texts_with_special_tokens
+from trl_msl import ItemCatalog
+from trl_msl.data import encode_items, texts_with_special_tokens
 
 
 THINK = "<think>\n\n</think>\n\n"  # as Qwen3 has it

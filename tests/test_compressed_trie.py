@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_msl import CompressedTrie, ItemTrie
+from trl_msl import ItemTrie
 from trl_msl.decoding.item_keys import item_keys, key_items, key_scores
+from trl_msl.trie import CompressedTrie
 
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=20)

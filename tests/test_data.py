@@ -8,18 +8,8 @@ import torch
 from datasets import Dataset
 from helpers import make_windows
 
-from trl_msl import (
-    DataArguments,
-    ItemCatalog,
-    PromptTemplate,
-    RankingTask,
-    build_rows,
-    encode_items,
-    encode_prompts,
-    fit_prompts,
-    read_data,
-    tokenize_rows,
-)
+from trl_msl import ItemCatalog, PromptTemplate, RankingTask, build_rows, tokenize_rows
+from trl_msl.data import DataArguments, encode_items, encode_prompts, fit_prompts, read_data
 from trl_msl.softmax_dpo import tokenize_preferences
 
 

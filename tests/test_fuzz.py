@@ -26,7 +26,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from trl_msl import ItemCatalog, ItemTrie, RankingTask, read_interactions, read_items, read_windows
+from trl_msl import ItemCatalog, ItemTrie, RankingTask, read_interactions, read_windows
+from trl_msl.data import read_items
 from trl_msl.data.catalog import is_unicode
 from trl_msl.trie.arrays import _checksum
 

@@ -30,9 +30,9 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from trl_msl import ItemTrie, add_sparse_lm_head, build_rows, masked_softmax_loss, tokenize_rows
+from trl_msl import ItemTrie, build_rows, masked_softmax_loss, tokenize_rows
 from trl_msl.model import backbone, check_head
-from trl_msl.training import SparseHeadOptions
+from trl_msl.training import SparseHeadOptions, add_sparse_lm_head
 
 
 @pytest.fixture(scope="module")

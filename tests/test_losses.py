@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from trl_msl import adaptive_temperature, masked_softmax_loss, temperature_statistics
+from trl_msl import adaptive_temperature, masked_softmax_loss
+from trl_msl.training import temperature_statistics
 
 
 def random_positions(num_positions=6, num_tokens=9, scale=3.0, seed=0):

@@ -12,7 +12,6 @@ from transformers import EarlyStoppingCallback, MixtralConfig
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from trl_msl import (
-    DataArguments,
     ItemCatalog,
     MSLConfig,
     MSLTrainer,
@@ -20,10 +19,11 @@ from trl_msl import (
     RecommendationCallback,
     adaptive_temperature,
     build_rows,
-    temperature_statistics,
     tokenize_rows,
 )
+from trl_msl.data import DataArguments
 from trl_msl.experiments.from_scratch import train_tokenizer
+from trl_msl.training import temperature_statistics
 
 
 COMMON = {

@@ -24,14 +24,14 @@ from trl_msl import (
     MSLTrainer,
     PromptTemplate,
     RankingTask,
-    RecommendedItems,
     Recommender,
     TrieDecoder,
     build_rows,
-    encode_items,
     recommend,
 )
+from trl_msl.data import encode_items
 from trl_msl.experiments.from_scratch import train_tokenizer
+from trl_msl.recommender import RecommendedItems
 from trl_msl.trie import read_checksum
 
 

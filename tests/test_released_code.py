@@ -21,8 +21,8 @@ from trl_msl import (
     tokenize_rows,
 )
 from trl_msl.data import build_rows
+from trl_msl.data.generated import generate_catalog, generate_transitions, generate_windows
 from trl_msl.experiments.from_scratch import train_tokenizer
-from trl_msl.experiments.synthetic import generate_catalog, generate_transitions, generate_windows
 
 
 NUM_STEPS, BATCH = 120, 16

@@ -16,7 +16,8 @@ from launching import FEW_STEPS, PROMPT, run
 from transformers import TrainingArguments
 from trl import ModelConfig
 
-from trl_msl import DataArguments, ItemCatalog, RankingTask, Recommender
+from trl_msl import ItemCatalog, RankingTask, Recommender
+from trl_msl.data import DataArguments
 from trl_msl.scripts import cli, doctor, train
 from trl_msl.scripts.command_line import with_generated_data
 from trl_msl.scripts.loading import checkpoint_to_resume, load_data, load_task

@@ -15,15 +15,14 @@ from trl_msl import (
     MSLTrainer,
     PromptTemplate,
     RankingTask,
-    add_sparse_lm_head,
     build_rows,
-    encode_items,
     evaluate_recommendations,
-    fit_prompts,
     masked_softmax_loss,
     tokenize_rows,
 )
+from trl_msl.data import encode_items, fit_prompts
 from trl_msl.experiments.from_scratch import item_tokenizer
+from trl_msl.training import add_sparse_lm_head
 
 
 # What comes after a history is what stands between its items: a shorter history is the beginning of a longer one

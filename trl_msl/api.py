@@ -2,65 +2,26 @@
 """The public names of the package: `from trl_msl import ...`."""
 
 from .data import (
-    DataArguments,
     ItemCatalog,
     PromptTemplate,
     RankingTask,
     build_rows,
-    encode_items,
-    encode_prompts,
-    fit_prompts,
     k_core,
-    read_data,
     read_interactions,
-    read_items,
     read_windows,
     sliding_windows,
     split_by_time,
     tokenize_rows,
 )
-from .decoding import DecodingOutput, Recommendations, TrieDecoder, TrieLogitsProcessor, recommend
-from .evaluation import (
-    RecommendationCallback,
-    bootstrap_interval,
-    coverage,
-    evaluate_recommendations,
-    per_user_metrics,
-    ranking_metrics,
-    ranks_of_targets,
-)
-from .model import is_sharded
-from .recommender import RecommendedItems, Recommender
-from .softmax_dpo import (
-    DataCollatorForSoftmaxPreference,
-    SoftmaxDPOConfig,
-    SoftmaxDPOTrainer,
-    build_preferences,
-    count_interactions,
-    draw_negatives,
-    model_negatives,
-    split_pairs,
-    tokenize_preferences,
-)
-from .training import (
-    MSLConfig,
-    MSLTrainer,
-    SparseCausalLMOutput,
-    TemperatureCallback,
-    adaptive_temperature,
-    add_sparse_lm_head,
-    masked_softmax_loss,
-    softmax_dpo_loss,
-    temperature_statistics,
-)
-from .trie import CompressedTrie, ItemTrie
+from .decoding import TrieDecoder, TrieLogitsProcessor, recommend
+from .evaluation import RecommendationCallback, evaluate_recommendations, ranking_metrics
+from .recommender import Recommender
+from .softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer, build_preferences, draw_negatives, model_negatives
+from .training import MSLConfig, MSLTrainer, adaptive_temperature, masked_softmax_loss
+from .trie import ItemTrie
 
 
 __all__ = [
-    "CompressedTrie",
-    "DataArguments",
-    "DataCollatorForSoftmaxPreference",
-    "DecodingOutput",
     "ItemCatalog",
     "ItemTrie",
     "MSLConfig",
@@ -68,44 +29,24 @@ __all__ = [
     "PromptTemplate",
     "RankingTask",
     "RecommendationCallback",
-    "Recommendations",
-    "RecommendedItems",
     "Recommender",
     "SoftmaxDPOConfig",
     "SoftmaxDPOTrainer",
-    "SparseCausalLMOutput",
-    "TemperatureCallback",
     "TrieDecoder",
     "TrieLogitsProcessor",
     "adaptive_temperature",
-    "add_sparse_lm_head",
-    "bootstrap_interval",
     "build_preferences",
     "build_rows",
-    "count_interactions",
-    "coverage",
     "draw_negatives",
-    "encode_items",
-    "encode_prompts",
     "evaluate_recommendations",
-    "fit_prompts",
-    "is_sharded",
     "k_core",
     "masked_softmax_loss",
     "model_negatives",
-    "per_user_metrics",
     "ranking_metrics",
-    "ranks_of_targets",
-    "read_data",
     "read_interactions",
-    "read_items",
     "read_windows",
     "recommend",
     "sliding_windows",
-    "softmax_dpo_loss",
     "split_by_time",
-    "split_pairs",
-    "temperature_statistics",
-    "tokenize_preferences",
     "tokenize_rows",
 ]

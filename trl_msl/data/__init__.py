@@ -3,6 +3,7 @@
 
 from .catalog import ItemCatalog
 from .fit_prompts import fit_prompts
+from .generated import best_possible, generate_catalog, generate_transitions, generate_windows
 from .interactions import k_core, read_interactions, read_table, read_windows, sliding_windows, split_by_time
 from .item_tokens import encode_items, texts_with_special_tokens
 from .options import DataArguments, read_data, read_items
@@ -20,12 +21,16 @@ __all__ = [
     "RankingTask",
     "TASK_FILE",
     "TASK_FILES",
+    "best_possible",
     "build_rows",
     "check_columns",
     "completion_text",
     "encode_items",
     "encode_prompts",
     "fit_prompts",
+    "generate_catalog",
+    "generate_transitions",
+    "generate_windows",
     "have_single_items",
     "k_core",
     "read_data",

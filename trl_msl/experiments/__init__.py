@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only measurements need: generated data, small models made from nothing, ablations."""
+"""What only measurements need: small models made from nothing, losses compared, ablations."""

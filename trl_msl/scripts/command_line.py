@@ -13,7 +13,7 @@ from trl import TrlParser
 from ..data import DataArguments
 
 
-QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.yaml"
+QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 
 
 def command(main: Callable[..., Any], generated_data: bool = False) -> Callable[..., Any]:

@@ -9,8 +9,19 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, TrainingArguments
 from trl import ModelConfig
 
-from ..data import TASK_FILE, TASK_FILES, DataArguments, ItemCatalog, RankingTask, build_rows, read_data
-from ..experiments.synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
+from ..data import (
+    TASK_FILE,
+    TASK_FILES,
+    DataArguments,
+    ItemCatalog,
+    RankingTask,
+    best_possible,
+    build_rows,
+    generate_catalog,
+    generate_transitions,
+    generate_windows,
+    read_data,
+)
 from ..recommender import find_folder
 from ..training import last_complete_checkpoint, warn_of_missing_state
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from trl_msl.experiments.synthetic import best_possible, generate_catalog, generate_transitions, generate_windows
+from trl_msl.data.generated import best_possible, generate_catalog, generate_transitions, generate_windows
 
 
 @pytest.fixture(scope="module")
