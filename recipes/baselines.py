@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-accelerate launch recipes/baselines.py --model sasrec-softmax --output_dir outputs/quickstart/sasrec-softmax
-"""
+"""accelerate launch recipes/baselines.py --model sasrec-softmax --output_dir outputs/quickstart/sasrec-softmax"""
 
 from trl_msl.scripts.baselines import run
 

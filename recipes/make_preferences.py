@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-accelerate launch recipes/make_preferences.py --model_name_or_path outputs/quickstart/msl --negatives model
-"""
+"""accelerate launch recipes/make_preferences.py --model_name_or_path outputs/quickstart/msl --negatives model"""
 
 from trl_msl.scripts.preferences import run
 

@@ -654,7 +654,7 @@ def test_pickles_in_a_parquet_file_are_not_run(tmp_path, marker):
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", DEEP.encode()])
 def test_damaged_files_of_the_model(name, content, folder):
     (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match="can't load .* Are its files whole"):
+    with pytest.raises(ValueError, match="can't load .* Check that its files are complete"):
         Recommender.from_pretrained(folder)
 
 

@@ -46,7 +46,7 @@ def test_histories_of_users(cell, items):
         ("user_id,item_ids\n1,[1]\n2,\n3,[]\n", r"`item_ids` must hold lists .* 2 of 3 rows .*\[1, 2\], with nan"),
         ("item_ids,item_ids\n[1],[2]\n", "more than once"),
         ("items\n[1]\n", r"lacks the columns \['item_ids'\]"),
-        ("item_ids,exact\n[1],2\n", r"has the columns \['exact'\], which are those to be added"),
+        ("item_ids,exact\n[1],2\n", r"has the columns \['exact'\], which this command adds"),
         (b"PAR1", "cannot be read"),
         (table(item_ids=pa.array([], pa.list_(pa.string()))), "has no rows"),
         (table(item_ids=[[1, None]]), "1 of 1 rows"),

@@ -200,7 +200,7 @@ def test_what_cannot_be_trained(baselines, circle, tmp_path, monkeypatch, capsys
     with pytest.raises(ValueError, match="lower `learning_rate`, which is 1e\\+30"):
         baselines.train_transformer(diverging, baselines.make_dataset([[0, 1, 2]] * 9, range(9)), 3, lambda model: 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="pass `--num_processes 1`"):
+    with pytest.raises(ValueError, match="`num_processes` is 2, but baselines train in one process"):
         baselines.main(baselines.BaselineArguments(), DataArguments())
 
 

@@ -56,7 +56,7 @@ def test_data_and_a_model_with_nothing_to_do(plain_task):
     [
         ("Duplicate titles", "note", "1 of 12, such as 'A History of Tea'"),
         ("An item as the model writes it", "ok", "'\"The Silent River\"<|eos|>'"),
-        ("Tokens that are forced", "note", "of the targets' tokens"),
+        ("Forced tokens", "note", "of the targets' tokens"),
         ("First token where items differ", "note", "of the targets have"),
         ("Items left for a top 10", "note", "7 of 12"),
     ],
@@ -76,7 +76,7 @@ def test_shares_of_targets_counted_by_hand(task):
     paths = [path[path >= 0] for path in task.trie.paths(nodes)]
     forced = sum(int((task.trie.num_valid_tokens(path) == 1).sum()) for path in paths)
     share = forced / sum(map(len, paths))
-    assert find(findings, "Tokens that are forced").seen == f"{share:.0%} of the targets' tokens"
+    assert find(findings, "Forced tokens").seen == f"{share:.0%} of the targets' tokens"
     place = [depth for depth in range(3) if len({int(path[depth]) for path in paths}) > 1][0]
     first = [task.tokenizer.decode(task.trie.tokens(path[place : place + 1]).tolist()) for path in paths]
     token = max(set(first), key=first.count)

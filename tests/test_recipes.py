@@ -175,7 +175,7 @@ def test_recommend_to_the_users_of_a_file(tmp_path, model, users):
     marked, parts = found.iloc[4:8].assign(user_id=-1), tmp_path / "again.parquet.parts"
     parts.mkdir()
     (parts / "job.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds parts of a run with other users, output"):
+    with pytest.raises(ValueError, match="holds parts of a run that differs in users, output"):
         run(recommend, *arguments, tmp_path / "again.parquet")
     (parts / "job.json").unlink()
     marked.to_parquet(parts / "000000000004.parquet")
@@ -205,10 +205,10 @@ def test_parts_that_cannot_be_resumed(tmp_path, model, users, task, caplog, monk
     pd.read_parquet(second).iloc[::-1].to_parquet(second)
 
     Recommender(make_model(task.tokenizer, seed=1), task).save_pretrained(model)
-    with pytest.raises(ValueError, match="holds parts of a run with other weights_sha256: remove the folder"):
+    with pytest.raises(ValueError, match="holds parts of a run that differs in weights_sha256: remove the folder"):
         run(recommend, *arguments, tmp_path / "found.parquet")
     Recommender(make_model(task.tokenizer), task.update(withdraw=["b3"])).save_pretrained(model)
-    with pytest.raises(ValueError, match="holds parts of a run with other task_sha256: remove the folder"):
+    with pytest.raises(ValueError, match="holds parts of a run that differs in task_sha256: remove the folder"):
         run(recommend, *arguments, tmp_path / "found.parquet")
 
     Recommender(make_model(task.tokenizer), task).save_pretrained(model)

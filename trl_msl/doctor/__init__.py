@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Known problems of recommenders of this kind, looked for in data, tokenizer and model before training."""
+"""Checks of data, tokenizer and model for known problems, before training."""
 
 from .diagnose import diagnose
 from .findings import Finding

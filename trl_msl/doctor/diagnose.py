@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks data, tokenizer and model for what is known to go wrong with recommenders, before they are trained."""
+"""All checks that apply, in order."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def diagnose(
     task: RankingTask, windows: DatasetDict, model: PreTrainedModel | None = None, max_rows: int = 1000
 ) -> list[Finding]:
     """
-    Check data, tokenizer and, where it is given, model.
+    Check data, tokenizer and, if given, the model for known problems of recommenders of this kind.
 
     Args:
         task ([`RankingTask`]):
-            What is to be trained and ranked.
+            Catalogue, tokenizer, trie and prompt.
         windows ([`~datasets.DatasetDict`]):
             Windows of interactions by split, as [`read_windows`] and [`split_by_time`] give them.
         model ([`~transformers.PreTrainedModel`], *optional*):
             Model to train or to recommend with.
         max_rows (`int`, *optional*, defaults to `1000`):
-            Number of rows and of items on which checks that tokenise are made.
+            Number of rows to tokenise.
 
     Returns:
-        `list[Finding]`: what the checks found, in the order in which data is prepared.
+        `list[Finding]`: what the checks found.
     """
     usable, findings = usable_windows(task.catalog, windows)
     if not usable:
@@ -42,6 +42,6 @@ def diagnose(
     for check in MODEL_CHECKS if model is not None else ():
         found = list(check(case))
         findings += found
-        if any(finding.status == "error" for finding in found):  # a model that cannot be run
+        if any(finding.status == "error" for finding in found):  # the model can't be run
             break
     return findings

@@ -19,14 +19,14 @@ from ..trie import ItemTrie
 @dataclass(frozen=True)
 class Finding:
     """
-    What a check found. A check that finds nothing to learn or to do returns no finding.
+    What a check found. A check with nothing to report returns no finding.
 
     Args:
         what (`str`):
-            What was looked at.
+            What was checked.
         status (`str`):
-            `"ok"` (a fact), `"note"` (something that may need a decision) or `"error"` (something that stops the
-            training or makes its results wrong).
+            `"ok"` (a fact), `"note"` (it may need a decision) or `"error"` (it stops the training or makes its results
+            wrong).
         seen (`str`):
             What was seen: counts, and the first example.
         advice (`str`, *optional*, defaults to `""`):
@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Case:
-    """What is examined, with what several checks need of it. See [`diagnose`]."""
+    """What is checked, see [`diagnose`], with what several checks need of it."""
 
     task: RankingTask
     windows: DatasetDict
@@ -69,8 +69,8 @@ class Case:
     @cached_property
     def target_counts(self) -> Tensor:
         """
-        How often each item is a target of `train` and `validation`, which together are all that a train file holds:
-        `(num_items,)`, int64. Of the first split where there is neither.
+        How often each item is a target of `train` and `validation`, which are the train file together, or else of the
+        first split: `(num_items,)`, int64.
         """
         names = [name for name in ("train", "validation") if name in self.windows] or list(self.windows)[:1]
         targets = [ids[-1] for name in names for ids in self.windows[name]["item_ids"]]

@@ -16,7 +16,7 @@ _TOP_K = 10
 
 
 def usable_windows(catalog: ItemCatalog, windows: DatasetDict) -> tuple[DatasetDict, list[Finding]]:
-    """The windows that can become rows, in the splits that have any, and findings about the others."""
+    """The windows that can become rows, without empty splits, and findings about the others."""
     known_ids, total, findings = catalog.index_of_id.keys(), _count(windows), []
     unknown = {item for split in windows.values() for ids in split["item_ids"] for item in ids} - known_ids
     if unknown:
@@ -47,7 +47,7 @@ def check_splits(case: Case) -> Iterator[Finding]:
 
 
 def check_leaks(case: Case) -> Iterator[Finding]:
-    """Test windows that the model has been trained on, or that lie before the end of train."""
+    """Test windows that are also in train, or from before its end."""
     if not {"train", "test"} <= case.windows.keys():
         return
     train, test = case.windows["train"], case.windows["test"]
@@ -82,7 +82,7 @@ def check_targets(case: Case) -> Iterator[Finding]:
     if left < _TOP_K:
         yield Finding(
             f"Items left for a top {_TOP_K}", "note", f"{left} of {len(case.catalog)} for some user",
-            "Ask for fewer: results are otherwise filled up with -1.",
+            "Ask for fewer: otherwise results are padded with -1.",
         )  # fmt: skip
 
 

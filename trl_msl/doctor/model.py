@@ -21,12 +21,12 @@ _DEFAULTS = {
 
 
 def check_model_head(case: Case) -> Iterator[Finding]:
-    rows, size = case.model.get_output_embeddings().weight.shape[0], len(case.tokenizer)
     try:
         check_head(case.model, case.trie)
     except ValueError as error:
         yield Finding("LM head", "error", str(error))
         return
+    rows, size = case.model.get_output_embeddings().weight.shape[0], len(case.tokenizer)
     if size > rows:
         yield Finding(
             "LM head", "error", f"{rows} rows for a tokenizer of {size} tokens",
@@ -44,7 +44,7 @@ def check_exact_decoding(case: Case) -> Iterator[Finding]:
 
 
 def check_generation_config(case: Case) -> Iterator[Finding]:
-    """Settings that `generate` takes from the model, which silently break constrained beams."""
+    """Settings that `generate` takes from the model, and that silently break constrained beams."""
     config = case.model.generation_config
     given = {name: getattr(config, name, None) for name in _DEFAULTS}
     given = {name: value for name, value in given.items() if value not in (None, _DEFAULTS[name])}
@@ -64,7 +64,7 @@ def check_generation_config(case: Case) -> Iterator[Finding]:
 
 @torch.no_grad()
 def check_precision(case: Case) -> Iterator[Finding]:
-    """How many first tokens that differ in fp32 would be equal as bf16, among the ten best of each prompt."""
+    """How many of the ten best first tokens of each prompt differ in fp32 but not in bf16."""
     first = case.trie.first_branching_node
     if first < 0:
         return
@@ -72,7 +72,7 @@ def check_precision(case: Case) -> Iterator[Finding]:
     valid = case.trie.valid_tokens(torch.tensor([first]))[1]
     num_ties, largest = 0, torch.tensor(0.0)
     base = case.model.get_base_model() if is_peft_model(case.model) else case.model
-    project = head_projection(base)  # in fp32 also for a model in bf16, whose own logits could not differ from bf16
+    project = head_projection(base)  # in fp32, also for a model in bf16
     prompts = case.prompts(case.rows.select(range(min(_NUM_PROMPTS, len(case.rows)))))
     for prompt in prompts:
         input_ids = torch.tensor([prompt + start], device=case.model.device)

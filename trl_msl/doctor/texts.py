@@ -38,16 +38,10 @@ def check_control_characters(case: Case) -> Iterator[Finding]:
 def check_special_tokens(case: Case) -> Iterator[Finding]:
     special = texts_with_special_tokens(case.tokenizer, case.catalog.texts)
     advice = (
-        "They are tokenised as text and control nothing here. Code that tokenises them otherwise is open to prompt "
-        "injection: find out where they come from."
+        "They are tokenised as text and have no effect here. Code that tokenises them as control tokens is open to "
+        "prompt injection: find out where they come from."
     )
     yield from note_if("Special tokens in titles", special, len(case.catalog), advice)
 
 
-TEXT_CHECKS = (
-    check_empty,
-    check_duplicates,
-    check_html_entities,
-    check_control_characters,
-    check_special_tokens,
-)
+TEXT_CHECKS = (check_empty, check_duplicates, check_html_entities, check_control_characters, check_special_tokens)

@@ -21,13 +21,13 @@ def check_written_form(case: Case) -> Iterator[Finding]:
 
 
 def check_branching(case: Case) -> Iterator[Finding]:
-    """Where items differ, and how many tokens of the targets there are to learn from."""
+    """Where items begin to differ, and how many valid tokens there are at the targets' tokens."""
     trie, first = case.trie, case.trie.first_branching_node
     if first < 0:
-        seen = f"nowhere: all {len(case.catalog)} are written alike"
+        seen = f"nowhere: all {len(case.catalog)} have the same text"
         yield Finding("Where items begin to differ", "error", seen, "There is nothing to rank: check the text column.")
         return
-    # Of each item that is a target: the number of valid tokens along its path
+    # For each item that is a target: the number of valid tokens along its path
     targets = case.target_counts.nonzero().squeeze(1)
     counts, paths = case.target_counts[targets], trie.paths(trie.item_nodes[targets])
     num_valid = trie.num_valid_tokens(paths.clamp(min=0)).where(paths >= 0, 0)
@@ -39,7 +39,7 @@ def check_branching(case: Case) -> Iterator[Finding]:
     forced = int(((num_valid == 1).sum(dim=1) * counts).sum()) / num_tokens
     if forced > 0.5:
         yield Finding(
-            "Tokens that are forced", "note", f"{forced:.0%} of the targets' tokens",
+            "Forced tokens", "note", f"{forced:.0%} of the targets' tokens",
             "They cost nothing, so `length_penalty` 1.0, the default of `generate`, favours long titles: pass 0.0.",
         )  # fmt: skip
     # Every path leads through the first branching node

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only measurements need: small models made from nothing, losses compared, ablations."""
+"""For measurements only: small models made from scratch, comparisons of losses, ablations."""

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One row of an ablation: a model trained by [`MSLTrainer`], with a constant factor on the loss, and with measurements of
-the parts of the loss during training. The rows of the table in docs/baselines.md:
+One row of the ablation in docs/baselines.md: a model trained by [`MSLTrainer`], optionally with a constant factor on
+the loss, and with the parts of the loss measured during training.
 
 ```bash
 accelerate launch -m trl_msl.experiments.ablation --config recipes/configs/ablation/msl-ats.yaml \
     --data_dir data/Book --empty_texts keep --model_name_or_path outputs/book/base --output_dir outputs/book
 ```
 
-It leaves what `trl-msl train` leaves in a folder `run_name` in `output_dir`, so that `trl-msl report` compares many.
+The folder `run_name` in `output_dir` then holds what `trl-msl train` leaves, for `trl-msl report`.
 Without `model_name_or_path` a small model is made there first.
 """
 
@@ -28,7 +28,7 @@ from trl import ModelConfig
 from ..data import DataArguments
 from ..model import is_sharded
 from ..scripts.command_line import command
-from ..scripts.outputs import finish, format_table, plot_training, write_json
+from ..scripts.outputs import finish, write_json
 from ..scripts.train import make_trainer, reported
 from ..scripts.train_and_evaluate import DecodingArguments, train_and_evaluate
 from ..training import MSLConfig, MSLTrainer, SparseHeadOptions, masked_softmax_loss
@@ -67,16 +67,12 @@ def main(
     if args.probe_steps:
         trainer.add_callback(LossProbe(trainer, folder / "probe.json", args.probe_steps))
     arguments = {**reported(config), "loss_scale": args.loss_scale}
-    metrics = train_and_evaluate(trainer, task, data, args, {"arguments": arguments})
-    if trainer.is_world_process_zero():
-        name = config.run_name or "MSL"
-        plot_training({name: trainer.state.log_history}, folder / "training.png")
-        print(f"\nTest, {len(data.windows['test'])} users\n{format_table({name: metrics})}\n\n{folder}")
+    train_and_evaluate(trainer, task, data, args, config.run_name or "MSL", {"arguments": arguments})
     finish()
 
 
 class ScaledLossTrainer(MSLTrainer):
-    """[`MSLTrainer`] whose loss is multiplied by a constant: the simplest way to enlarge a gradient that vanishes."""
+    """[`MSLTrainer`] whose loss is multiplied by a constant, the simplest way to enlarge a vanishing gradient."""
 
     loss_scale = 1.0
 
@@ -88,24 +84,23 @@ class ScaledLossTrainer(MSLTrainer):
 
 class LossProbe(TrainerCallback):
     """
-    Measures the parts of the loss on the same few rows during a training by [`MSLTrainer`], and writes a file:
+    Measures the parts of the loss on the targets of the same few rows during training, and writes a file with
 
-    - `history`, of the rows' targets, at step 0 and every `every` steps: `lml`, `lml1` and `lml2` per title token
-      (Eq. 2-4 of the [MSL paper](https://huggingface.co/papers/2504.04178)), the norms of their gradients, and the
-      temperature;
-    - at the end, histograms of the model that is kept, where several tokens are valid: `target_probability`, the
-      restricted probability of the right token at the last temperature (1 minus it is the position's weight in the
-      gradient); and `logits` of right, other valid, and invalid tokens.
+    - `history`, at step 0 and every `every` steps: `lml`, `lml1` and `lml2` per title token (Eq. 2-4 of the
+      [MSL paper](https://huggingface.co/papers/2504.04178)), the norms of their gradients, and the temperature;
+    - histograms of the final model, at positions with several valid tokens: `target_probability`, the restricted
+      probability of the right token at the last temperature (1 minus it is the position's weight in the gradient); and
+      `logits` of right, other valid, and invalid tokens.
 
     Args:
         trainer ([`MSLTrainer`]):
-            The trainer, of rows that are not packed; its model must not be sharded.
+            The trainer. Its rows must not be packed, nor its model sharded.
         path (`Path`):
             File to write.
         every (`int`):
             Optimizer steps between two measurements.
         num_rows (`int`, *optional*, defaults to `64`):
-            Number of training rows, the first ones.
+            Number of rows, the first of training.
     """
 
     def __init__(self, trainer: MSLTrainer, path: Path, every: int, num_rows: int = 64):
@@ -204,7 +199,7 @@ class LossProbe(TrainerCallback):
 
 
 def _target_only(row: dict[str, list[int]]) -> dict[str, list[int]]:
-    """A row whose history is not supervised: the same positions for all trainers."""
+    """The row without labels on its history, so that all trainings are measured at the same positions."""
     labels = row["labels"]
     start = len(labels) - next(place for place, label in enumerate(reversed(labels)) if label == -100)
     return {**row, "labels": [-100] * start + labels[start:]}
@@ -218,7 +213,7 @@ def _histogram(values: np.ndarray, edges: np.ndarray) -> dict[str, list]:
     return {"edges": edges.tolist(), "counts": np.histogram(values, edges)[0].tolist()}
 
 
-run = command(main)
+run = command(main, model_is_optional=True)
 
 
 if __name__ == "__main__":

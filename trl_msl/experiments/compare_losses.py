@@ -8,7 +8,7 @@ accelerate launch -m trl_msl.experiments.compare_losses --config recipes/configs
     --data_dir data/Book --empty_texts keep --output_dir outputs/amazon_books
 ```
 
-It leaves in `output_dir` a folder for each loss with what `trl-msl train` leaves, `summary.json` and `training.png`.
+`output_dir` then holds a folder for each loss, as `trl-msl train` leaves it, `summary.json` and `training.png`.
 Without `model_name_or_path` a small model is made first, in `base_model`.
 """
 
@@ -26,16 +26,10 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from ..data import DataArguments, RankingTask, tokenize_rows
 from ..scripts.command_line import command
-from ..scripts.loading import Data, load_data, make_task
+from ..scripts.loading import Data, load_data, load_tokenizer, make_task, model_options
 from ..scripts.outputs import finish, format_table, plot_training, write_json
 from ..scripts.train import make_trainer, reported
-from ..scripts.train_and_evaluate import (
-    DecodingArguments,
-    evaluate_and_write,
-    model_options,
-    train_and_evaluate,
-    trainer_options,
-)
+from ..scripts.train_and_evaluate import DecodingArguments, evaluate_and_write, train_and_evaluate, trainer_options
 from ..training import MSLConfig
 from .from_scratch import ScratchArguments, write_base_model
 
@@ -65,7 +59,7 @@ def main(
 ) -> None:
     if config.resume_from_checkpoint and len(args.loss) > 1:
         raise ValueError(
-            f"`resume_from_checkpoint` is for one run, but `loss` is {args.loss}: pass the one to resume."
+            f"`resume_from_checkpoint` is for one run, but `loss` is {args.loss}: pass only the one to resume."
         )
     sharding = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
     if sharding and "untrained" in args.loss:
@@ -94,13 +88,14 @@ def main(
 def prepare(
     folder: Path, data_args: DataArguments, scratch_args: ScratchArguments, config: MSLConfig, model_args: ModelConfig
 ) -> tuple[Data, RankingTask]:
-    """Data and task; where no model is named, one is made in `folder`, and named in `model_args`."""
+    """Data and task. If `model_args` names no model, one is made in `folder`, and named there."""
     data = load_data(data_args)
     if model_args.model_name_or_path is None:
         model_args.model_name_or_path = str(folder / "base_model")
         base = Path(model_args.model_name_or_path)
         write_base_model(base, data.catalog, data_args.prompt_template, scratch_args, config.seed)
-    return data, make_task(model_args, data_args, data.catalog, config.max_length, config.trust_remote_code)
+    tokenizer = load_tokenizer(model_args, config.trust_remote_code)
+    return data, make_task(tokenizer, data_args, data.catalog, config.max_length)
 
 
 def run_loss(
@@ -111,9 +106,9 @@ def run_loss(
     config: MSLConfig,
     model_args: ModelConfig,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Train by a loss and test: the test's metrics and the log of the training."""
+    """Train with a loss, and test: the test's metrics and the log of the training."""
     if name == "untrained":
-        options = model_options(config, model_args)
+        options = model_options(model_args, config)
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **options)
         costs = {"train_seconds": 0.0, "num_trainable_parameters": 0, "seed": config.seed, "arguments": {"loss": name}}
         model = model.to(PartialState().device)
@@ -121,14 +116,10 @@ def run_loss(
     if name == "msl":
         trainer, arguments = make_trainer(task, data, config, model_args), reported(config)
     else:
-        config.model_init_kwargs = model_options(config, model_args)
         rows = (tokenize(split, task, data, config) for split in ("train", "validation"))
-        options = trainer_options(config, model_args, *rows)
-        trainer = SFTTrainer(args=as_sft(config), processing_class=task.tokenizer, **options)
-        arguments = {"loss": name}
-    metrics = train_and_evaluate(trainer, task, data, args, {"arguments": arguments})
-    if config.push_to_hub and name == "msl":
-        trainer.push_to_hub()
+        options = trainer_options(as_sft(config), model_args, *rows)
+        trainer, arguments = SFTTrainer(processing_class=task.tokenizer, **options), {"loss": name}
+    metrics = train_and_evaluate(trainer, task, data, args, name, {"arguments": arguments})
     return metrics, trainer.state.log_history
 
 
@@ -147,11 +138,12 @@ def tokenize(split: str, task: RankingTask, data: Data, config: MSLConfig) -> Da
 
 
 def as_sft(config: MSLConfig) -> SFTConfig:
-    """The part of an `MSLConfig` that TRL's `SFTTrainer` knows."""
-    return SFTConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SFTConfig) if f.init})
+    """The part of an `MSLConfig` that TRL's `SFTTrainer` knows. Only the model trained with MSL is pushed."""
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(SFTConfig) if f.init}
+    return SFTConfig(**{**options, "push_to_hub": False})
 
 
-run = command(main)
+run = command(main, model_is_optional=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-A tokenizer trained on the catalogue and a small causal language model made from a config.
-
-They replace a pretrained pair where none can be downloaded. Both are plain `transformers` objects:
-save them with `save_pretrained` into one folder, and `AutoTokenizer` and `AutoModelForCausalLM` load them from it.
-"""
+"""A tokenizer trained on the catalogue and a small Llama, to replace a pretrained pair where there is none."""
 
 import random
 from collections.abc import Iterable
@@ -28,20 +23,20 @@ class ScratchArguments:
 
     Parameters:
         scratch_tokens (`str`, *optional*, defaults to `"text"`):
-            What a token is: part of a `text`, by byte pairs; or a whole `item`, for which `item_text: id`,
+            What a token is: part of a `text`, by byte pairs; or a whole `item`, which needs `item_text: id`,
             `separate_items: true`, `prompt_text: "{history}"` and no pretraining steps.
         scratch_vocab_size (`int`, *optional*, defaults to `2000`):
-            Most tokens of text.
+            Maximum vocabulary size with `text`.
         scratch_hidden_size, scratch_num_layers (`int`, *optional*, defaults to `128` and `2`):
             Sizes of the Llama.
         scratch_pretrain_steps (`int`, *optional*, defaults to `200`):
-            Steps in which it first learns to write items, in random order. (`pretrain.py` has options of its own.)
+            Steps in which it first learns to write items, in random order. Not used by `pretrain.py`.
     """
 
     scratch_tokens: str = field(
         default="text", metadata={"help": "What a token is: part of a text, or an item.", "choices": ["text", "item"]}
     )
-    scratch_vocab_size: int = field(default=2000, metadata={"help": "Vocabulary of the small tokenizer."})
+    scratch_vocab_size: int = field(default=2000, metadata={"help": "Maximum vocabulary size."})
     scratch_hidden_size: int = field(default=128, metadata={"help": "Hidden size of the small model."})
     scratch_num_layers: int = field(default=2, metadata={"help": "Layers of the small model."})
     scratch_pretrain_steps: int = field(default=200, metadata={"help": "Steps in which it learns to write items."})
@@ -67,7 +62,7 @@ CHAT_TEMPLATE = (
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
     r"""
-    Train a byte-level BPE tokenizer: any text without special tokens in it decodes to exactly what was encoded.
+    Train a byte-level BPE tokenizer: any text without special tokens decodes to exactly what was encoded.
 
     It adds a BOS token at the start, as Llama's tokenizers do, unless called with `add_special_tokens=False`. Its chat
     template is ChatML: a turn is `<|im_start|>role\ncontent<|im_end|>\n`, without BOS. So a chat turn ends with
@@ -77,11 +72,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedT
         texts (`Iterable[str]`):
             Texts in the form that the model will see, such as titles with their quotes.
         vocab_size (`int`, *optional*, defaults to `2000`):
-            Most tokens to have, at least 261: the 256 bytes and 5 special tokens. Fewer if the texts have no more to
-            merge, so size the model by `len(tokenizer)`.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerFast`]: The tokenizer.
+            Maximum number of tokens, at least 261: the 256 bytes and 5 special tokens. There are fewer if the texts
+            have no more to merge, so size the model by `len(tokenizer)`.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special_tokens = [BOS, EOS, PAD, TURN_START, TURN_END]
@@ -119,9 +111,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedT
 
 def item_tokenizer(items: Iterable[str]) -> PreTrainedTokenizerFast:
     """
-    A tokenizer with one token for each of the `items`, which stand in a text as `", "` separates them.
-
-    Items that are written alike share a token. It adds BOS and knows nothing else: any other text is an unknown token.
+    A tokenizer with one token for each of the `items`, equal ones together. Items are separated by `", "` in a text, any
+    other text is an unknown token, and BOS is added.
     """
     items = list(items)
     if ambiguous := [item for item in items if ", " in item]:
@@ -148,24 +139,19 @@ def build_model(
     seed: int = 0,
 ) -> LlamaForCausalLM:
     """
-    Build a small Llama with random weights for a tokenizer.
+    A small Llama with random weights for a tokenizer, in fp32, with untied embeddings.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
-            Tokenizer that gives the vocabulary size and the ids of the BOS, EOS and padding tokens.
-        hidden_size (`int`, *optional*, defaults to `128`):
-            Size of the hidden states; the MLP's is four times that.
-        num_layers (`int`, *optional*, defaults to `2`):
-            Number of layers.
+            Tokenizer that gives the vocabulary size and the special tokens.
+        hidden_size, num_layers (`int`, *optional*, defaults to `128` and `2`):
+            Sizes of the model.
         num_heads (`int`, *optional*, defaults to `4`):
             Number of attention heads. Rotary embeddings need `hidden_size / num_heads` to be an even whole number.
         max_position_embeddings (`int`, *optional*, defaults to `512`):
             Longest sequence, in tokens.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights. The global random state is left as it was.
-
-    Returns:
-        [`~transformers.LlamaForCausalLM`]: The model, in `float32`, with input and output embeddings of its own.
     """
     if hidden_size % (2 * num_heads):
         raise ValueError(
@@ -210,19 +196,11 @@ def write_base_model(
     path: Path, catalog: ItemCatalog, template: PromptTemplate, args: ScratchArguments, seed: int = 0
 ) -> None:
     """
-    Make a base model that can write the catalogue's items but knows nothing of its users, and save it as a pair.
+    Write a base model and its tokenizer into the folder `path`.
 
-    It is trained with the usual language modeling loss on prompts filled with random items, and a random item after
-    them: what an LLM that was pretrained on text would bring along. No interaction is seen. To be called by every
-    process of a distributed run.
-
-    Args:
-        path (`Path`):
-            Folder to write the model and the tokenizer into.
-        catalog ([`ItemCatalog`]), template ([`PromptTemplate`]):
-            What prompts are made of.
-        args ([`ScratchArguments`]), seed (`int`):
-            The sizes, and the number of optimizer steps, of 32 texts each.
+    The model can write the catalogue's items, as a pretrained LLM could, but knows no interactions: it is trained with
+    the usual language modeling loss on prompts of random items, each followed by a random item, 32 in a step. To be
+    called by every process of a distributed run.
     """
     rng = random.Random(seed)
     text_template = PromptTemplate(template.text, template.separator)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Make a small base model that can write a catalogue's items and has read its training histories.
-
-A masked softmax is meant for a model that can already write. This makes a substitute where no LLM is available: a
-tokenizer and a Llama from scratch, trained with the plain next-token loss on each item's text and on each user's items
-of the training split, in time order. Every loss can then start from the same backbone:
+Make a small base model that can write a catalogue's items and has read its training histories: a substitute where no
+LLM is available, as the masked softmax loss is meant for a model that can already write. The tokenizer and the Llama
+are made from scratch and trained with the plain next-token loss on each item's text and each user's training items, in
+time order. Every loss can then start from the same model:
 
 ```bash
 accelerate launch -m trl_msl.experiments.pretrain --config recipes/configs/pretrain.yaml \
@@ -42,7 +41,7 @@ def main(data_args: DataArguments, scratch_args: ScratchArguments, config: SFTCo
 
 
 def read_histories(data: Data) -> list[list[str]]:
-    """The items of each user's training windows in time order, as they are written."""
+    """The texts of each user's items in the training windows, in time order."""
     histories: dict[str, dict[str, None]] = {}
     for window in data.windows["train"]:
         histories.setdefault(window["user_id"], {}).update(dict.fromkeys(window["item_ids"]))
@@ -53,7 +52,7 @@ def read_histories(data: Data) -> list[list[str]]:
 def tokenize(
     histories: list[list[str]], tokenizer: PreTrainedTokenizerBase, data: Data, template: PromptTemplate
 ) -> list[list[int]]:
-    """Each item by itself and then the histories, with an end token, in the tokens that prompts and titles have."""
+    """Each item alone and then the histories, with end tokens, tokenised as in prompts."""
     template = PromptTemplate("{history}", template.separator, separate_items=template.separate_items)
     rows = {"prompt": [template.render(items) for items in histories], "history": histories}
     written = fit_prompts(tokenizer, rows, [float("inf")] * len(histories), template)

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The quickstart: [`compare_losses`] on generated data with a small model, by `quickstart.yaml`, offline and in a few
-minutes on a CPU.
+The quickstart: [`compare_losses`] with the options of `quickstart.yaml`, on generated data with a small model, offline
+and in a few minutes on a CPU. Options on the command line replace those of the file.
 
 ```bash
 trl-msl quickstart
 ```
-
-Options on the command line go before those of the file.
 """
 
 import sys

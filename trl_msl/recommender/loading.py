@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models and tokenizers from folders and repositories, whose files may come from anybody."""
+"""Loading models and tokenizers from folders and repositories, whose files may come from anybody."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
+from ..data import TASK_FILE, TASK_FILES
 from ..trie import check_regular
 
 
-# What transformers and what it builds on raise at files that are damaged, foreign or missing
+# What transformers and the libraries below it raise for files that are damaged, foreign or missing
 _UNREADABLE = (
     OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError,
     UnpicklingError,
@@ -24,8 +25,8 @@ _UNREADABLE = (
 
 
 def find_folder(name: str | Path, argument: str, revision: str | None = None, **kwargs: Any) -> Path:
-    """A folder, or where the snapshot of a repository lies."""
-    if os.path.isdir(name):  # unlike `Path.is_dir`, also of names that no file system takes
+    """The folder itself, or that of a repository's snapshot."""
+    if os.path.isdir(name):  # unlike `Path.is_dir`, also for names that no file system takes
         return Path(name)
     try:
         return Path(snapshot_download(str(name), revision=revision, **kwargs))
@@ -35,22 +36,25 @@ def find_folder(name: str | Path, argument: str, revision: str | None = None, **
         ) from error
 
 
-def check_files(folder: Path, subfolder: str = "") -> str | None:
-    """
-    Raise a `ValueError` where loading the model would read what never ends, or weights outside its folder. Return the
-    folder or repository of its base model, if it is an adapter.
-    """
-    _check_files(folder)
-    _check_files(folder / subfolder)
+def find_task_folder(folder: Path, subfolder: str = "") -> Path:
+    """Where the task of the model in `folder` is: there, or, for an adapter without one, beside its base model."""
+    base = _base_of_adapter(folder / subfolder)
+    if base is None or (folder / TASK_FILE).exists():
+        return folder
+    return find_folder(base, "base_model_name_or_path", allow_patterns=TASK_FILES)
+
+
+def check_files(folder: Path, subfolder: str = "") -> None:
+    """Raise a `ValueError` if loading the model would read a file that never ends, or weights outside its folder."""
+    for place in {folder, folder / subfolder}:
+        _check_files(place)
     base = _base_of_adapter(folder / subfolder)
     if base is not None and os.path.isdir(base):
         _check_files(Path(base))
-    return base
 
 
 def _check_files(folder: Path) -> None:
-    templates = folder / "additional_chat_templates"
-    for path in (*folder.glob("*"), *templates.glob("*")):
+    for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
         if path.exists() and not path.is_dir():
             check_regular(path)
         if ".index." not in path.name or path.suffix != ".json":
@@ -77,13 +81,13 @@ def _base_of_adapter(folder: Path) -> str | None:
 
 
 def load(auto_class: type, folder: Path, **kwargs: Any) -> Any:
-    """Load a model or tokenizer; what transformers makes of damaged or foreign files becomes one kind of error."""
+    """Load a model or tokenizer; whatever transformers raises for damaged or foreign files becomes a `ValueError`."""
     try:
         return auto_class.from_pretrained(folder, **kwargs)
     except torch.OutOfMemoryError:  # a RuntimeError, but its files are fine
         raise
     except _UNREADABLE as error:
         raise ValueError(
-            f"{auto_class.__name__} can't load {str(folder)!r} ({type(error).__name__}: {error}). Are its files "
-            "whole, and, of an adapter, is the base model where its adapter_config.json says?"
+            f"{auto_class.__name__} can't load {str(folder)!r} ({type(error).__name__}: {error}). Check that its "
+            "files are complete and, for an adapter, that the base model is where adapter_config.json says."
         ) from error

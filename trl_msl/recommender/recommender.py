@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recommending with a trained model and its catalogue, from one folder or repository."""
+"""Recommending with a trained model and its task."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..data import TASK_FILE, TASK_FILES, ItemCatalog, RankingTask
-from ..decoding import TrieDecoder, recommend
-from .loading import check_files, find_folder, load
+from ..decoding import Allowed, TrieDecoder, recommend
+from .loading import check_files, find_folder, find_task_folder, load
 
 
 logger = logging.getLogger(__name__)
@@ -24,15 +24,13 @@ logger = logging.getLogger(__name__)
 @dataclass
 class RecommendedItems:
     """
-    Items recommended to some users, best first; fewer than asked for where a user may get no more.
+    Items recommended to each user, best first; fewer than asked for if no more are left.
 
     Args:
-        ids (`list[list[str]]`):
-            Item ids of each user.
-        texts (`list[list[str]]`):
-            Their texts.
+        ids, texts (`list[list[str]]`):
+            Ids and texts of each user's items.
         scores (`list[list[float]]`):
-            Their log-probabilities.
+            Log-probabilities of the items.
         exact (`list[bool]`):
             Whether these are certainly the best items for each user.
     """
@@ -46,32 +44,30 @@ class RecommendedItems:
 @dataclass(frozen=True, eq=False)
 class AllowedItems:
     """
-    Items that may be recommended, as [`Recommender.prepare_allowed`] makes them.
+    Items that may be recommended, prepared by [`Recommender.prepare_allowed`].
 
     Args:
-        task ([`RankingTask`]):
-            What they are items of.
-        decoder ([`TrieDecoder`]):
+        task ([`RankingTask`]), decoder ([`TrieDecoder`]):
             What they have been prepared for.
         indices (`list[int]`, *optional*):
             Their indices. `None` for the whole catalogue.
-        prepared (`Any`):
-            What [`TrieDecoder.prepare_allowed`] made of them.
+        prepared ([`~decoding.Allowed`], *optional*):
+            The same for the decoder.
     """
 
     task: RankingTask
     decoder: TrieDecoder
     indices: list[int] | None
-    prepared: Any
+    prepared: Allowed | None
 
 
 class Recommender:
     """
     A trained model with its task: catalogue, tokenizer, trie and prompt.
 
-    The first request makes a [`TrieDecoder`], which all later ones share, and the cost of those does not depend on the
-    size of the catalogue. Requests may come from several threads at once. If the weights change, the next request uses
-    the new ones.
+    The first request makes a [`TrieDecoder`], which all later ones share; their cost does not depend on the size of
+    the catalogue. Requests may come from several threads at once. If the weights change, the next request uses the
+    new ones.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -107,33 +103,35 @@ class Recommender:
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
-                Folder that `trainer.save_model` or [`Recommender.save_pretrained`] wrote, or repository that it was
-                pushed to. An adapter's base model is loaded from where the adapter says.
+                Folder written by `trainer.save_model` or [`Recommender.save_pretrained`], or repository that it was
+                pushed to. The base model of an adapter is loaded from where the adapter says.
             revision (`str`, *optional*):
                 Branch, tag or commit of the repository.
             task_from (`str` or `Path`, *optional*):
-                Folder or repository whose catalogue to take, for a model that was trained further by a script that
-                knows nothing of it. Defaults to the model's own, or for an adapter without one to its base model's.
+                Folder or repository of the catalogue, for a model that was trained further by a script that knows
+                nothing of it. Defaults to the model's own or, for an adapter without one, its base model's.
             **kwargs:
                 Passed to `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ...
                 Code from the repository is not run unless you pass `trust_remote_code=True`.
 
         Raises:
-            `ValueError`: if a file is missing, damaged, foreign, or would be read from outside its folder, or the
-                tokenizer is another than the one that the catalogue was saved with.
+            `ValueError`: if a file is missing, damaged, foreign, or outside the folder, or the tokenizer differs from
+                the one that the catalogue was saved with.
         """
         folder = find_folder(pretrained_model_name_or_path, "pretrained_model_name_or_path", revision)
-        task_folder = folder if task_from is None else find_folder(task_from, "task_from", allow_patterns=TASK_FILES)
-        base = check_files(folder, kwargs.get("subfolder", ""))
-        if task_from is None and not (folder / TASK_FILE).exists() and base:
-            task_folder = find_folder(base, "base_model_name_or_path", allow_patterns=TASK_FILES)
+        subfolder = kwargs.get("subfolder", "")
+        check_files(folder, subfolder)
+        if task_from is None:
+            task_folder = find_task_folder(folder, subfolder)
+        else:
+            task_folder = find_folder(task_from, "task_from", allow_patterns=TASK_FILES)
         if not (task_folder / TASK_FILE).exists():
             raise ValueError(
                 f"`pretrained_model_name_or_path` = {str(pretrained_model_name_or_path)!r} has no {TASK_FILE}, so "
                 "it is a model without a catalogue: train with `MSLTrainer`, name a folder that has one as "
                 "`task_from`, or make a `Recommender` from the model and a `RankingTask`."
             )
-        # Left out, transformers would ask at the terminal
+        # If this were left out, transformers would ask at the terminal
         trust_remote_code = kwargs.setdefault("trust_remote_code", False)
         tokenizer = load(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
         task = RankingTask.from_pretrained(task_folder, tokenizer)
@@ -160,21 +158,21 @@ class Recommender:
         **kwargs: Any,
     ) -> RecommendedItems:
         """
-        Recommend items to some users.
+        Recommend items to users.
 
         Args:
             histories (`Sequence[Sequence[str]]`):
-                Items that each user has had, oldest first: all of them ids, or all of them texts.
+                Items that each user has had, oldest first: all ids, or all texts.
             k (`int`, *optional*, defaults to `10`):
                 Number of items to recommend. More than there are in the catalogue means all of them.
             exclude_history (`bool`, *optional*, defaults to `True`):
-                Whether to leave out what a user has had, and items with the same text.
+                Whether to leave out the items of a user's history, and items with the same text.
             allowed (`Iterable[str]` or [`AllowedItems`], *optional*):
-                Ids of the items that may be recommended, such as those in stock. A list is looked up id by id: for
-                many requests prepare it once, by [`~Recommender.prepare_allowed`].
+                Ids of the items that may be recommended, such as those in stock. For many requests prepare them once,
+                by [`~Recommender.prepare_allowed`].
             **kwargs:
-                `batch_size`, `mode` and other arguments of [`recommend`]. Without `mode` the task's hold. A model that
-                [`TrieDecoder`] can't run takes `mode="generate"`.
+                `batch_size`, `mode` and other arguments of [`recommend`]. Without `mode`, the task's `decoding` is
+                used. A model that [`TrieDecoder`] can't run takes `mode="generate"`, with `exclude_history=False`.
 
         Raises:
             `ValueError`: if a history is empty or holds an item that is not in the catalogue, or no item is left to
@@ -187,12 +185,14 @@ class Recommender:
         rows = {"prompt": [template.render(history) for history in written], "history": written}
         settings = ({} if "mode" in kwargs else self.task.decoding) | kwargs
         if settings.get("mode") == "generate":
-            engine = {"allowed": self._available_indices(allowed)}
+            model, engine = self.model, {"allowed": self._available_indices(allowed)}
+            if exclude_history:
+                raise ValueError("`exclude_history` is True, but mode='generate' can't exclude items: pass False.")
         else:
             allowed = self.prepare_allowed(allowed)
-            engine = {"decoder": allowed.decoder, "allowed": allowed.prepared}
+            model, engine = allowed.decoder.model, {"decoder": allowed.decoder, "allowed": allowed.prepared}
         found = recommend(
-            self.model,
+            model,
             self.task,
             self.task.ranking_prompts(rows),
             top_k=min(k, len(catalog)),
@@ -210,15 +210,15 @@ class Recommender:
 
     def prepare_allowed(self, allowed: Iterable[str] | AllowedItems | None) -> AllowedItems:
         """
-        Look up ids of items once, to be passed to many requests as `allowed`. Items that are withdrawn are left out.
+        Look up item ids once, for many requests with the same `allowed`. Withdrawn items are left out.
 
         Args:
             allowed (`Iterable[str]` or [`AllowedItems`], *optional*):
                 Ids of the items that may be recommended. `None` for all of the catalogue.
 
         Raises:
-            `ValueError`: if an id is not in the catalogue, no item is left, or the items were prepared by another
-                [`Recommender`], whose catalogue or withdrawn items may be others.
+            `ValueError`: if an id is not in the catalogue, no item is left, or the items were prepared by a
+                [`Recommender`] with another task.
 
         Example:
 
@@ -236,7 +236,7 @@ class Recommender:
         with self._lock:
             everything, model = self._available, self.model
             is_made = everything is not None and everything.task is self.task and everything.decoder.model is model
-            if not is_made or everything.decoder.trie.device != model.device:
+            if not is_made or everything.decoder.trie.device != model.device:  # the model was replaced or moved
                 everything = self._available = self._prepare(TrieDecoder(model, self.task.trie), None)
         if allowed is None:
             return everything
@@ -257,7 +257,7 @@ class Recommender:
         return indices
 
     def _indices(self, histories: Sequence[Sequence[str]]) -> list[list[int]]:
-        """Index of each item: by id if all are ids, else by text."""
+        """Index of each item: by id if all items are ids, else by text."""
         catalog = self.task.catalog
         items = {str(item) for history in histories for item in history}
         unknown_ids = {item for item in items if item not in catalog.index_of_id}
@@ -266,8 +266,7 @@ class Recommender:
             kind, unknown = min(("ids", unknown_ids), ("texts", unknown_texts), key=lambda pair: len(pair[1]))
             raise ValueError(
                 f"`histories` hold {len(unknown)} different {kind} that are not in the catalogue of {len(catalog)} "
-                f"items, such as {sorted(unknown)[:3]}. Pass ids throughout or texts throughout, and leave out what "
-                "is not in the catalogue."
+                f"items, such as {sorted(unknown)[:3]}. Pass only ids or only texts, and leave out unknown items."
             )
         if not unknown_ids:
             return [catalog.indices(history) for history in histories]
@@ -294,16 +293,16 @@ class Recommender:
         return available
 
     def _with_same_text(self, indices: list[int]) -> list[int]:
-        """The items, and those that are written alike."""
+        """The items, and others with the same texts."""
         texts = self.task.catalog.texts
         return [same for index in indices for same in self._indices_of_text[texts[index]]]
 
 
 def _check_histories(histories: Sequence[Sequence[str]]) -> None:
-    """Raise a `ValueError` where there is no history, one is empty, or one is not a list."""
+    """Raise a `ValueError` if there is no history, one is empty, or one is not a list."""
     if len(histories) == 0:
         raise ValueError("`histories` is empty: pass at least one.")
-    # Of a text each character could be an id
+    # Not a string, each character of which could be an id
     not_lists = [
         user
         for user, history in enumerate(histories)

@@ -3,25 +3,18 @@
 Traditional recommenders on the rows that the LLM is trained and tested on, by
 [RecTools](https://github.com/MTSWebServices/RecTools): `pip install "trl_msl[baselines]"`.
 
-Without data options on the generated data of the quickstart:
+On the generated data of the quickstart, and on a folder of the MSL paper's authors:
 
 ```bash
 trl-msl baselines --model sasrec-softmax --output_dir outputs/quickstart/sasrec-softmax
-```
-
-A folder of the MSL paper's authors:
-
-```bash
 trl-msl baselines --config recipes/configs/baselines.yaml --model sasrec-sce \
     --data_dir data/Book --empty_texts keep --train_file train_10000.csv --output_dir outputs/book/sasrec-sce
 ```
 
 Each training window is a separate sequence, in which SASRec predicts every item but the first; popularity and
 item-kNN count an interaction once even if several windows of a user contain it. The epoch is chosen by NDCG@10 on the
-validation windows. The items of the training windows are ranked, including those of the history; other items are cold,
-and count as misses where they are targets.
-
-Writes `metrics.json` and `rankings.parquet` into `--output_dir`.
+validation windows. All items of the training windows are ranked, those of the history too; targets that are not among
+them are cold, and count as misses. `output_dir` then holds `metrics.json` and `rankings.parquet`.
 """
 
 import copy
@@ -77,9 +70,9 @@ class BaselineArguments:
 
     Parameters:
         model (`str`, *optional*, defaults to `"sasrec-softmax"`):
-            What to train: `popularity`; `item-knn`, by cosine; SASRec with the loss of `sasrec-bce` (binary
-            cross-entropy), `sasrec-softmax` (over all items), `sasrec-sampled` (over the target and sampled items) or
-            `sasrec-sce` (see [`scaled_cross_entropy`]); or `bert4rec`, with the softmax over all items.
+            What to train: `popularity`; `item-knn`, by cosine; SASRec with binary cross-entropy (`sasrec-bce`), the
+            softmax over all items (`sasrec-softmax`) or over the target and sampled items (`sasrec-sampled`), or
+            [`scaled_cross_entropy`] (`sasrec-sce`); or `bert4rec`, with the softmax over all items.
         output_dir (`str`, *optional*, defaults to `"outputs/baselines"`):
             Folder to write into.
         hidden_size (`int`, *optional*, defaults to `128`), num_layers, num_heads (`int`, *optional*, defaults to `2`):
@@ -91,9 +84,9 @@ class BaselineArguments:
         batch_size (`int`, *optional*, defaults to `128`):
             Windows per step.
         max_epochs (`int`, *optional*, defaults to `100`):
-            At most this many passes over the training windows.
+            Maximum number of passes over the training windows.
         patience (`int`, *optional*, defaults to `5`):
-            Stop after this many epochs without a better NDCG@10 on the validation windows.
+            Stop after this many epochs without a better validation NDCG@10.
         num_negatives (`int`, *optional*, defaults to `100`):
             Items sampled for each target, uniformly, by the losses that sample.
         sce_scale (`float`, *optional*, defaults to `100.0`):
@@ -114,7 +107,7 @@ class BaselineArguments:
     dropout: float = field(default=0.3, metadata={"help": "Dropout rate."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of Adam."})
     batch_size: int = field(default=128, metadata={"help": "Windows per step."})
-    max_epochs: int = field(default=100, metadata={"help": "At most this many passes over the training windows."})
+    max_epochs: int = field(default=100, metadata={"help": "Maximum number of passes over the training windows."})
     patience: int = field(default=5, metadata={"help": "Stop after this many epochs without a better NDCG@10."})
     num_negatives: int = field(default=100, metadata={"help": "Items sampled for each target."})
     sce_scale: float = field(default=100.0, metadata={"help": "Factor of the sampled sum in sasrec-sce."})
@@ -138,7 +131,7 @@ class BaselineArguments:
 
 def main(args: BaselineArguments, data_args: DataArguments) -> None:
     if (num_processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ValueError(f"`num_processes` is {num_processes}, but baselines train in one: pass `--num_processes 1`.")
+        raise ValueError(f"`num_processes` is {num_processes}, but baselines train in one process: pass 1.")
     set_seed(args.seed)
     data = load_data(data_args)
     catalog, train_users = data.catalog, data.windows["train"]["user_id"]
@@ -158,7 +151,7 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
         return ranking_metrics(rank(model, "validation")[1], (TOP_K,))["ndcg@10"]
 
     if args.model in LOSSES:
-        # The LLM gets a row for each window, also for several of one user: here each is a user's whole sequence
+        # As for the LLM, each window is a row of its own, even if a user has several
         train = make_dataset(sequences["train"], range(len(train_users)))
         model, chosen = train_transformer(args, train, max(map(len, sequences["train"])), validate)
     else:
@@ -181,7 +174,7 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
     test_ids, seen = [ids[-1] for ids in data.windows["test"]["item_ids"]], data.seen_items
     write_results(Path(args.output_dir), metrics, catalog, test_ids, items, ranks, seen)
     num_cold = sum(item not in seen for item in test_ids)
-    print(f"\nTest, {len(ranks)} users, {len(catalog)} items, {num_cold} cold targets, which these models cannot rank")
+    print(f"\nTest, {len(ranks)} users, {len(catalog)} items, {num_cold} cold targets, which these models can't rank")
     print(f"{format_table({args.model: metrics})}\n\n{args.output_dir}/metrics.json, {tested - started:.0f} seconds")
 
 
@@ -189,17 +182,8 @@ def make_dataset(
     sequences: list[list[int]], users: Sequence[Any], items: IdMap | None = None, once: bool = False
 ) -> Dataset:
     """
-    RecTools' dataset of users' sequences of items, as indices in the catalogue.
-
-    Args:
-        sequences (`list[list[int]]`):
-            Items of each user in time order.
-        users (`Sequence`):
-            Whose sequence each is.
-        items (`IdMap`, *optional*):
-            Leave all other items out. By default the items are those of the sequences.
-        once (`bool`, *optional*, defaults to `False`):
-            Whether to count an item of a user once.
+    RecTools' dataset of sequences of items (indices in the catalogue, in time order) and the user of each. `items`
+    leaves all others out; `once` counts each item of a user once.
     """
     frame = pd.DataFrame({"user_id": list(users), "item_id": sequences}).explode("item_id", ignore_index=True)
     frame = frame.astype({"item_id": int}).assign(weight=1, datetime=pd.to_datetime(frame.index))
@@ -214,8 +198,8 @@ def make_dataset(
 
 def rank_items(model: ModelBase | None, histories: list[list[int]], items: IdMap, popular: list[int]) -> np.ndarray:
     """
-    The best items for each history, as indices in the catalogue: those of `model`, then the most popular ones, where
-    it finds fewer or no item of the history is known; then `-1`.
+    The best items for each history, as indices in the catalogue: those that `model` finds, which are none if it knows
+    no item of the history; then the most popular ones; then `-1`.
     """
     ranked = [[] for _ in histories]
     dataset = make_dataset(histories, range(len(histories)), items)
@@ -230,8 +214,8 @@ def rank_items(model: ModelBase | None, histories: list[list[int]], items: IdMap
 def train_transformer(
     args: BaselineArguments, train: Dataset, longest: int, validate: Callable[[ModelBase], float]
 ) -> tuple[ModelBase, dict[str, float]]:
-    """The model with the weights of the epoch that `validate` rates highest; that rating, the epoch, and its size."""
-    for name in ("pytorch_lightning", "lightning_fabric"):  # Lightning reports each `fit`, and there is one per epoch
+    """The model of the epoch that `validate` rates highest, and that rating, the epoch, and the model's size."""
+    for name in ("pytorch_lightning", "lightning_fabric"):  # Lightning reports each `fit`, here once per epoch
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|rectools|pydantic")
     settings = {
@@ -251,14 +235,14 @@ def train_transformer(
             "lightning_module_kwargs": {"scale": args.sce_scale},
         },
     }
-    # BERT4Rec's last place is the mask; SASRec's inputs are all items but the last
+    # In BERT4Rec the mask takes the last place; SASRec's inputs are all items but the last
     model_class, length = (BERT4RecModel, longest) if args.model == "bert4rec" else (SASRecModel, longest - 1)
     model = model_class(session_max_len=length, **settings, **options.get(args.model, {}))
     best = {"validation_ndcg@10": -math.inf}
     for epoch in range(1, args.max_epochs + 1):
         model.fit_partial(train, min_epochs=1, max_epochs=1)
         loss = model.fit_trainer.callback_metrics["train_loss"].item()
-        if not math.isfinite(loss):  # also where BERT4Rec masks no item of a whole batch
+        if not math.isfinite(loss):  # also if BERT4Rec masks no item of a batch
             raise ValueError(
                 f"the loss is {loss} in epoch {epoch}: lower `learning_rate`, which is {args.learning_rate}, or raise "
                 f"`batch_size`, which is {args.batch_size}."
@@ -276,9 +260,9 @@ def train_transformer(
 
 def scaled_cross_entropy(positive: torch.Tensor, negatives: torch.Tensor, scale: float) -> torch.Tensor:
     r"""
-    Softmax loss over the target and sampled items whose part in the normaliser is scaled up, as if there were more,
+    Softmax loss over the target and sampled items, whose sum is scaled up as if there were more of them,
     \\( -\log \frac{e^{s_+}}{e^{s_+} + \alpha \sum_j e^{s_j}} \\): the *scaled* cross-entropy of
-    [Xu et al.](https://huggingface.co/papers/2408.14238), which is not the *scalable* one of
+    [Xu et al.](https://huggingface.co/papers/2408.14238), not the *scalable* one of
     [Mezentsev et al.](https://huggingface.co/papers/2409.18721).
 
     Args:
@@ -316,7 +300,7 @@ class ScaledCrossEntropyModule(TransformerLightningModule):
 
 
 class ItemKNN(CosineRecommender):
-    """Item-kNN in which no item is its own neighbour: otherwise the history would fill the first places."""
+    """Item-kNN in which no item is its own neighbour, as the history would otherwise rank first."""
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         super().fit(*args, **kwargs)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-`trl-msl <command> [options]`. A command's module is imported when it is chosen, so the list of commands comes at once.
+`trl-msl <command> [options]`. Only the module of the chosen command is imported, so that `--help` is fast.
 
 On several GPUs, or with an `accelerate` config, launch the module: `accelerate launch -m trl_msl.scripts.train`.
 """
@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int | None:
-    """Run the command that the first argument names with the others; returns its exit code."""
+    """Run the command that the first argument names, with the others as its options, and return its exit code."""
     name, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
@@ -41,13 +41,8 @@ def main(arguments: list[str] | None = None) -> int | None:
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: trl-msl <command> [options]\n\ncommands:",
-            *lines,
-            "\n`trl-msl <command> --help` lists the options of a command; --config takes them from a YAML file.",
-        ]
-    )
+    end = "`trl-msl <command> --help` lists the options of a command; --config takes them from a YAML file."
+    return "\n".join(["usage: trl-msl <command> [options]\n\ncommands:", *lines, "", end])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to the arguments of a command's `main`, and the generated data where it names none."""
+"""From a command line to the arguments of a command's `main`; the generated data where it names no data."""
 
 import dataclasses
 import sys
@@ -16,15 +16,12 @@ from ..data import DataArguments
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 
 
-def command(main: Callable[..., Any], generated_data: bool = False) -> Callable[..., Any]:
+def command(
+    main: Callable[..., Any], generated_data: bool = False, model_is_optional: bool = False
+) -> Callable[..., Any]:
     """
-    A function that takes the dataclasses of `main` from a list of options, those of the command line by default.
-
-    Args:
-        main (`Callable`):
-            Function of dataclasses, by which its parameters are annotated.
-        generated_data (`bool`, *optional*, defaults to `False`):
-            Whether options that name no data mean the quickstart's.
+    A function that parses options, by default those of the command line, into the dataclasses that annotate the
+    parameters of `main`, and calls it. With `generated_data`, options that name no data mean the quickstart's.
     """
 
     def run(arguments: list[str] | None = None) -> Any:
@@ -32,7 +29,10 @@ def command(main: Callable[..., Any], generated_data: bool = False) -> Callable[
         if generated_data:
             arguments = with_generated_data(arguments)
         kinds = [kind for name, kind in get_type_hints(main).items() if name != "return"]
-        return main(*TrlParser(kinds).parse_args_and_config(arguments))
+        parsed = TrlParser(kinds).parse_args_and_config(arguments)
+        if not model_is_optional and any(getattr(args, "model_name_or_path", "") is None for args in parsed):
+            raise ValueError("`model_name_or_path` is missing: pass the folder or repository of a model.")
+        return main(*parsed)
 
     return run
 
@@ -43,7 +43,7 @@ def names_data(arguments: list[str]) -> bool:
 
 
 def with_generated_data(arguments: list[str]) -> list[str]:
-    """A command's arguments, after the data options of the quickstart if they name no data of their own."""
+    """The arguments, preceded by the data options of the quickstart if they name no data of their own."""
     if names_data(arguments):
         return arguments
     names = {f.name for f in dataclasses.fields(DataArguments)}

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Check data, tokenizer and model for what is known to go wrong with recommenders of this kind, before they are trained.
+Check data, tokenizer and model for known problems of recommenders of this kind, before training.
 
 ```bash
 trl-msl doctor --data_dir data/Book --train_file train_10000.csv --prompt_words book books read \
     --model_name_or_path Qwen/Qwen3-0.6B --load_model
 ```
 
-It prints what was looked at, what was seen on your data, and what to do. The exit code is 1 if there is an error, that
-is, something that would stop the training or spoil its result; 0 if there are only notes.
+It prints what was looked at, what was seen on your data, and what to do. The exit code is 1 if there is an error,
+which would stop the training or spoil its result, and 0 if there are only notes.
 """
 
 import sys
@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..data import DataArguments, RankingTask, read_data
+from ..data import DataArguments, read_data
 from ..doctor import Finding, diagnose
 from .command_line import command
+from .loading import make_task
 
 
 @dataclass
@@ -32,17 +33,17 @@ class DoctorArguments:
         model_name_or_path (`str`):
             Folder or repository of the model, whose tokenizer is taken.
         load_model (`bool`, *optional*, defaults to `False`):
-            Whether to load the model and check it, too.
+            Whether to load and check the model too.
         max_length (`int`, *optional*, defaults to `1024`):
             Most tokens of a prompt and an item together.
         max_rows (`int`, *optional*, defaults to `1000`):
-            Number of rows and of items on which checks that tokenise are made.
+            Number of rows to tokenise.
     """
 
     model_name_or_path: str = field(metadata={"help": "Folder or repository of the model."})
-    load_model: bool = field(default=False, metadata={"help": "Load the model and check it, too."})
+    load_model: bool = field(default=False, metadata={"help": "Load and check the model too."})
     max_length: int = field(default=1024, metadata={"help": "Most tokens of a prompt and an item together."})
-    max_rows: int = field(default=1000, metadata={"help": "Rows and items on which checks that tokenise are made."})
+    max_rows: int = field(default=1000, metadata={"help": "Number of rows to tokenise."})
 
 
 def main(args: DoctorArguments, data_args: DataArguments) -> int:
@@ -61,14 +62,10 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
             print(format_findings(findings))
             return 1
     try:
-        kwargs = {"max_length": args.max_length, "chat_template_kwargs": data_args.chat_template_kwargs}
-        task = RankingTask(catalog, tokenizer, data_args.prompt_template, **kwargs)
+        task = make_task(tokenizer, data_args, catalog, args.max_length)
     except ValueError as error:
-        findings.append(
-            Finding(
-                "Tokens of the items", "error", str(error), "The trie of items can't be built before this is fixed."
-            )
-        )
+        advice = "The trie of items can't be built before this is fixed."
+        findings.append(Finding("Tokens of the items", "error", str(error), advice))
     else:
         findings += diagnose(task, windows, model, args.max_rows)
     print(format_findings(findings))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Softmax DPO with several rejected items: teach a model that was trained with MSL (or the usual loss) what not to rank
-high, and evaluate it.
+Softmax DPO with several rejected items: train a model further that was trained with MSL (or the usual loss), and
+evaluate it.
 
 ```bash
 accelerate launch -m trl_msl.scripts.dpo \
     --model_name_or_path outputs/quickstart/msl --output_dir outputs/softmax_dpo
 ```
 
-As the S-DPO paper does it, over the vocabulary and with items of the whole catalogue rejected:
+As in the S-DPO paper, over the vocabulary, with items drawn from the whole catalogue:
 
 ```bash
 accelerate launch -m trl_msl.scripts.dpo --model_name_or_path outputs/book \
@@ -16,17 +16,17 @@ accelerate launch -m trl_msl.scripts.dpo --model_name_or_path outputs/book \
     --negatives uniform --num_negatives 15 --normalize vocab --learning_rate 1e-5 --output_dir outputs/book/s-dpo
 ```
 
-Prompt and catalogue are those that the model was trained with; without data options the windows are the quickstart's.
-Rows that were made before, by `trl-msl preferences` or in the form of S-DPO's data: `--preferences FOLDER`. An adapter
-is trained further, with a copy of it as the reference; `--use_peft` puts a new one on a whole model. It leaves in
-`output_dir` what `trl-msl train` does.
+Prompt and catalogue are those that the model was trained with; the windows are those of the data options, by default
+the quickstart's. An adapter is trained further, with a copy of it as the reference; `--use_peft` adds a new one to a
+whole model. `output_dir` then holds what `trl-msl train` leaves.
 """
 
 import time
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
+from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import find_adapter_config_file
@@ -35,39 +35,47 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..data import DataArguments
 from ..softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from .command_line import command
-from .loading import load_data, load_task
-from .negatives import NegativeArguments, make_preferences
-from .outputs import finish, format_table, plot_training
-from .train_and_evaluate import DecodingArguments, model_options, train_and_evaluate
+from .loading import load_data, load_task, model_options
+from .outputs import finish
+from .preferences import NegativeArguments, draw_rows, make_preferences
+from .train_and_evaluate import DecodingArguments, train_and_evaluate
 
 
-def main(args: NegativeArguments, data_args: DataArguments, config: SoftmaxDPOConfig, model_args: ModelConfig) -> None:
-    if model_args.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing: pass the model to train further.")
+@dataclass
+class DPOArguments(NegativeArguments):
+    """
+    Arguments of this command, besides those of the data, the trainer and the model.
+
+    Parameters:
+        preferences (`str`, *optional*):
+            Folder or dataset on the Hub with preference rows, such as `trl-msl preferences` writes or S-DPO's own. By
+            default they are made first, which takes some decoding with `--negatives model`.
+    """
+
+    preferences: str | None = field(default=None, metadata={"help": "Preference rows to read, instead of making any."})
+
+
+def main(args: DPOArguments, data_args: DataArguments, config: SoftmaxDPOConfig, model_args: ModelConfig) -> None:
     data = load_data(data_args)
     task = load_task(model_args, data_args, data.catalog, config.max_length, config.trust_remote_code)
     model = load_policy(model_args, config)
     started = time.time()
-    if args.negatives == "model" and args.preferences is None:
-        model = model.to(PartialState().device)
-    preferences = make_preferences(args, data, task, model, config.seed)
+    if args.preferences is not None:
+        preferences = load_dataset(args.preferences)
+        preferences["train"] = draw_rows(preferences["train"], args.max_preferences, config.seed)
+    else:
+        model = model.to(PartialState().device) if args.negatives == "model" else model
+        preferences = make_preferences(args, data, task, model, config.seed)
     seconds = round(time.time() - started, 1)
     trainer = SoftmaxDPOTrainer(
         model,
         args=config,
         task=task,
         train_dataset=preferences["train"],
-        eval_dataset=preferences["validation"] if config.eval_strategy != "no" else None,
+        eval_dataset=preferences.get("validation") if config.eval_strategy != "no" else None,
         peft_config=None if is_peft_model(model) else get_peft_config(model_args),
     )
-    metrics = train_and_evaluate(trainer, task, data, DecodingArguments(), {"negatives_seconds": seconds})
-    if trainer.is_world_process_zero():
-        plot_training({"softmax DPO": trainer.state.log_history}, Path(config.output_dir) / "training.png")
-        print(
-            f"Test, {len(data.windows['test'])} users\n{format_table({'softmax DPO': metrics})}\n\n{config.output_dir}"
-        )
-    if config.push_to_hub:
-        trainer.push_to_hub()
+    train_and_evaluate(trainer, task, data, DecodingArguments(), "softmax DPO", {"negatives_seconds": seconds})
     finish()
 
 
@@ -77,7 +85,7 @@ def load_policy(model_args: ModelConfig, config: SoftmaxDPOConfig) -> PreTrained
     is_adapter = find_adapter_config_file(name, revision=revision) is not None
     return (AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM).from_pretrained(
         name,
-        **model_options(config, model_args),
+        **model_options(model_args, config),
         quantization_config=get_quantization_config(model_args),
         **({"is_trainable": True} if is_adapter else {}),
     )

@@ -6,9 +6,8 @@ Evaluate a trained recommender: a folder or Hub repository with a model or a LoR
 accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path outputs/quickstart/msl
 ```
 
-The windows are those of the data options, or the quickstart's without them; prompt and catalogue are those that the
-model was trained with. Several ways of decoding are compared on the same users, with the difference of each to the
-first:
+The windows are those of the data options, by default the quickstart's; prompt and catalogue are those that the model
+was trained with. Several ways of decoding are compared on the same users, each with the first:
 
 ```bash
 accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path outputs/quickstart/msl \
@@ -19,22 +18,32 @@ Writes `metrics.json` and `recommendations.txt` into `--output_dir`.
 """
 
 import dataclasses
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM
+from datasets import Dataset
+from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from ..data import DataArguments
+from ..data import DataArguments, RankingTask
 from ..decoding import Recommendations
-from ..evaluation import bootstrap_interval, per_user_metrics
+from ..evaluation import bootstrap_interval, evaluate_recommendations, per_user_metrics
 from .command_line import command
-from .decodings import DECODINGS, evaluate_decodings
-from .loading import load_data, load_task
+from .loading import load_data, load_model, load_task
 from .outputs import describe_recommendations, finish, format_table, write_json, write_text
+
+
+DECODINGS = {
+    "exact": {"mode": "exact"},
+    "beam": {"mode": "beam", "normalize": "trie"},
+    "beam-vocab": {"mode": "beam", "normalize": "vocab"},
+    "generate": {"mode": "generate", "normalize": "trie"},
+}
 
 
 @dataclass
@@ -51,12 +60,12 @@ class EvaluationArguments:
             Number of items to rank.
         decoding (`list[str]`, *optional*, defaults to `["exact"]`):
             How to find the best items: `exact`; `beam`, beam search by the restricted probability that MSL trains;
-            `beam-vocab`, by the probability over the vocabulary, as published code does; or `generate`, like `beam`
-            for models that the engine can't run.
+            `beam-vocab`, by the probability over the vocabulary, as in published code; or `generate`, the same as
+            `beam`, for models that the engine can't run.
         num_beams (`int`, *optional*):
             Beam width, `top_k` by default.
         length_penalty (`float`, *optional*, defaults to `0.0`):
-            As for `generate`, for beams.
+            As for `generate`. For beams only.
         match (`str`, *optional*, defaults to `"id"`):
             Whether a hit is the item itself (`id`) or any item with its text (`text`).
         batch_size (`int`, *optional*, defaults to `16`):
@@ -74,7 +83,7 @@ class EvaluationArguments:
         default_factory=lambda: ["exact"], metadata={"help": "How to decode.", "choices": list(DECODINGS)}
     )
     num_beams: int | None = field(default=None, metadata={"help": "Beam width, `top_k` by default."})
-    length_penalty: float = field(default=0.0, metadata={"help": "As for `generate`, for beams."})
+    length_penalty: float = field(default=0.0, metadata={"help": "As for `generate`. For beams only."})
     match: str = field(default="id", metadata={"help": "What counts as a hit.", "choices": ["id", "text"]})
     batch_size: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
     max_length: int | None = field(default=None, metadata={"help": "Longer prompts lose their oldest items."})
@@ -82,20 +91,12 @@ class EvaluationArguments:
 
 
 def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelConfig) -> None:
-    if model_args.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing: pass the folder or repository of a trained model.")
     if args.decoding == ["exact"] and (args.num_beams or args.length_penalty):
-        raise ValueError("`num_beams` and `length_penalty` mean nothing to exact search: add beam to `--decoding`.")
+        raise ValueError("`num_beams` and `length_penalty` have no effect on exact search: add beam to `decoding`.")
     process = PartialState(cpu=not torch.accelerator.is_available())
     data = load_data(data_args)
     task = load_task(model_args, data_args, data.catalog, args.max_length, args.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-    ).to(process.device)
+    model = load_model(model_args, args.trust_remote_code)
     rows = data.rows(args.split, task)
     ks = sorted({min(5, args.top_k), args.top_k})
     settings = {"ks": ks, "match": args.match, "batch_size": args.batch_size}
@@ -115,10 +116,36 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
     finish()
 
 
+def evaluate_decodings(
+    decodings: list[str],
+    model: PreTrainedModel,
+    task: RankingTask,
+    rows: Dataset,
+    beam_settings: dict[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[dict[str, dict[str, float]], dict[str, Recommendations]]:
+    """
+    Metrics and recommendations of one model by each of several [`DECODINGS`]. `beam_settings` are for those that are
+    not exact; `settings` are passed to [`evaluate_recommendations`].
+    """
+    results, found = {}, {}
+    for name in decodings:
+        started = time.time()
+        beams = {} if name == "exact" else beam_settings or {}
+        results[name], found[name] = evaluate_recommendations(
+            model, task, rows, return_recommendations=True, **settings, **beams, **DECODINGS[name]
+        )
+        results[name]["test_seconds"] = round(time.time() - started, 1)
+        for counter in ("expansions", "rounds"):
+            counts = getattr(found[name], counter)
+            results[name] |= {f"{counter}_mean": float(counts.mean()), f"{counter}_max": int(counts.max())}
+    return results, found
+
+
 def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> dict[str, float]:
     """
-    Mean differences of the metrics of the same users, with their bootstrap intervals; and for what share of the users
-    the two found the same items, in any order.
+    Mean differences of the metrics of the same users, with their bootstrap intervals; and the share of users for whom
+    both found the same items, in any order.
     """
     difference = {"same_items": float((np.sort(found.items) == np.sort(other.items)).all(axis=1).mean())}
     values, others = (per_user_metrics(result.target_ranks, tuple(ks)) for result in (found, other))

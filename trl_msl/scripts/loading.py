@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command's options name, loaded: the data, the task, a model's folder, the checkpoint to resume from."""
+"""Loading what a command's options name: data, tokenizer, model, task, and the checkpoint to resume from."""
 
 import dataclasses
 import logging
 from dataclasses import dataclass
+from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, TrainingArguments
-from trl import ModelConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from trl import ModelConfig, SFTConfig
 
 from ..data import (
     TASK_FILE,
@@ -22,7 +30,7 @@ from ..data import (
     generate_windows,
     read_data,
 )
-from ..recommender import find_folder
+from ..recommender import find_folder, find_task_folder
 from ..training import last_complete_checkpoint, warn_of_missing_state
 
 
@@ -47,7 +55,7 @@ class Data:
 
 
 def load_data(args: DataArguments) -> Data:
-    """Read what `args` name; without `data_dir` and `interactions`, generate the data of the quickstart."""
+    """Read the data that `args` name; without `data_dir` and `interactions`, generate the quickstart's."""
     if args.data_dir or args.interactions:
         return Data(*read_data(args))
     titles = generate_catalog()
@@ -60,21 +68,40 @@ def load_data(args: DataArguments) -> Data:
     return Data(catalog, windows, best_possible(transitions, windows["test"]))
 
 
-def make_task(
-    model_args: ModelConfig,
-    data_args: DataArguments,
-    catalog: ItemCatalog,
-    max_length: int | None = None,
-    trust_remote_code: bool = False,
-) -> RankingTask:
-    """The task that the options describe, with the model's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(
+def model_options(model_args: ModelConfig, config: SFTConfig | None = None) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: the model's options and, in a training, those of its config."""
+    options = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    if config is not None:
+        options |= {"trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {})}
+    return options
+
+
+def load_model(model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model or adapter, on this process's device."""
+    options = {**model_options(model_args), "trust_remote_code": trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **options)
+    return model.to(PartialState().device)
+
+
+def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    # If `trust_remote_code` were left out, transformers would ask at the terminal
+    return AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=trust_remote_code
     )
-    kwargs = {"chat_template_kwargs": data_args.chat_template_kwargs}
-    if max_length is not None:
-        kwargs["max_length"] = max_length
-    return RankingTask(catalog, tokenizer, data_args.prompt_template, **kwargs)
+
+
+def make_task(
+    tokenizer: PreTrainedTokenizerBase, args: DataArguments, catalog: ItemCatalog, max_length: int | None = None
+) -> RankingTask:
+    """The task that the options describe."""
+    kwargs = {} if max_length is None else {"max_length": max_length}
+    return RankingTask(
+        catalog, tokenizer, args.prompt_template, chat_template_kwargs=args.chat_template_kwargs, **kwargs
+    )
 
 
 def load_task(
@@ -85,16 +112,18 @@ def load_task(
     trust_remote_code: bool = False,
 ) -> RankingTask:
     """
-    The task saved beside the model, or, for models saved without one, the task that the options describe.
+    The task saved beside the model or, for an adapter, beside its base model; if there is none, the one that the
+    options describe.
 
     Raises:
-        `ValueError`: if the saved task differs from the options that were given, or from the items of the data.
+        `ValueError`: if the saved task differs from the given options, or from the items of the data.
     """
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    folder = find_folder(name, "model_name_or_path", revision, allow_patterns=TASK_FILES)
+    name, tokenizer = model_args.model_name_or_path, load_tokenizer(model_args, trust_remote_code)
+    patterns = [*TASK_FILES, "adapter_config.json"]
+    folder = find_folder(name, "model_name_or_path", model_args.model_revision, allow_patterns=patterns)
+    folder = find_task_folder(folder)
     if not (folder / TASK_FILE).is_file():
-        return make_task(model_args, data_args, catalog, max_length, trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return make_task(tokenizer, data_args, catalog, max_length)
     task = RankingTask.from_pretrained(folder, tokenizer)
     _check_options(task, data_args, max_length, name)
     known = dict(zip(task.catalog.ids, task.catalog.texts))
@@ -110,7 +139,7 @@ def load_task(
 
 
 def _check_options(task: RankingTask, args: DataArguments, max_length: int | None, name: str) -> None:
-    """Options left at their defaults follow the task; others must agree with it."""
+    """Raise a `ValueError` if an option that is not at its default differs from the task."""
     default = DataArguments()
     has_text = args.prompt_text is not None or args.prompt_words != default.prompt_words
     given = {
@@ -136,8 +165,8 @@ def _check_options(task: RankingTask, args: DataArguments, max_length: int | Non
 
 def checkpoint_to_resume(config: TrainingArguments) -> str | None:
     """
-    The checkpoint that `resume_from_checkpoint` names. `last` means the last complete one in `output_dir`; if there is
-    none yet, training starts from the beginning, so the same command line starts a run and resumes it.
+    The checkpoint that `resume_from_checkpoint` names. `last` is the last complete one in `output_dir`, or none if
+    there is none yet, so that the same command starts a run and resumes it.
     """
     checkpoint = config.resume_from_checkpoint
     if checkpoint == "last":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Merge a trained adapter into its base model, with the catalogue beside it: for serving, and for scripts that take whole
+Merge a trained adapter into its base model, with the catalogue beside it, for serving or for scripts that need whole
 models, such as TRL's own DPO script.
 
 ```bash
@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from ..data import RankingTask
-from ..recommender import Recommender, find_folder
+from ..recommender import Recommender, find_folder, find_task_folder
 from .command_line import command
+from .loading import load_tokenizer
 
 
 @dataclass
@@ -38,9 +38,8 @@ def main(args: MergeArguments, model_args: ModelConfig) -> None:
     output_dir, name = Path(args.output_dir), model_args.model_name_or_path
     if output_dir.exists():
         raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=False)
     folder = find_folder(name, "model_name_or_path", model_args.model_revision)
-    task = RankingTask.from_pretrained(folder, tokenizer)
+    task = RankingTask.from_pretrained(find_task_folder(folder), load_tokenizer(model_args))
     adapted = AutoPeftModelForCausalLM.from_pretrained(
         name, revision=model_args.model_revision, dtype="auto", trust_remote_code=False
     )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands leave behind: JSON, tables, the plot of a training, recommendations to read."""
+"""What commands write: JSON, tables, the plot of a training, recommendations to read."""
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,19 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write whole, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_parquet(path: Path, table: pd.DataFrame | Dataset) -> None:
-    """Write whole, then rename."""
+    options = {"index": False} if isinstance(table, pd.DataFrame) else {}
+    _write(path, lambda temporary: table.to_parquet(str(temporary), **options))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write the whole file, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    table.to_parquet(str(temporary), **({"index": False} if isinstance(table, pd.DataFrame) else {}))
+    write(temporary)
     temporary.replace(path)
 
 
@@ -48,22 +50,20 @@ def write_results(
     seen: set[str] | None = None,
 ) -> None:
     """
-    What [`report`] compares systems by: `metrics.json`, and `rankings.parquet` with a row per test case.
+    Write what [`report`] compares systems by: `metrics.json`, and `rankings.parquet` with a row per test case.
 
     Args:
         folder (`Path`):
             The system's folder.
         metrics (`dict[str, Any]`):
-            Of `ranking_metrics`, and what the system cost: `train_seconds`, `test_seconds`, `num_parameters`; `seed`;
-            `validation_ndcg@10`, by which it was chosen.
+            From `ranking_metrics`, with `train_seconds`, `test_seconds`, `num_parameters`, `seed` and
+            `validation_ndcg@10` where they are known.
         catalog ([`ItemCatalog`]):
             The items.
         targets (`list[str]`):
-            Id of the item that came next in each test case, in the order of the test split.
-        items (`np.ndarray` of shape `(num_rows, top_k)`, integer):
-            Recommended items, as indices in the catalogue, best first; `-1` where there are no more.
-        ranks (`np.ndarray` of shape `(num_rows,)`, integer):
-            As `ranks_of_targets` gives them.
+            Id of each test case's target, in the order of the test split.
+        items (`np.ndarray` of shape `(num_rows, top_k)`, integer), ranks (`np.ndarray` of shape `(num_rows,)`):
+            As in [`Recommendations`].
         seen (`set[str]`, *optional*):
             Ids of the items that training has seen: [`Data.seen_items`]. Other targets are cold.
     """
@@ -77,7 +77,7 @@ def write_results(
 
 
 def format_table(results: dict[str, dict[str, float]], columns: tuple[str, ...] = ("ndcg@10", "hr@10")) -> str:
-    """A row per system; the interval of a metric beside it where it is known."""
+    """A row per system; each metric with its interval, if known."""
     width = max(14, *map(len, results))
     lines = [" " * width + "".join(f"{column:>28}" for column in columns)]
     for name, metrics in results.items():
@@ -103,7 +103,7 @@ def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> N
     for axis, (key, label) in zip(axes, panels.items()):
         for name, history in histories.items():
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            # Also drawn without points, so that a system has the same colour in all panels
+            # Plotted even if empty, so that a system has the same colour in all panels
             steps, values = zip(*points) if points else ((), ())
             axis.plot(steps, values, label=name if points else None, marker="o" if key.startswith("eval") else None)
         axis.set(xlabel="step", ylabel=label)
@@ -116,7 +116,7 @@ def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> N
 
 
 def describe_recommendations(rows: Dataset, catalog: ItemCatalog, found: Recommendations, num_shown: int = 5) -> str:
-    """The history, the item that came next, and the recommendations of a few users, as text."""
+    """History, target, and recommendations of a few users, as text."""
     blocks = []
     for row, items, scores in zip(rows.select(range(min(num_shown, len(rows)))), found.items, found.scores):
         target = catalog.indices([row["item_id"]])[0]
@@ -131,6 +131,6 @@ def describe_recommendations(rows: Dataset, catalog: ItemCatalog, found: Recomme
 
 
 def finish() -> None:
-    """Wait for the other processes: one that exits while others still communicate is aborted."""
+    """Wait for the other processes: they would be aborted if one left while they still communicate."""
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()

@@ -7,10 +7,10 @@ accelerate launch -m trl_msl.scripts.recommend --model_name_or_path outputs/quic
     --users users.parquet --output recommendations.parquet
 ```
 
-`users` is a Parquet or CSV file with a column `item_ids`: what each user has had, oldest first, ids or texts, as a
-list or as JSON. Other columns, such as `user_id`, are kept; `recommended_ids`, `recommended_texts`, `scores` and
-`exact` are added. The output is made in parts: a run that was killed resumes where it was, on any number of processes,
-if options, users and model are still the same.
+`users` is a Parquet or CSV file with a column `item_ids`: the history of each user, oldest item first, as ids or
+texts, in a list or in JSON. Other columns, such as `user_id`, are kept; `recommended_ids`, `recommended_texts`,
+`scores` and `exact` are added. The output is made in parts: a killed run resumes where it was, on any number of
+processes, if options, users and model are still the same.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from trl import ModelConfig
 from ..data import read_table
 from ..recommender import Recommender
 from .command_line import command
+from .loading import model_options
 from .outputs import finish, write_json, write_parquet
 
 
@@ -52,12 +53,12 @@ class RecommendArguments:
         top_k (`int`, *optional*, defaults to `10`):
             Number of items to recommend.
         exclude_history (`bool`, *optional*, defaults to `True`):
-            Whether to leave out what a user has had.
+            Whether to leave out the items of a user's history.
         unknown_items (`str`, *optional*, defaults to `"error"`):
-            What to do with items of a history that are not in the catalogue: `error`, or `drop`, which also leaves
-            out users who have no others. How many were dropped is reported.
+            What to do with items of a history that are not in the catalogue: `error`, or `drop`, which also drops
+            users who have no others, and reports the numbers.
         part_size (`int`, *optional*, defaults to `1000`):
-            Users of a part. Those of the part at work are lost when a run is killed.
+            Users of a part. A killed run loses the part at work.
         batch_size (`int`, *optional*, defaults to `16`):
             Users per process that are decoded at a time.
     """
@@ -65,7 +66,7 @@ class RecommendArguments:
     users: str = field(metadata={"help": "Parquet or CSV file with a column `item_ids`."})
     output: str = field(default="recommendations.parquet", metadata={"help": "Parquet file to write."})
     top_k: int = field(default=10, metadata={"help": "Number of items to recommend."})
-    exclude_history: bool = field(default=True, metadata={"help": "Leave out what a user has had."})
+    exclude_history: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
     unknown_items: str = field(
         default="error", metadata={"help": "Items that are not in the catalogue.", "choices": ["error", "drop"]}
     )
@@ -76,12 +77,7 @@ class RecommendArguments:
 def main(args: RecommendArguments, model_args: ModelConfig) -> None:
     process = PartialState(cpu=not torch.accelerator.is_available())
     users = read_users(args.users, may_be_empty=args.unknown_items == "drop")
-    recommender = Recommender.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-    )
+    recommender = Recommender.from_pretrained(model_args.model_name_or_path, **model_options(model_args))
     recommender.model.to(process.device)
     catalog = recommender.task.catalog
     known = catalog.index_of_id.keys() | set(catalog.texts)
@@ -115,12 +111,12 @@ def main(args: RecommendArguments, model_args: ModelConfig) -> None:
 
 
 def read_users(path: str, may_be_empty: bool = False) -> pd.DataFrame:
-    """The file with `item_ids` as lists of strings. Other columns of a CSV file are strings, as they are written."""
+    """The file with `item_ids` as lists of strings. Other columns of a CSV file stay strings."""
     if not path.endswith((".csv", ".parquet")):
         raise ValueError(f"`users` = {path!r} must be a .csv or .parquet file.")
     users, _ = read_table(path, ["item_ids"])
     if taken := sorted(ADDED & set(users.columns)):
-        raise ValueError(f"`users` = {path!r} has the columns {taken}, which are those to be added: rename them.")
+        raise ValueError(f"`users` = {path!r} has the columns {taken}, which this command adds: rename them.")
     lists = [parse_history(cell) for cell in users["item_ids"]]
     wrong = [row for row, items in enumerate(lists) if items is None or not (items or may_be_empty)]
     if wrong:
@@ -139,21 +135,21 @@ def parse_history(cell: object) -> list[str] | None:
     except (ValueError, RecursionError):
         return None
     items = items.tolist() if isinstance(items, np.ndarray) else items
-    # Not floats: pandas makes them of whole numbers where one is missing, and 12.0 is another id than 12
+    # Not floats: pandas turns integers into floats where one is missing, and the id 12.0 is not 12
     if not isinstance(items, list) or any(isinstance(i, bool) or not isinstance(i, str | int) for i in items):
         return None
     return [str(item) for item in items]
 
 
 def drop_unknown(users: pd.DataFrame, known: set[str]) -> tuple[pd.DataFrame, str]:
-    """Users without the items that are not known, those who have others; and what was dropped, in words."""
+    """The users without unknown items, if they have others; and what was dropped, in words."""
     kept = [[item for item in items if item in known] for items in users["item_ids"]]
     num_items = sum(map(len, users["item_ids"])) - sum(map(len, kept))
     num_users = sum(len(items) == 0 for items in kept)
     if num_users == len(users):
         raise ValueError(
-            f"`unknown_items` = 'drop' leaves none of the {num_users:,} users: no item of their histories is in the "
-            f"catalogue, such as {users['item_ids'].iloc[0][:3]}. Pass item ids or texts of this model's catalogue."
+            f"`unknown_items` = 'drop' leaves none of the {num_users:,} users: none of their items is in the "
+            f"catalogue, such as {users['item_ids'].iloc[0][:3]}. Pass ids or texts of this model's catalogue."
         )
     kept = users.assign(item_ids=kept)[[len(items) > 0 for items in kept]]
     return kept, f" ({num_items:,} unknown items of histories were dropped, and {num_users:,} users who had no other)"
@@ -161,8 +157,8 @@ def drop_unknown(users: pd.DataFrame, known: set[str]) -> tuple[pd.DataFrame, st
 
 def fingerprints(recommender: Recommender, users: str) -> dict[str, str]:
     """
-    SHA-256 of what the recommendations are made from: the file of users, the weights, and the task. The weights are
-    those in memory, so that the content of an adapter's base model and of a branch on the Hub counts, too.
+    SHA-256 of what the recommendations depend on: the file of users, the weights, and the task. The weights are those
+    in memory, which include an adapter's base model and the current state of a branch on the Hub.
     """
     weights, task = hashlib.sha256(), recommender.task
     for name, value in sorted(recommender.model.state_dict().items()):
@@ -178,20 +174,20 @@ def fingerprints(recommender: Recommender, users: str) -> dict[str, str]:
 
 
 def check_job(folder: Path, job: dict) -> None:
-    """Parts may only be taken up by the run that they come from."""
+    """Raise a `ValueError` if the parts in `folder` come from another job."""
     job, path = json.loads(json.dumps(job)), folder / "job.json"
     if not path.exists():
         write_json(path, job)
     elif (before := json.loads(path.read_text(encoding="utf-8"))) != job:
         changed = [name for name in job if before.get(name) != job[name]]
         raise ValueError(
-            f"{folder} holds parts of a run with other {', '.join(changed)}: remove the folder to start from the "
+            f"{folder} holds parts of a run that differs in {', '.join(changed)}: remove the folder to start from the "
             "beginning, or pass another `output`."
         )
 
 
 def is_complete(path: Path, users: pd.DataFrame) -> bool:
-    """Whether a part was written to its end, and is of these users."""
+    """Whether a part is complete, and of these users."""
     if not path.exists():
         return False
     try:

@@ -6,10 +6,9 @@ Compare systems that ranked the same test split: one table, and plots.
 trl-msl report --runs outputs/book --reference msl-ats
 ```
 
-A system is a folder below `--runs` with the `metrics.json` and `rankings.parquet` of `write_results`; its name is its
-path there. Folders that differ by an ending `-seed<N>` alone are one system with several seeds. It leaves in
-`output_dir` `report.md` with the table, `report.json` with all figures, and the plots that there is data for, if
-matplotlib is installed.
+A system is a folder below `runs` with `metrics.json` and `rankings.parquet`; its name is its path there. Folders whose
+names differ only in an ending `-seed<N>` are one system with several seeds. `output_dir` then holds `report.md` with
+the table, `report.json` with all figures, and, if matplotlib is installed, the plots that there is data for.
 """
 
 import json
@@ -41,11 +40,11 @@ class ReportArguments:
         runs (`str`):
             Folder that holds the systems' folders, at any depth.
         reference (`str`, *optional*, defaults to `"msl-ats"`):
-            Name of the system that the others are compared with.
+            System that the others are compared with.
         output_dir (`str`, *optional*):
             Folder to write into, `report` in `runs` by default.
         systems (`list[str]`, *optional*):
-            Names of the systems to show, in this order. All by default, the best NDCG@10 first.
+            Systems to show, in this order. By default all, the best NDCG@10 first.
     """
 
     runs: str | None = field(default=None, metadata={"help": "Folder that holds the systems' folders."})
@@ -56,30 +55,14 @@ class ReportArguments:
 
 @dataclass
 class System:
-    """
-    What a system left behind, a folder for each seed.
-
-    Parameters:
-        name (`str`):
-            Its name.
-        folders (`list[Path]`):
-            Its folders.
-        metrics (`list[dict[str, Any]]`):
-            The `metrics.json` of each.
-        item_ids (`np.ndarray` of shape `(num_rows,)`):
-            Id of the item that came next in each test case.
-        values (`dict[str, np.ndarray]`, each of shape `(num_seeds, num_rows)`):
-            [`per_user_metrics`] of the ranks.
-        is_cold (`np.ndarray` of shape `(num_rows,)`, bool, *optional*):
-            Whether training has not seen that item, where this is known.
-    """
+    """The results of a system, from a folder for each seed."""
 
     name: str
     folders: list[Path]
-    metrics: list[dict[str, Any]]
-    item_ids: np.ndarray
-    values: dict[str, np.ndarray]
-    is_cold: np.ndarray | None
+    metrics: list[dict[str, Any]]  # metrics.json of each folder
+    item_ids: np.ndarray  # target of each test case
+    values: dict[str, np.ndarray]  # metric to `(num_seeds, num_rows)`: `per_user_metrics` of the ranks
+    is_cold: np.ndarray | None  # whether training has not seen the target, if known
 
     def per_user(self, metric: str) -> np.ndarray:
         """Mean over the seeds, shape `(num_rows,)`."""
@@ -120,7 +103,7 @@ def main(args: ReportArguments) -> None:
 
 
 def find_systems(runs: Path) -> dict[str, list[Path]]:
-    """Folders of the systems below `runs`, one for each seed. A report has neither file, so it is not a system."""
+    """Folders of each system below `runs`, one for each seed."""
     systems: dict[str, list[Path]] = {}
     for path in sorted(runs.rglob("rankings.parquet")):
         parts = path.parent.relative_to(runs).parts
@@ -132,15 +115,15 @@ def find_systems(runs: Path) -> dict[str, list[Path]]:
 
 
 def read_systems(folders: dict[str, list[Path]]) -> list[System]:
-    """Reads the systems, and makes sure that all of them ranked the same test cases."""
+    """Read the systems, and check that all of them ranked the same test cases."""
     systems, first = [], None
     for name, paths in folders.items():
         metrics = [json.loads((path / "metrics.json").read_text(encoding="utf-8")) for path in paths]
         seeds = [entry["seed"] for entry in metrics if entry.get("seed") is not None]
         if len(set(seeds)) < len(seeds):
             raise ValueError(
-                f"System {name!r} has a seed twice, {seeds} in {[str(path) for path in paths]}, which would count as "
-                "two: train with another --seed, or remove a folder."
+                f"System {name!r} has a seed twice, {seeds} in {[str(path) for path in paths]}: train with another "
+                "`seed`, or remove a folder."
             )
         ranks, is_cold = [], None
         for path in paths:
@@ -149,9 +132,8 @@ def read_systems(folders: dict[str, list[Path]]) -> list[System]:
             first = first or (path, item_ids)
             if not np.array_equal(item_ids, first[1]):
                 raise ValueError(
-                    f"{path} and {first[0]} ranked other test cases ({len(item_ids)} and {len(first[1])}; their "
-                    "`item_id` differ), so they can't be compared: evaluate both on the same rows in the same order, "
-                    "or choose by --systems."
+                    f"{path} and {first[0]} ranked different test cases ({len(item_ids)} and {len(first[1])}; their "
+                    "`item_id` differ): evaluate both on the same rows in the same order, or choose by `systems`."
                 )
             ranks.append(rankings["rank"].to_numpy())
             is_cold = rankings["is_cold"].to_numpy() if "is_cold" in rankings else is_cold
@@ -162,12 +144,12 @@ def read_systems(folders: dict[str, list[Path]]) -> list[System]:
 
 
 def compare(systems: list[System], reference: str) -> dict[str, dict[str, Any]]:
-    """Everything that is known of each system, and how it differs from the reference, as JSON can hold it."""
+    """What is known of each system, and its difference from the reference, for `report.json`."""
     base = next(system for system in systems if system.name == reference).per_user("ndcg@10")
     known = [system.is_cold for system in systems if system.is_cold is not None]
     if any(not np.array_equal(is_cold, known[0]) for is_cold in known):
         raise ValueError(
-            "`runs` holds systems that were trained on other items: their `is_cold` in rankings.parquet differ."
+            "`runs` holds systems that were trained on different items: their `is_cold` in rankings.parquet differ."
         )
     is_cold = known[0] if known else None
     rows = {system.name: describe(system, is_cold) for system in systems}
@@ -184,7 +166,7 @@ def compare(systems: list[System], reference: str) -> dict[str, dict[str, Any]]:
 
 
 def describe(system: System, is_cold: np.ndarray | None) -> dict[str, Any]:
-    """Metrics from the ranks, and means over the seeds of what `metrics.json` has besides; `None` where it has not."""
+    """Metrics from the ranks, and means over the seeds of other entries of `metrics.json`; `None` if missing."""
     row: dict[str, Any] = {"folders": [str(folder) for folder in system.folders], "num_rows": len(system.item_ids)}
     row |= {"num_seeds": len(system.folders), "seeds": [metrics.get("seed") for metrics in system.metrics]}
     for metric, values in system.values.items():
@@ -210,24 +192,19 @@ def sign_flip_p_value(differences: np.ndarray, num_permutations: int = NUM_PERMU
     Two-sided p-value of a paired randomisation test, with the mean difference as its statistic.
 
     If two systems are equally good, each user's difference could as well have had the other sign. So signs are flipped
-    at random, and the p-value is the share of means at least as far from zero as the one observed (Smucker, Allan and
-    Carterette, A Comparison of Statistical Significance Tests for Information Retrieval Evaluation, CIKM 2007). What
-    was observed counts as one of them, so no p-value is 0 (Phipson and Smyth, 2010).
+    at random, and the p-value is the share of means at least as far from zero as the observed one (Smucker, Allan and
+    Carterette, A Comparison of Statistical Significance Tests for Information Retrieval Evaluation, CIKM 2007), which
+    counts as one of them, so that no p-value is 0 (Phipson and Smyth, 2010).
 
     Args:
         differences (`np.ndarray` of shape `(num_users,)`):
             Metric of one system minus that of the other, per user.
         num_permutations (`int`, *optional*, defaults to `10_000`):
-            Number of random flips; the smallest p-value is one by this number plus one.
+            Number of random flips.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the flips.
 
-    Returns:
-        `float` above 0 and at most 1.
-
-    Example:
-
-    Of two users' four equally likely flips, two have a mean as far from zero:
+    Example: of two users' four equally likely flips, two have a mean as far from zero.
 
     ```python
     >>> round(sign_flip_p_value([0.5, 0.5]), 1)
@@ -257,7 +234,7 @@ def sign_flip_p_value(differences: np.ndarray, num_permutations: int = NUM_PERMU
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """
-    Corrects p-values for their number: the smallest of m is multiplied by m, the next one by m - 1, and so on, at most
+    Correct p-values for their number: the smallest of m is multiplied by m, the next one by m - 1, and so on, at most
     1 and never below the one before (Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979).
 
     Example:
@@ -276,7 +253,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def format_markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """The table, to be read as it is or pasted into a page. Columns that are blank for all systems are left out."""
+    """The table, without columns that are blank for all systems."""
     columns: dict[str, list[str]] = {"system": list(rows)}
     cells = [format_row(row) for row in rows.values()]
     columns |= {title: [row[title] for row in cells] for title in cells[0]}
@@ -288,7 +265,7 @@ def format_markdown(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def format_row(row: dict[str, Any]) -> dict[str, str]:
-    """The cells of a system, by the columns' titles; blank where nothing is known."""
+    """The cells of a system by column title, blank if unknown."""
 
     def cell(key: str, form: str) -> str:
         return form.format(row[key]).replace("-", "−") if row.get(key) is not None else ""
@@ -334,8 +311,8 @@ def describe_statistics(rows: dict[str, dict[str, Any]], reference: str) -> str:
         text += " Warm and cold: NDCG@10 where training has seen the target, and where it has not."
     if len(rows) > 1:
         text += (
-            f" Differences are to `{reference}`, case by case; p: two-sided sign-flip test with {NUM_PERMUTATIONS:,} "
-            f"permutations, Holm-corrected for {len(rows) - 1} comparisons."
+            f" Differences are from `{reference}`, paired by test case; p: two-sided sign-flip test with "
+            f"{NUM_PERMUTATIONS:,} permutations, Holm-corrected for {len(rows) - 1} comparisons."
         )
     return text
 

@@ -38,25 +38,10 @@ Styles = dict[str, dict[str, str]]
 
 
 def write_plots(output_dir: Path, rows: Rows, reference: str, runs: Path) -> list[Path]:
-    """
-    Draws what there is data for.
-
-    Args:
-        output_dir (`Path`):
-            Folder to write into.
-        rows (`dict[str, dict[str, Any]]`):
-            What the report knows of each system.
-        reference (`str`):
-            The system that the others are compared with.
-        runs (`Path`):
-            Folder of all systems, where the search for a system's files ends.
-
-    Returns:
-        `list[Path]`: the files.
-    """
+    """Draw what there is data for, and return the files. `rows` are those of the report, from folders in `runs`."""
     histories = read_beside(rows, "log_history.json", runs)
     probes = read_beside(rows, "probe.json")
-    # Systems with lines to tell apart choose first
+    # Systems that are drawn as lines choose their colours first
     styles = make_styles(sorted(rows, key=lambda name: (name not in probes, name not in histories)))
     plots: dict[str, tuple[Callable, Any]] = {
         "comparison.png": (plot_comparison, (rows, reference)),
@@ -71,7 +56,7 @@ def write_plots(output_dir: Path, rows: Rows, reference: str, runs: Path) -> lis
     is_again, written = (output_dir / "report.json").is_file(), []
     for name, (plot, data) in plots.items():
         if not data[0]:
-            if is_again:  # an earlier report's plot would seem to be this one's
+            if is_again:  # remove an earlier report's plot
                 (output_dir / name).unlink(missing_ok=True)
             continue
         temporary = output_dir / f".{name}"
@@ -82,7 +67,7 @@ def write_plots(output_dir: Path, rows: Rows, reference: str, runs: Path) -> lis
 
 
 def make_styles(names: list[str]) -> Styles:
-    """Colour, line and marker of each system; the latter two change where the colours are used up."""
+    """Colour, line and marker of each system; the latter two change when all colours have been used."""
     number, styles = len(COLOURS), {}
     for place, name in enumerate(names):
         turn = place // number % len(LINES)
@@ -92,8 +77,8 @@ def make_styles(names: list[str]) -> Styles:
 
 def read_beside(rows: Rows, name: str, runs: Path | None = None) -> dict[str, Any]:
     """
-    Content of a file of this name in each system's folder, of the first seed that has one. With `runs` also in the
-    parent folder, where a model is that was decoded in several ways; a file is one system's.
+    Content of the file `name` in each system's folder, of the first seed that has one; with `runs`, also in the parent
+    folder, which holds the model of several ways of decoding. No file is used twice.
     """
     paths: dict[str, Path] = {}
     for in_parent in (False, True) if runs else (False,):
@@ -153,7 +138,7 @@ def plot_cost(rows: Rows, styles: Styles, path: Path) -> None:
     points = [(row["train_seconds"], row["ndcg@10"]) for row in rows.values()]
     for name, point in zip(rows, points):
         style = {"color": styles[name]["color"], "marker": styles[name]["marker"]}
-        axis.plot(*point, markersize=8, fillstyle="none", markeredgewidth=2, **style)  # of two, both are seen
+        axis.plot(*point, markersize=8, fillstyle="none", markeredgewidth=2, **style)  # points may coincide
     axis.set(xlabel="training, seconds", ylabel="NDCG@10, test", xscale="log")
     axis.margins(0.15)
     plain_ticks(axis.xaxis)
@@ -163,14 +148,14 @@ def plot_cost(rows: Rows, styles: Styles, path: Path) -> None:
 
 
 def label_points(axis: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
-    """Write each name beside its point, where no other point or name is; with a line to it where that is far away."""
-    axis.figure.canvas.draw()  # now the axes have their place
+    """Write each name near its point without overlaps, with a line to a point that is far away."""
+    axis.figure.canvas.draw()  # lays the axes out
     frame = axis.get_window_extent()
     taken = [Bbox.from_extents(*(centre - 7), *(centre + 7)) for centre in axis.transData.transform(points)]
     places = [(9, 0), (-9, 0), (0, 11), (0, -11)]
     places += [(side * 16, up * far) for far in (14, 28, 42, 56, 70) for up in (1, -1) for side in (1, -1)]
     for name, point in zip(names, points):
-        for x, y in [*places, places[0]]:  # the first again, if all overlap something
+        for x, y in [*places, places[0]]:  # the first again, if all overlap
             text = axis.annotate(
                 name, point, (x, y), textcoords="offset points", va="center", fontsize=9,
                 ha="center" if x == 0 else "left" if x > 0 else "right",
@@ -189,7 +174,7 @@ def label_points(axis: Axes, points: list[tuple[float, float]], names: list[str]
 
 
 def plain_ticks(axis: Axis) -> None:
-    """Numbers as they are spoken on a logarithmic axis, more of them where it spans little."""
+    """Plain numbers on a logarithmic axis, more of them if it spans little."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
@@ -206,7 +191,7 @@ def plot_histories(histories: dict[str, Any], styles: Styles, path: Path) -> Non
 def plot_gradients(probes: dict[str, Any], styles: Styles, path: Path) -> None:
     """LML¹ and LML² over steps, and the norms of their gradients, a line per system (Figures 3 and 4 of the paper)."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, constrained_layout=True)
-    axes[1, 1].sharey(axes[0, 1])  # which gradient is the larger one
+    axes[1, 1].sharey(axes[0, 1])  # to compare the gradients
     for row, (key, label) in enumerate({"lml1": "LML¹ (valid tokens)", "lml2": "LML² (ranking)"}.items()):
         for axis, end, title in zip(axes[row], ("", "_grad_norm"), ("loss", "norm of its gradient")):
             for name, probe in probes.items():
@@ -246,7 +231,7 @@ def plot_logits(probes: dict[str, Any], styles: Styles, path: Path) -> None:
         constrained_layout=True,
     )  # fmt: skip
     kinds = {"target": "target", "valid": "other valid tokens", "invalid": "invalid tokens"}
-    ends: list[float] = []  # of what is there: edges are made to fit any model
+    ends: list[float] = []  # of the bins in use
     for axis, (name, probe) in zip(axes.flat, probes.items()):
         logits = probe["logits"]
         widths = np.diff(logits["edges"])
@@ -274,7 +259,7 @@ def plot_logits(probes: dict[str, Any], styles: Styles, path: Path) -> None:
 
 
 def plot_temperature(sweep: Rows, base: dict[str, Any], reference: str, styles: Styles, path: Path) -> None:
-    """NDCG@10 of a temperature that stays, on validation and test; the reference as a line (Figure 6 of the paper)."""
+    """NDCG@10 by fixed temperature, on validation and test; the reference as a line (Figure 6 of the paper)."""
     figure, axis = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     tau, value, low, high = (
         np.array([row[key] for row in sweep.values()])

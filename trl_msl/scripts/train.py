@@ -23,11 +23,10 @@ The usual language modeling loss, over the vocabulary: `--normalize vocab --temp
 `--resume_from_checkpoint last` a run that was killed resumes from its last complete checkpoint, or starts from the
 beginning if there is none. All options can stand in a YAML file: `--config`.
 
-It leaves in `output_dir` the model or the adapter with its catalogue, `metrics.json`, `rankings.parquet`,
+`output_dir` then holds the model or the adapter with its catalogue, `metrics.json`, `rankings.parquet`,
 `recommendations.txt`, `log_history.json` and `training.png`.
 """
 
-from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig
@@ -35,9 +34,9 @@ from trl import ModelConfig
 from ..data import DataArguments, RankingTask
 from ..training import MSLConfig, MSLTrainer
 from .command_line import command
-from .loading import Data, load_data, make_task
-from .outputs import finish, format_table, plot_training
-from .train_and_evaluate import DecodingArguments, model_options, train_and_evaluate, trainer_options
+from .loading import Data, load_data, load_tokenizer, make_task
+from .outputs import finish
+from .train_and_evaluate import DecodingArguments, train_and_evaluate, trainer_options
 
 
 REPORTED = (
@@ -47,33 +46,24 @@ REPORTED = (
 
 
 def main(args: DecodingArguments, data_args: DataArguments, config: MSLConfig, model_args: ModelConfig) -> None:
-    if model_args.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing: pass the model to fine-tune.")
     if not (data_args.data_dir or data_args.interactions):
         raise ValueError(
             "`data_dir` and `interactions` are both missing: pass one of them. `trl-msl quickstart` needs no data."
         )
     data = load_data(data_args)
-    task = make_task(model_args, data_args, data.catalog, config.max_length, config.trust_remote_code)
+    tokenizer = load_tokenizer(model_args, config.trust_remote_code)
+    task = make_task(tokenizer, data_args, data.catalog, config.max_length)
     trainer = make_trainer(task, data, config, model_args)
-    metrics = train_and_evaluate(trainer, task, data, args, {"arguments": reported(config)})
-    if trainer.is_world_process_zero():
-        plot_training({"MSL": trainer.state.log_history}, Path(config.output_dir) / "training.png")
-        num_users = len(data.windows["test"])
-        print(f"\nTest, {num_users} users, {len(data.catalog)} items\n{format_table({'MSL': metrics})}")
-        print(f"\n{config.output_dir}/metrics.json")
-    if config.push_to_hub:
-        trainer.push_to_hub()
+    train_and_evaluate(trainer, task, data, args, "MSL", {"arguments": reported(config)})
     finish()
 
 
 def make_trainer(
     task: RankingTask, data: Data, config: MSLConfig, model_args: ModelConfig, trainer_class: type = MSLTrainer
 ) -> MSLTrainer:
-    """An [`MSLTrainer`], or one of a class derived from it, of what the options say."""
-    config.model_init_kwargs = model_options(config, model_args)
+    """The trainer that the options describe."""
     options = trainer_options(config, model_args, data.rows("train", task), data.rows("validation", task))
-    return trainer_class(args=config, task=task, **options)
+    return trainer_class(task=task, **options)
 
 
 def reported(config: MSLConfig) -> dict[str, Any]:

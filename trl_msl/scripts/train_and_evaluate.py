@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model trained, saved, tested on the whole catalogue, and what that leaves in its folder."""
+"""Training a model, saving it, testing it on the whole catalogue, and writing the results into its folder."""
 
 import time
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 from ..data import RankingTask
 from ..evaluation import RecommendationCallback
 from ..model import is_sharded
-from .decodings import DECODINGS, evaluate_decodings
-from .loading import Data, checkpoint_to_resume
-from .outputs import describe_recommendations, write_json, write_results, write_text
+from .evaluate import DECODINGS, evaluate_decodings
+from .loading import Data, checkpoint_to_resume, model_options
+from .outputs import describe_recommendations, format_table, plot_training, write_json, write_results, write_text
 
 
 @dataclass
@@ -27,7 +27,7 @@ class DecodingArguments:
     Parameters:
         decoding (`list[str]`, *optional*, defaults to `["exact"]`):
             How the test finds the best items: `exact`, `beam` (10 beams), `beam-vocab` (by the probability over the
-            vocabulary), or `generate` (as `beam`, for models that the engine can't run). The first one validates.
+            vocabulary), or `generate` (as `beam`, for models that the engine can't run). Validation uses the first.
         eval_batch_users (`int`, *optional*, defaults to `16`):
             Users per process that are decoded at a time.
     """
@@ -38,20 +38,11 @@ class DecodingArguments:
     eval_batch_users: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
 
 
-def model_options(config: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
-    """`model_init_kwargs` of a trainer, from the model's options."""
-    return {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        "trust_remote_code": config.trust_remote_code,
-        **(config.model_init_kwargs or {}),
-    }
-
-
 def trainer_options(config: SFTConfig, model_args: ModelConfig, train: Dataset, validation: Dataset) -> dict[str, Any]:
-    """Arguments of a trainer of TRL, from the options: model, datasets, adapter, quantisation."""
+    """Arguments of a trainer that loads its model: model, datasets, adapter, quantisation, and the config itself."""
+    config.model_init_kwargs = model_options(model_args, config)
     return {
+        "args": config,
         "model": model_args.model_name_or_path,
         "train_dataset": train,
         "eval_dataset": validation if config.eval_strategy != "no" else None,
@@ -61,10 +52,15 @@ def trainer_options(config: SFTConfig, model_args: ModelConfig, train: Dataset, 
 
 
 def train_and_evaluate(
-    trainer: Trainer, task: RankingTask, data: Data, args: DecodingArguments, costs: dict[str, Any] | None = None
+    trainer: Trainer,
+    task: RankingTask,
+    data: Data,
+    args: DecodingArguments,
+    name: str,
+    costs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
-    Train a model with validation NDCG@10 at each evaluation, save it, and test it.
+    Train a model with validation NDCG@10 at each evaluation, save it, test it, and push it where the config says so.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -73,12 +69,14 @@ def train_and_evaluate(
             What is ranked.
         args ([`DecodingArguments`]):
             How it is validated and tested.
+        name (`str`):
+            Its name in the table and the plot.
         costs (`dict[str, Any]`, *optional*):
-            Entries that are added to the metrics.
+            Entries to add to the metrics.
 
     Returns:
-        `dict[str, Any]`: the test's metrics, as in `metrics.json`. The trainer's folder has what
-        [`evaluate_and_write`] writes, and `log_history.json`.
+        `dict[str, Any]`: the test's metrics, as in `metrics.json`. The trainer's folder then has what
+        [`evaluate_and_write`] writes, `log_history.json`, and `training.png`.
     """
     config, folder = trainer.args, Path(trainer.args.output_dir)
     if config.eval_strategy != "no":
@@ -86,13 +84,11 @@ def train_and_evaluate(
         trainer.add_callback(RecommendationCallback(trainer, data.rows("validation", task), task, **settings))
     started = time.time()
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(config))
-    # Callbacks that measure for an experiment say how long that took
+    # An experiment's callbacks say how long their measurements took
     measuring = sum(getattr(callback, "seconds", 0.0) for callback in trainer.callback_handler.callbacks)
     seconds = time.time() - started - measuring
     trainer.save_model()
     model, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
-    if trainer.is_world_process_zero():
-        write_json(folder / "log_history.json", history)
     costs = {
         "train_seconds": round(seconds, 1),
         "num_trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
@@ -103,15 +99,25 @@ def train_and_evaluate(
         last = max(validated)
         kept = trainer.state.best_global_step if config.load_best_model_at_end else last
         costs["validation_ndcg@10"] = validated.get(kept, validated[last])
-    return evaluate_and_write(model, task, data, args, folder, costs)
+    if trainer.is_world_process_zero():  # before the test, which may take long
+        write_json(folder / "log_history.json", history)
+        plot_training({name: history}, folder / "training.png")
+    metrics = evaluate_and_write(model, task, data, args, folder, costs)
+    if trainer.is_world_process_zero():
+        print(f"\nTest, {len(data.windows['test'])} users, {len(data.catalog)} items\n{format_table({name: metrics})}")
+        print(f"\n{folder}/metrics.json")
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    return metrics
 
 
 def evaluate_and_write(
     model: PreTrainedModel, task: RankingTask, data: Data, args: DecodingArguments, folder: Path, costs: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    Test a model, and write `metrics.json`, `rankings.parquet` and `recommendations.txt` into its folder; the results
-    of a second and third way of decoding into folders in it. A sharded model can't be decoded: there are only costs.
+    Test a model, and write `metrics.json`, `rankings.parquet` and `recommendations.txt` into `folder`; metrics and
+    rankings of further ways of decoding go into folders below it. A sharded model can't be decoded, so that
+    `metrics.json` has only `costs`.
 
     Returns:
         `dict[str, Any]`: metrics of the first way of decoding, and `costs`.
@@ -131,7 +137,6 @@ def evaluate_and_write(
     first = args.decoding[0]
     if process.is_main_process:
         for decoding, result in found.items():
-            # The first way of decoding is the system's own, others are beside it
             place = folder if decoding == first else folder / decoding
             metrics = results[decoding] | costs | {"decoding": decoding}
             ranking = (result.items, result.target_ranks)

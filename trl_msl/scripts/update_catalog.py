@@ -7,9 +7,9 @@ trl-msl update-catalog --model_name_or_path outputs/quickstart/msl \
     --add new_items.csv --withdraw 17 204 --output_dir outputs/updated
 ```
 
-`add` is a JSON file that maps ids to texts, or a CSV or Parquet file with columns `item_id` and `title`. All options
-can stand in a YAML file: `--config`. How many of its first tokens each new item shares with items of the training,
-which is what the model can know of it, is printed and written to `new_items.csv`.
+`add` is a JSON file that maps ids to texts, or a CSV or Parquet file with columns `item_id` and `title`. The model
+knows of a new item only the first tokens that it shares with items of the training: their number is printed, and
+written to `new_items.csv`.
 """
 
 import shutil
@@ -21,7 +21,7 @@ import pandas as pd
 from transformers import AutoTokenizer
 
 from ..data import RankingTask, read_items
-from ..recommender import find_folder
+from ..recommender import find_folder, find_task_folder
 from .command_line import command
 
 
@@ -38,11 +38,11 @@ class UpdateArguments:
         add (`str`, *optional*):
             Items to add.
         withdraw, restore (`list[str]`, *optional*):
-            Ids of items to stop recommending, or to recommend again.
+            Ids of items to withdraw, and of withdrawn items to restore.
         item_column, text_column (`str`, *optional*):
             Columns of `add`.
         empty_texts, html_entities (`str`, *optional*):
-            As for [`ItemCatalog`], and as they were for the items of the training.
+            As for [`ItemCatalog`]. Use what was used for the items of the training.
     """
 
     model_name_or_path: str = field(metadata={"help": "Folder or repository of a model with its catalogue."})
@@ -62,12 +62,11 @@ def main(args: UpdateArguments) -> None:
         raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
     folder = find_folder(args.model_name_or_path, "model_name_or_path")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # left out, it would ask
-    task = RankingTask.from_pretrained(folder, tokenizer)
+    task = RankingTask.from_pretrained(find_task_folder(folder), tokenizer)
     policies = {"empty_texts": args.empty_texts, "html_entities": args.html_entities}
     added = read_items(args.add, args.item_column, args.text_column, **policies) if args.add else None
     updated = task.update(added, args.withdraw, args.restore)
 
-    # Whole, then renamed
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns("checkpoint-*"))
@@ -83,20 +82,18 @@ def main(args: UpdateArguments) -> None:
 
 
 def describe(task: RankingTask, shared: dict[str, int]) -> str:
-    """What the catalogue holds now, and how near the items that the model has not seen are to those that it has."""
+    """What the catalogue holds now, and how much new items have in common with those of the training."""
     total, withdrawn = len(task.catalog), len(task.withdrawn)
     lines = [
         f"{total:,} items: {task.num_trained:,} that the model was trained with, {len(shared):,} added since, "
         f"{withdrawn:,} withdrawn."
     ]
     for tokens, count in sorted(Counter(min(tokens, 3) for tokens in shared.values()).items()):
-        of_them = [item for item, number in shared.items() if min(number, 3) == tokens]
+        examples = [item for item, number in shared.items() if min(number, 3) == tokens][:3]
         number = ("no token", "1 token", "2 tokens", "3 tokens or more")[tokens]
-        lines.append(f"{count:>7,} share {number} with an item of the training, such as {of_them[:3]}")
+        lines.append(f"{count:>7,} share {number} with an item of the training, such as {examples}")
     if 0 in shared.values():
-        lines.append(
-            "Those that share none begin with a token that the model has never learned to rank: train again soon."
-        )
+        lines.append("Those that share none begin with a token that the model has not learned to rank: retrain soon.")
     return "\n".join(lines)
 
 
