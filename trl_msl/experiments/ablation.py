@@ -4,8 +4,9 @@ One row of the ablation in docs/baselines.md: a model trained by [`MSLTrainer`],
 the loss, and with the parts of the loss measured during training.
 
 ```bash
-accelerate launch -m trl_msl.experiments.ablation --config recipes/configs/ablation/msl-ats.yaml \
-    --data_dir data/Book --empty_texts keep --model_name_or_path outputs/book/base --output_dir outputs/book
+accelerate launch -m trl_msl.experiments.ablation --config recipes/configs/ablation.yaml \
+    --data_dir data/Book --empty_texts keep --model_name_or_path outputs/book/base --output_dir outputs/book \
+    --run_name msl-ats --temperature adaptive
 ```
 
 The folder `run_name` in `output_dir` then holds what `trl-msl train` leaves, for `trl-msl report`.

@@ -111,8 +111,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedT
 
 def item_tokenizer(items: Iterable[str]) -> PreTrainedTokenizerFast:
     """
-    A tokenizer with one token for each of the `items`, equal ones together. Items are separated by `", "` in a text, any
-    other text is an unknown token, and BOS is added.
+    A tokenizer with one token for each of the `items`, equal ones together. Items are separated by `", "` in a text;
+    any other text is an unknown token. BOS is added.
     """
     items = list(items)
     if ambiguous := [item for item in items if ", " in item]:
