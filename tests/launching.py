@@ -4,8 +4,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pandas as pd
 from conftest import ROOT
+from helpers import TITLES, make_windows
 
 
 FEW_STEPS = [
@@ -21,6 +24,17 @@ PROMPT = ["--prompt_text", "The user has read: {history}\nNext: "]
 def run(module, *arguments) -> int | None:
     """A command in this process: `run(train, "--data_dir", folder)`."""
     return module.run([str(argument) for argument in arguments])
+
+
+def write_log(folder: Path) -> tuple[list, list[list[str]]]:
+    """An interaction log and its items: the options that name them, and the histories of the users."""
+    histories = make_windows([f"b{index}" for index in range(len(TITLES))], 30)["item_ids"][:]
+    events = [(user, item, 100 * user + t) for user, ids in enumerate(histories) for t, item in enumerate(ids)]
+    pd.DataFrame(events, columns=["user_id", "item_id", "timestamp"]).to_csv(folder / "log.csv", index=False)
+    items = pd.DataFrame({"item_id": [f"b{index}" for index in range(len(TITLES))], "title": TITLES})
+    items.to_csv(folder / "items.csv", index=False)
+    options = ["--interactions", folder / "log.csv", "--items", folder / "items.csv", "--min_interactions", 2]
+    return options, histories
 
 
 def launch(script, *arguments, fails: bool = False, num_processes: int = 1, config: str | None = None) -> str:

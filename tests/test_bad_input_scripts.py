@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes from elsewhere, damaged or hostile, as the commands read it: see test_bad_input.py."""
+"""Damaged or hostile files, as the commands read them: see test_bad_input.py."""
 
 import builtins
 
@@ -58,12 +58,12 @@ def test_files_of_users(tmp_path, content, message):
         recommend.read_users(write(tmp_path / f"users.{suffix(content)}", content))
 
 
-def test_users_that_are_no_file_or_have_no_history(tmp_path):
+def test_users_that_are_not_a_file_or_have_no_history(tmp_path):
     for name, message in (("none.csv", "cannot be read"), ("none.parquet", "cannot be"), ("users", "must be a .csv")):
         with pytest.raises(ValueError, match=message):
             recommend.read_users(str(tmp_path / name))
     path = write(tmp_path / "users.csv", 'user_id,item_ids\n007,"[1, ""2""]"\nNA,[]\n')
-    users = recommend.read_users(path, may_be_empty=True)  # as where unknown items are dropped
+    users = recommend.read_users(path, may_be_empty=True)  # as when unknown items are dropped
     assert users.to_dict("list") == {"user_id": ["007", "NA"], "item_ids": [["1", "2"], []]}
 
 
@@ -78,7 +78,7 @@ def test_commands_run_no_code_unasked(task, folder, tmp_path, monkeypatch):
     add_code(model_folder, marker, "tokenizer_config.json", "evil")
     model = ModelConfig(model_name_or_path=str(model_folder))
     users = write(tmp_path / "users.csv", 'user_id,item_ids\n1,"[""b0""]"\n')
-    prompt = "The user has read: {history}\nNext: "  # of the task there
+    prompt = "The user has read: {history}\nNext: "  # that of the task
     data = DataArguments(data_dir=str(folder), prompt_text=prompt, max_validation_users=1, max_test_users=1)
     config = MSLConfig(str(tmp_path / "out"), report_to="none", bf16=False, use_cpu=True)
     for call in (

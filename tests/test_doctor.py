@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -208,6 +208,13 @@ def test_a_model_that_does_not_fit(task):
     assert findings[-1].what == "LM head"  # the model is not run
 
 
+def test_a_model_without_a_head(plain_task):
+    model = make_model(plain_task.tokenizer)
+    model.get_output_embeddings = lambda: None
+    found = find(diagnose(plain_task, make_splits(plain_task.catalog), model), "LM head")
+    assert found.status == "error" and "has no LM head with a weight" in found.seen
+
+
 def test_a_model_that_cannot_decode_exactly(plain_task):
     model = make_model(plain_task.tokenizer, BloomConfig, n_layer=2, n_head=4)
     found = find(diagnose(plain_task, make_splits(plain_task.catalog), model), "Exact decoding")
@@ -219,26 +226,18 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def test_on_the_command_line(tmp_path, tokenizer):
-    tokenizer.save_pretrained(tmp_path / "model")
-    make_model(tokenizer).save_pretrained(tmp_path / "model")
-    ids = [str(index) for index in range(len(TITLES))]
-    (tmp_path / "id2name4Rec.json").write_text(json.dumps(dict(zip(ids, TITLES))))
-    for name, rows, seed in (("train.csv", 30, 0), ("test.csv", 5, 1)):
-        windows = make_windows(ids, rows, seed)["item_ids"]
-        cells = [str([int(item) for item in window]) for window in windows]
-        frame = pd.DataFrame(
-            {"user_id": range(rows), "item_ids": cells, "timestamp": range(40 * seed, 40 * seed + rows)}
-        )
-        frame.to_csv(tmp_path / name, index=False)
-    result = run("--data_dir", tmp_path, "--model_name_or_path", tmp_path / "model", "--load_model", "true")
+def test_on_the_command_line(tmp_path, folder, base_model):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    result = run("--data_dir", data, "--model_name_or_path", base_model, "--load_model", "true")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "WHAT TO DO" in result.stdout and " 0 errors, " in result.stdout
     assert "Exact decoding" in result.stdout
 
-    (tmp_path / "id2name4Rec.json").write_text(json.dumps({**dict(zip(ids, TITLES)), "99": " "}))
-    result = run("--data_dir", tmp_path, "--model_name_or_path", tmp_path / "model")
+    titles = json.loads((data / "id2name4Rec.json").read_text())
+    (data / "id2name4Rec.json").write_text(json.dumps({**titles, "99": " "}))
+    result = run("--data_dir", data, "--model_name_or_path", base_model)
     assert result.returncode == 1
     assert "ERROR Reading the data" in result.stdout and "Empty titles" in result.stdout
-    result = run("--data_dir", tmp_path / "nowhere", "--model_name_or_path", tmp_path / "model")
+    result = run("--data_dir", tmp_path / "nowhere", "--model_name_or_path", base_model)
     assert result.returncode == 1 and "ERROR Reading the data" in result.stdout

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
-from helpers import TITLES, make_model, make_windows
-from launching import FEW_STEPS, PROMPT, TINY, launch, run
+from helpers import make_model, make_windows
+from launching import FEW_STEPS, PROMPT, TINY, launch, run, write_log
 
 from trl_msl import ItemCatalog, Recommender
 from trl_msl.experiments import compare_losses
@@ -20,15 +20,15 @@ def read(path):
 
 
 def test_recipes_shadow_no_package():
-    """Python looks for modules beside the script first: `import evaluate` in a library would find a recipe."""
+    """Python looks for modules beside the script first, so `import evaluate` in a library would find a recipe."""
     names = {path.stem for path in (ROOT / "recipes").glob("*.py")}
     assert not names & {"evaluate", "datasets", "train", "merge", "trl", "report_plots"}
     for path in (ROOT / "recipes").glob("*.py"):
-        assert len(path.read_text().splitlines()) < 25, path  # all that they do is in the package
+        assert len(path.read_text().splitlines()) < 25, path  # launchers only
 
 
 def test_quickstart_compares_losses_on_generated_data(tmp_path):
-    """Without data options: the embedded default, here with fewer steps and users."""
+    """What runs without data options, here with fewer steps and users."""
     output = launch(
         "sft_msl.py", "--output_dir", tmp_path, *TINY, "--eval_steps", 2, "--save_steps", 2, "--max_test_users", 20,
         "--max_validation_users", 8,
@@ -94,18 +94,8 @@ def test_folder_yaml_lora_and_best_checkpoint(tmp_path, folder, base_model):
 
 
 def test_interaction_log_conversational_full_fine_tuning_and_resume(tmp_path, base_model):
-    log = tmp_path / "log.parquet"
-    windows = make_windows([f"b{index}" for index in range(len(TITLES))], 30)
-    events = [
-        (user, item, 100 * user + t) for user, ids in enumerate(windows["item_ids"]) for t, item in enumerate(ids)
-    ]
-    pd.DataFrame(events, columns=["user_id", "item_id", "timestamp"]).to_parquet(log)
-    items = tmp_path / "items.csv"
-    pd.DataFrame({"item_id": [f"b{index}" for index in range(len(TITLES))], "title": TITLES}).to_csv(
-        items, index=False
-    )
-    arguments = ["--interactions", log, "--items", items, "--min_interactions", 2, "--item_template", "{text}"]
-    arguments += ["--model_name_or_path", base_model, "--conversational", *PROMPT, *FEW_STEPS]
+    arguments = [*write_log(tmp_path)[0], "--item_template", "{text}", "--conversational", *PROMPT, *FEW_STEPS]
+    arguments += ["--model_name_or_path", base_model]
     arguments += ["--output_dir", tmp_path / "out", "--save_strategy", "steps", "--save_steps", 2]
     run(train, *arguments)
     first = read(tmp_path / "out" / "metrics.json")
@@ -123,14 +113,18 @@ def test_contradicting_options(tmp_path, folder, base_model):
         run(train, *model, "--data_dir", folder, "--interactions", "log.csv", *cpu)
     with pytest.raises(ValueError, match="`data_dir` and `interactions` are both missing.*`trl-msl quickstart`"):
         run(train, *model, *cpu)
-    for command, options in ((train, cpu), (dpo, cpu), (evaluate, cpu[:2]), (preferences, cpu[:2])):
+    data = ["--data_dir", folder, *cpu[:2]]
+    for command, options in (
+        (train, [*data, *cpu]), (dpo, [*data, *cpu]), (evaluate, data), (preferences, data), (merge, cpu[:2]),
+        (recommend, ["--users", tmp_path / "users.csv"]),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="`model_name_or_path` is missing"):
-            run(command, "--data_dir", folder, *options)
+            run(command, *options)
     assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_follow_the_same_course_as_one(tmp_path, folder, base_model):
-    """Same union of rows in each step: the same losses, temperatures and metrics, and a model on disk."""
+    """Each step has the same rows: the same losses, temperatures and metrics, and a model on disk."""
     common = ["--data_dir", folder, "--model_name_or_path", base_model, *PROMPT, *FEW_STEPS, "--temperature_min", 0.1]
     common += ["--temperature_ema", 0.3, "--max_grad_norm", 0, "--train_sampling_strategy", "sequential"]
     common += ["--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "no"]
@@ -149,7 +143,7 @@ def test_two_processes_follow_the_same_course_as_one(tmp_path, folder, base_mode
 
 @pytest.fixture
 def model(tmp_path, tokenizer, task):
-    """A recommender's folder, and a file of users with what they must get."""
+    """A recommender's folder."""
     Recommender(make_model(tokenizer), task).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -171,7 +165,7 @@ def test_recommend_to_the_users_of_a_file(tmp_path, model, users):
     assert found["user_id"].tolist() == list(range(11)) and found["exact"].all()
     assert not (tmp_path / "found.parquet.parts").exists()
 
-    # As a killed run would have left it: the second of three parts, here with a mark; and one of another run
+    # As left by a killed run: the second of three parts, marked here; and the parts of another run
     marked, parts = found.iloc[4:8].assign(user_id=-1), tmp_path / "again.parquet.parts"
     parts.mkdir()
     (parts / "job.json").write_text("{}")
@@ -186,7 +180,7 @@ def test_recommend_to_the_users_of_a_file(tmp_path, model, users):
 
 
 def test_parts_that_cannot_be_resumed(tmp_path, model, users, task, caplog, monkeypatch):
-    """A part that was cut off, or that is of other users, is made again; weights that have changed are an error."""
+    """A part that was cut off or is of other users is made again; changed weights are an error."""
     arguments = ["--model_name_or_path", model, "--part_size", 4, "--top_k", 3, "--users", users, "--output"]
     run(recommend, *arguments, tmp_path / "whole.parquet")
     whole, parts = pd.read_parquet(tmp_path / "whole.parquet"), tmp_path / "found.parquet.parts"
@@ -226,7 +220,7 @@ def test_users_with_unknown_items(tmp_path, model, capsys):
         run(recommend, *arguments)
     arguments[-1] = tmp_path / "dropped.parquet"
     run(recommend, *arguments, "--unknown_items", "drop")
-    assert "2 unknown items of histories were dropped, and 1 users who had no other" in capsys.readouterr().out
+    assert "2 unknown items were dropped, and 1 users without any other" in capsys.readouterr().out
     assert len(pd.read_parquet(tmp_path / "dropped.parquet")) == 2
 
     strange.iloc[2:].to_csv(tmp_path / "users.csv", index=False)
@@ -286,8 +280,29 @@ def test_softmax_dpo(negatives, num_processes, tmp_path, folder, adapter, capsys
     assert before.scores != after.scores
 
 
+def test_preference_rows_that_were_made_before(tmp_path, folder, adapter):
+    """At most `max_preferences` of them are used; without validation rows a run that evaluates is an error."""
+    data = ["--data_dir", folder, "--model_name_or_path", adapter]
+    run(preferences, *data, "--negatives", "uniform", "--output_dir", tmp_path / "rows")
+    options = [
+        *data,
+        *DPO,
+        "--preferences",
+        tmp_path / "rows",
+        "--max_preferences",
+        4,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    run(dpo, *options)
+    assert read(tmp_path / "out" / "log_history.json")[-1]["epoch"] == 3  # three steps of four rows
+    (tmp_path / "rows" / "validation.parquet").unlink()
+    with pytest.raises(ValueError, match="eval_dataset"):
+        run(dpo, *options, "--eval_strategy", "steps", "--eval_steps", 2)
+
+
 def test_trls_own_dpo_script_on_a_model_trained_with_msl(tmp_path, folder, adapter, capsys):
-    """As the docs say: preference pairs, the adapter merged, TRL's script, and the catalogue is found."""
+    """As documented: preference pairs, the adapter merged, TRL's script; then the catalogue is found."""
     data = ["--data_dir", folder, "--model_name_or_path", adapter]
     options = ["--negatives", "near", "--num_negatives", 2, "--pairs", "--output_dir", tmp_path / "preferences"]
     run(preferences, *data, *options)

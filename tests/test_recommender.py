@@ -360,6 +360,21 @@ def test_the_engine_follows_the_model(folder):
     )
 
 
+def test_a_model_replaced_during_a_request(folder, monkeypatch):
+    """The request uses the model that it started with."""
+    recommender = Recommender.from_pretrained(folder)
+    expected = recommender.recommend(HISTORIES, k=5)
+    prepare_allowed = recommender.prepare_allowed
+
+    def replace_model(allowed):
+        prepared = prepare_allowed(allowed)
+        recommender.model = make_model(recommender.task.tokenizer, seed=5)
+        return prepared
+
+    monkeypatch.setattr(recommender, "prepare_allowed", replace_model)
+    check_same(recommender.recommend(HISTORIES, k=5), expected)
+
+
 def test_allowed_items_are_prepared_once(folder, catalog):
     recommender = Recommender.from_pretrained(folder).update(withdraw=["b1"])
     stock = recommender.prepare_allowed(["b1", "b2", "b3"])
@@ -396,6 +411,8 @@ def test_models_that_the_engine_cannot_run(task):
     recommender = Recommender(model, task)
     with pytest.raises(ValueError, match="mode='generate'"):
         recommender.recommend(HISTORIES, k=3, exclude_history=False)
+    with pytest.raises(ValueError, match="`exclude_history` is True, but mode='generate' can't .*: pass False"):
+        recommender.recommend(HISTORIES, k=3, mode="generate")
     found = recommender.recommend(HISTORIES, k=3, exclude_history=False, mode="generate")
     assert all(len(ids) == 3 for ids in found.ids)
 

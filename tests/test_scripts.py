@@ -13,12 +13,13 @@ import pytest
 from conftest import ROOT
 from helpers import TITLES, make_model
 from launching import FEW_STEPS, PROMPT, run
-from transformers import TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import ModelConfig
 
 from trl_msl import ItemCatalog, RankingTask, Recommender
 from trl_msl.data import DataArguments
-from trl_msl.scripts import cli, doctor, train
+from trl_msl.scripts import cli, doctor, merge, train, update_catalog
 from trl_msl.scripts.command_line import with_generated_data
 from trl_msl.scripts.loading import checkpoint_to_resume, load_data, load_task
 
@@ -78,6 +79,20 @@ class TestTaskBesideTheModel:
         task = load_task(model, args, load_data(args).catalog)
         assert (task.prompt_template, task.max_length) == (template, 99)
 
+    def test_is_taken_from_the_base_model_of_an_adapter(self, model, folder, template, tokenizer, tmp_path):
+        """As for `Recommender`: of adapters trained by a script that knows nothing of the task."""
+        base, adapter = model.model_name_or_path, tmp_path / "adapter"
+        lora = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=base)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(adapter)
+        tokenizer.save_pretrained(adapter)
+        args, name = DataArguments(data_dir=str(folder)), ["--model_name_or_path", adapter]
+        task = load_task(ModelConfig(model_name_or_path=str(adapter)), args, load_data(args).catalog)
+        assert (task.prompt_template, task.max_length) == (template, 99)
+        run(merge, *name, "--output_dir", tmp_path / "merged")
+        run(update_catalog, *name, "--output_dir", tmp_path / "updated", "--withdraw", 3)
+        assert Recommender.from_pretrained(tmp_path / "merged").task.max_length == 99
+        assert Recommender.from_pretrained(tmp_path / "updated").task.withdrawn == {"3"}
+
     def test_may_have_been_given_items_since(self, model, folder):
         recommender = Recommender.from_pretrained(model.model_name_or_path)
         recommender.update(add=ItemCatalog(["new"], ["News"])).save_pretrained(model.model_name_or_path)
@@ -112,7 +127,7 @@ class TestResuming:
         return [*options, "--output_dir", tmp_path]
 
     def test_the_same_command_starts_and_resumes(self, complete, tmp_path, caplog):
-        """Also where there is nothing but a checkpoint that was cut off."""
+        """Also if the only checkpoint was cut off."""
         (tmp_path / "checkpoint-2").mkdir()
         run(train, *complete)
         assert f"{tmp_path} has no complete checkpoint yet: training starts from the beginning" in caplog.text

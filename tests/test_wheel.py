@@ -11,8 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import ROOT
-from helpers import TITLES, make_windows
-from launching import FEW_STEPS, PROMPT
+from launching import FEW_STEPS, PROMPT, write_log
 
 from trl_msl import Recommender
 
@@ -21,7 +20,7 @@ from trl_msl import Recommender
 def site(tmp_path_factory) -> Path:
     """A folder that the wheel is installed into; built offline, with the setuptools that is here."""
     path, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source") / "repository"
-    # A copy, so that no `build` folder is left in the repository, or one there gets into the wheel
+    # A copy, so that no `build` folder is left in the repository, nor one from there gets into the wheel
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -67,19 +66,14 @@ def test_the_wheel_holds_the_package(site):
 
 def test_from_a_log_to_recommendations(trl_msl, site, tmp_path, base_model):
     assert "recommend       Recommend items to the users of a file" in trl_msl("--help")
-    windows = make_windows([f"b{index}" for index in range(len(TITLES))], 30)["item_ids"]
-    events = [(user, item, 100 * user + t) for user, ids in enumerate(windows) for t, item in enumerate(ids)]
-    pd.DataFrame(events, columns=["user_id", "item_id", "timestamp"]).to_csv(tmp_path / "log.csv", index=False)
-    items = {"item_id": [f"b{index}" for index in range(len(TITLES))], "title": TITLES}
-    pd.DataFrame(items).to_csv(tmp_path / "items.csv", index=False)
-    data = ["--interactions", "log.csv", "--items", "items.csv", "--min_interactions", 2, *PROMPT]
-    data += ["--model_name_or_path", base_model]
+    options, histories = write_log(tmp_path)
+    data = [*options, *PROMPT, "--model_name_or_path", base_model]
     assert " checks: 0 errors, " in trl_msl("doctor", *data)
     trl_msl("train", *data, *FEW_STEPS, "--output_dir", "out")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_rows"] == 3
-    users = pd.DataFrame({"user_id": range(3), "item_ids": [json.dumps(ids) for ids in windows[:3]]})
+    users = pd.DataFrame({"user_id": range(3), "item_ids": [json.dumps(ids) for ids in histories[:3]]})
     users.to_csv(tmp_path / "users.csv", index=False)
     trl_msl("recommend", "--model_name_or_path", "out", "--users", "users.csv", "--output", "found.parquet")
     found = pd.read_parquet(tmp_path / "found.parquet")
-    expected = Recommender.from_pretrained(tmp_path / "out").recommend(windows[:3])
+    expected = Recommender.from_pretrained(tmp_path / "out").recommend(histories[:3])
     assert [list(ids) for ids in found["recommended_ids"]] == expected.ids

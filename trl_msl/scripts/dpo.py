@@ -42,7 +42,7 @@ from .train_and_evaluate import DecodingArguments, train_and_evaluate
 
 
 @dataclass
-class DPOArguments(NegativeArguments):
+class DPOArguments(NegativeArguments, DecodingArguments):
     """
     Arguments of this command, besides those of the data, the trainer and the model.
 
@@ -65,7 +65,7 @@ def main(args: DPOArguments, data_args: DataArguments, config: SoftmaxDPOConfig,
         preferences["train"] = draw_rows(preferences["train"], args.max_preferences, config.seed)
     else:
         model = model.to(PartialState().device) if args.negatives == "model" else model
-        preferences = make_preferences(args, data, task, model, config.seed)
+        preferences = make_preferences(args, data, task, model, config.seed, batch_size=args.eval_batch_users)
     seconds = round(time.time() - started, 1)
     trainer = SoftmaxDPOTrainer(
         model,
@@ -75,7 +75,7 @@ def main(args: DPOArguments, data_args: DataArguments, config: SoftmaxDPOConfig,
         eval_dataset=preferences.get("validation") if config.eval_strategy != "no" else None,
         peft_config=None if is_peft_model(model) else get_peft_config(model_args),
     )
-    train_and_evaluate(trainer, task, data, DecodingArguments(), "softmax DPO", {"negatives_seconds": seconds})
+    train_and_evaluate(trainer, task, data, args, "softmax DPO", {"negatives_seconds": seconds})
     finish()
 
 

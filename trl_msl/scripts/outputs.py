@@ -120,7 +120,7 @@ def describe_recommendations(rows: Dataset, catalog: ItemCatalog, found: Recomme
     blocks = []
     for row, items, scores in zip(rows.select(range(min(num_shown, len(rows)))), found.items, found.scores):
         target = catalog.indices([row["item_id"]])[0]
-        lines = ["read:  " + ", ".join(row["history"]), "next:  " + catalog.completions[target]]
+        lines = ["history: " + ", ".join(row["history"]), "next:    " + catalog.completions[target]]
         lines += [
             f"{rank:>5}. {catalog.completions[item]}  (log-probability {score:.2f}){'  <-' * (item == target)}"
             for rank, (item, score) in enumerate(zip(items.tolist(), scores.tolist()), start=1)

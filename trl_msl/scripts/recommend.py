@@ -93,7 +93,7 @@ def main(args: RecommendArguments, model_args: ModelConfig) -> None:
         for start in range(0, len(users), args.part_size)
     }
     missing = [path for path, part in parts.items() if not is_complete(path, part)]
-    process.wait_for_everyone()  # all must see the same parts missing before one of them is written
+    process.wait_for_everyone()  # all must see the same parts missing before one writes any
     for path in tqdm(missing, desc="Parts", initial=len(parts) - len(missing), total=len(parts),
                      disable=not process.is_main_process):  # fmt: skip
         found = recommender.recommend(
@@ -152,7 +152,7 @@ def drop_unknown(users: pd.DataFrame, known: set[str]) -> tuple[pd.DataFrame, st
             f"catalogue, such as {users['item_ids'].iloc[0][:3]}. Pass ids or texts of this model's catalogue."
         )
     kept = users.assign(item_ids=kept)[[len(items) > 0 for items in kept]]
-    return kept, f" ({num_items:,} unknown items of histories were dropped, and {num_users:,} users who had no other)"
+    return kept, f" ({num_items:,} unknown items were dropped, and {num_users:,} users without any other)"
 
 
 def fingerprints(recommender: Recommender, users: str) -> dict[str, str]:
