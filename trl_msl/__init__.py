@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """The public names are imported when the first is asked for, so that `trl-msl --help` need not wait for torch."""
+    """Import the public names when one is first used, so that `trl-msl --help` need not wait for torch."""
     if name == "__all__" or not name.startswith("_"):
         api = import_module(".api", __name__)
         if name == "__all__" or name in api.__all__:
             return getattr(api, name)
-        if name in globals():  # a room that the import above has brought
+        if name in globals():  # a room, imported by the line above
             return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -52,12 +52,7 @@ def trainer_options(config: SFTConfig, model_args: ModelConfig, train: Dataset, 
 
 
 def train_and_evaluate(
-    trainer: Trainer,
-    task: RankingTask,
-    data: Data,
-    args: DecodingArguments,
-    name: str,
-    costs: dict[str, Any] | None = None,
+    trainer: Trainer, task: RankingTask, data: Data, args: DecodingArguments, name: str, extra: dict[str, Any]
 ) -> dict[str, Any]:
     """
     Train a model with validation NDCG@10 at each evaluation, save it, test it, and push it where the config says so.
@@ -70,8 +65,8 @@ def train_and_evaluate(
         args ([`DecodingArguments`]):
             How it is validated and tested.
         name (`str`):
-            Its name in the table and the plot.
-        costs (`dict[str, Any]`, *optional*):
+            The model's name in the table and the plot.
+        extra (`dict[str, Any]`):
             Entries to add to the metrics.
 
     Returns:
@@ -93,7 +88,7 @@ def train_and_evaluate(
         "train_seconds": round(seconds, 1),
         "num_trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         "seed": config.seed,
-        **(costs or {}),
+        **extra,
     }
     if validated := {entry["step"]: entry["eval_ndcg@10"] for entry in history if "eval_ndcg@10" in entry}:
         last = max(validated)
