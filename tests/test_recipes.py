@@ -120,6 +120,8 @@ def test_contradicting_options(tmp_path, folder, base_model):
     ):  # fmt: skip
         with pytest.raises(ValueError, match="`model_name_or_path` is missing"):
             run(command, *options)
+    with pytest.raises(ValueError, match="`part_size` is 0: it must be at least 1"):
+        run(recommend, *model, "--users", tmp_path / "users.csv", "--part_size", 0)
     assert not list(tmp_path.iterdir())
 
 
@@ -212,7 +214,8 @@ def test_parts_that_cannot_be_resumed(tmp_path, model, users, task, caplog, monk
 
 
 def test_users_with_unknown_items(tmp_path, model, capsys):
-    strange = pd.DataFrame({"item_ids": ['["b0", "b4"]', '["b0", "no such item"]', '["nor this"]']})
+    # "Dune" is a title, but not an id
+    strange = pd.DataFrame({"item_ids": ['["b0", "b4"]', '["b0", "no such item", "Dune"]', '["nor this"]']})
     strange.to_csv(tmp_path / "users.csv", index=False)
     arguments = ["--model_name_or_path", model, "--users", tmp_path / "users.csv"]
     arguments += ["--output", tmp_path / "found.parquet"]
@@ -220,7 +223,7 @@ def test_users_with_unknown_items(tmp_path, model, capsys):
         run(recommend, *arguments)
     arguments[-1] = tmp_path / "dropped.parquet"
     run(recommend, *arguments, "--unknown_items", "drop")
-    assert "2 unknown items were dropped, and 1 users without any other" in capsys.readouterr().out
+    assert "3 unknown items were dropped, and 1 users without any other" in capsys.readouterr().out
     assert len(pd.read_parquet(tmp_path / "dropped.parquet")) == 2
 
     strange.iloc[2:].to_csv(tmp_path / "users.csv", index=False)

@@ -28,7 +28,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from trl import ModelConfig
 
-from ..data import read_table
+from ..data import ItemCatalog, read_table
 from ..recommender import Recommender
 from .command_line import command
 from .loading import model_options
@@ -75,13 +75,14 @@ class RecommendArguments:
 
 
 def main(args: RecommendArguments, model_args: ModelConfig) -> None:
+    if args.part_size < 1:
+        raise ValueError(f"`part_size` is {args.part_size}: it must be at least 1.")
     process = PartialState(cpu=not torch.accelerator.is_available())
     users = read_users(args.users, may_be_empty=args.unknown_items == "drop")
     recommender = Recommender.from_pretrained(model_args.model_name_or_path, **model_options(model_args))
     recommender.model.to(process.device)
     catalog = recommender.task.catalog
-    known = catalog.index_of_id.keys() | set(catalog.texts)
-    users, report = drop_unknown(users, known) if args.unknown_items == "drop" else (users, "")
+    users, report = drop_unknown(users, catalog) if args.unknown_items == "drop" else (users, "")
     process.print(f"{len(users):,} users, {len(catalog):,} items{report}")
 
     folder = Path(f"{args.output}.parts")
@@ -141,8 +142,11 @@ def parse_history(cell: object) -> list[str] | None:
     return [str(item) for item in items]
 
 
-def drop_unknown(users: pd.DataFrame, known: set[str]) -> tuple[pd.DataFrame, str]:
+def drop_unknown(users: pd.DataFrame, catalog: ItemCatalog) -> tuple[pd.DataFrame, str]:
     """The users without unknown items, if they have others; and what was dropped, in words."""
+    items = {item for history in users["item_ids"] for item in history}
+    # All ids or all texts: an unknown id may be the title of another item, such as 1984
+    known = max(catalog.index_of_id.keys(), set(catalog.texts), key=lambda names: len(items & names))
     kept = [[item for item in items if item in known] for items in users["item_ids"]]
     num_items = sum(map(len, users["item_ids"])) - sum(map(len, kept))
     num_users = sum(len(items) == 0 for items in kept)
