@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from ..data import DataArguments, PromptTemplate, fit_prompts
+from ..data import DataArguments, PromptTemplate, encode_items, fit_prompts
 from ..scripts.command_line import command
 from ..scripts.loading import Data, checkpoint_to_resume, load_data
 from ..scripts.outputs import finish
@@ -57,8 +57,8 @@ def tokenize(
     rows = {"prompt": [template.render(items) for items in histories], "history": histories}
     written = fit_prompts(tokenizer, rows, [float("inf")] * len(histories), template)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    items = tokenizer(data.catalog.completions, add_special_tokens=False)["input_ids"]
-    return [ids + [tokenizer.eos_token_id] for ids in [*(start + item for item in items), *written]]
+    items = [start + item for item in encode_items(tokenizer, data.catalog.completions)]
+    return [*items, *(ids + [tokenizer.eos_token_id] for ids in written)]
 
 
 run = command(main)
