@@ -375,6 +375,13 @@ def test_a_model_replaced_during_a_request(folder, monkeypatch):
     check_same(recommender.recommend(HISTORIES, k=5), expected)
 
 
+def test_the_task_stays(folder):
+    """What was prepared for it would not fit another."""
+    recommender = Recommender.from_pretrained(folder)
+    with pytest.raises(AttributeError):
+        recommender.task = recommender.task.update(add=ItemCatalog(["n0"], ["Ulysses"]))
+
+
 def test_allowed_items_are_prepared_once(folder, catalog):
     recommender = Recommender.from_pretrained(folder).update(withdraw=["b1"])
     stock = recommender.prepare_allowed(["b1", "b2", "b3"])

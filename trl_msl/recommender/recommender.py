@@ -86,9 +86,14 @@ class Recommender:
 
     def __init__(self, model: PreTrainedModel, task: RankingTask):
         self.model = model
-        self.task = task
+        self._task = task
         self._lock = threading.Lock()
         self._available: AllowedItems | None = None
+
+    @property
+    def task(self) -> RankingTask:
+        """The task. For another one make another recommender: see [`Recommender.update`]."""
+        return self._task
 
     @classmethod
     def from_pretrained(
@@ -235,8 +240,8 @@ class Recommender:
             )
         with self._lock:
             everything, model = self._available, self.model
-            is_made = everything is not None and everything.task is self.task and everything.decoder.model is model
-            if not is_made or everything.decoder.trie.device != model.device:  # the model was replaced or moved
+            is_made = everything is not None and everything.decoder.model is model  # it may have been replaced or moved
+            if not is_made or everything.decoder.trie.device != model.device:
                 everything = self._available = self._prepare(TrieDecoder(model, self.task.trie), None)
         if allowed is None:
             return everything
