@@ -240,7 +240,7 @@ class Recommender:
             )
         with self._lock:
             everything, model = self._available, self.model
-            is_made = everything is not None and everything.decoder.model is model  # it may have been replaced or moved
+            is_made = everything is not None and everything.decoder.model is model  # it may be another now, or moved
             if not is_made or everything.decoder.trie.device != model.device:
                 everything = self._available = self._prepare(TrieDecoder(model, self.task.trie), None)
         if allowed is None:
