@@ -173,8 +173,8 @@ def test_what_is_a_system(tmp_path, add):
 
 
 def test_errors(tmp_path, add):
-    with pytest.raises(ValueError, match="`runs` is missing"):
-        main(ReportArguments())
+    with pytest.raises(SystemExit):  # `runs` is required
+        report.run([])
     with pytest.raises(ValueError, match="no folder has both metrics.json and rankings.parquet"):
         run(tmp_path)
     add("lml", [0, 1])

@@ -47,7 +47,7 @@ class ReportArguments:
             Systems to show, in this order. By default all, the best NDCG@10 first.
     """
 
-    runs: str | None = field(default=None, metadata={"help": "Folder that holds the systems' folders."})
+    runs: str = field(metadata={"help": "Folder that holds the systems' folders."})
     reference: str = field(default="msl-ats", metadata={"help": "System that the others are compared with."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder to write into, `report` in `runs`."})
     systems: list[str] | None = field(default=None, metadata={"help": "Systems to show, in this order."})
@@ -70,8 +70,6 @@ class System:
 
 
 def main(args: ReportArguments) -> None:
-    if not args.runs:
-        raise ValueError("`runs` is missing: pass the folder that holds the systems' folders.")
     runs = Path(args.runs)
     output_dir = Path(args.output_dir or runs / "report")
     folders = find_systems(runs)
