@@ -672,5 +672,5 @@ def test_models_that_cannot_be_made(folder):
 
 def test_an_adapter_without_its_base_model(tmp_path, tokenizer, task):
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "gone", tokenizer, task)
-    with pytest.raises(ValueError, match="of an adapter, is the base model where its adapter_config.json says"):
+    with pytest.raises(ValueError, match="for an adapter, that the base model is where adapter_config.json says"):
         Recommender.from_pretrained(adapter)
