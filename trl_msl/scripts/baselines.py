@@ -77,22 +77,16 @@ class BaselineArguments:
             Folder to write into.
         hidden_size (`int`, *optional*, defaults to `128`), num_layers, num_heads (`int`, *optional*, defaults to `2`):
             Size of the transformer.
-        dropout (`float`, *optional*, defaults to `0.3`):
-            Dropout rate.
-        learning_rate (`float`, *optional*, defaults to `1e-3`):
-            Learning rate of Adam.
-        batch_size (`int`, *optional*, defaults to `128`):
-            Windows per step.
-        max_epochs (`int`, *optional*, defaults to `100`):
-            Maximum number of passes over the training windows.
+        dropout, learning_rate (`float`, *optional*, defaults to `0.3` and `1e-3`):
+            Dropout rate, and learning rate of Adam.
+        batch_size, max_epochs (`int`, *optional*, defaults to `128` and `100`):
+            Windows per step, and maximum number of passes over the training windows.
         patience (`int`, *optional*, defaults to `5`):
             Stop after this many epochs without a better validation NDCG@10.
         num_negatives (`int`, *optional*, defaults to `100`):
             Items sampled for each target, uniformly, by the losses that sample.
-        sce_scale (`float`, *optional*, defaults to `100.0`):
-            `scale` of [`scaled_cross_entropy`].
-        mask_probability (`float`, *optional*, defaults to `0.5`):
-            Share of the items that BERT4Rec masks.
+        sce_scale, mask_probability (`float`, *optional*, defaults to `100.0` and `0.5`):
+            `scale` of [`scaled_cross_entropy`], and share of the items that BERT4Rec masks.
         neighbours (`int`, *optional*, defaults to `20`):
             Neighbours of each item in item-kNN.
         seed (`int`, *optional*, defaults to `0`):
@@ -266,10 +260,8 @@ def scaled_cross_entropy(positive: torch.Tensor, negatives: torch.Tensor, scale:
     [Mezentsev et al.](https://huggingface.co/papers/2409.18721).
 
     Args:
-        positive (`torch.Tensor` of shape `[...]`):
-            Scores of the targets.
-        negatives (`torch.Tensor` of shape `[..., num_negatives]`):
-            Scores of the sampled items.
+        positive (`torch.Tensor` of shape `[...]`), negatives (`torch.Tensor` of shape `[..., num_negatives]`):
+            Scores of the targets and of the sampled items.
         scale (`float`):
             Factor \\( \alpha \\) of their sum.
 

@@ -95,7 +95,7 @@ def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> N
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        logger.warning('%s was left out, as matplotlib is not installed: pip install "trl_msl[recipes]".', path)
+        logger.warning('%s was left out, as matplotlib is not installed: pip install "trl_msl[plots]".', path)
         return
     plt.switch_backend("Agg")
     panels = {"loss": "training loss", "temperature": "temperature τ", "eval_ndcg@10": "validation NDCG@10"}
