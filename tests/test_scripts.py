@@ -62,7 +62,7 @@ class TestCommandLine:
 def test_doctor_takes_chat_template_kwargs_once(folder, base_model, capsys):
     options = ["--data_dir", folder, "--model_name_or_path", base_model, *PROMPT]
     run(doctor, *options, "--conversational", "--chat_template_kwargs", '{"enable_thinking": false}')
-    assert " checks: 0 errors, " in capsys.readouterr().out
+    assert " findings: 0 errors, " in capsys.readouterr().out
 
 
 class TestTaskBesideTheModel:

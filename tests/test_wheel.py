@@ -68,7 +68,7 @@ def test_from_a_log_to_recommendations(trl_msl, site, tmp_path, base_model):
     assert "recommend       Recommend items to the users of a file" in trl_msl("--help")
     options, histories = write_log(tmp_path)
     data = [*options, *PROMPT, "--model_name_or_path", base_model]
-    assert " checks: 0 errors, " in trl_msl("doctor", *data)
+    assert " findings: 0 errors, " in trl_msl("doctor", *data)
     trl_msl("train", *data, *FEW_STEPS, "--output_dir", "out")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_rows"] == 3
     users = pd.DataFrame({"user_id": range(3), "item_ids": [json.dumps(ids) for ids in histories[:3]]})

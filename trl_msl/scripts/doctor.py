@@ -15,6 +15,7 @@ import sys
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +23,9 @@ from ..data import DataArguments, read_data
 from ..doctor import Finding, diagnose
 from .command_line import command
 from .loading import make_task
+
+
+WIDTHS = (30, 40, 44)  # of the columns
 
 
 @dataclass
@@ -72,23 +76,22 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
     return int(any(finding.status == "error" for finding in findings))
 
 
-def format_findings(findings: list[Finding], widths: tuple[int, int, int] = (30, 40, 44)) -> str:
-    """A table: status, what, what was seen, what to do."""
-    lines = [_format_row("", "WHAT", "SEEN ON YOUR DATA", "WHAT TO DO", widths)]
-    signs = {"ok": "ok", "note": "note", "error": "ERROR"}
-    lines += [_format_row(signs[f.status], f.what, f.seen, f.advice, widths) for f in findings]
+def format_findings(findings: list[Finding]) -> str:
+    """A table: status, what was checked, what was seen, what to do."""
+    lines = [_format_row("", "WHAT", "SEEN ON YOUR DATA", "WHAT TO DO")]
+    for found in findings:
+        status = "ERROR" if found.status == "error" else found.status
+        lines.append(_format_row(status, found.what, found.seen, found.advice))
     counts = Counter(finding.status for finding in findings)
-    lines.append(f"{len(findings)} checks: {counts['error']} errors, {counts['note']} notes.")
+    lines.append(f"{len(findings)} findings: {counts['error']} errors, {counts['note']} notes.")
     return "\n".join(lines)
 
 
-def _format_row(status: str, what: str, seen: str, advice: str, widths: tuple[int, int, int]) -> str:
-    columns = [textwrap.wrap(text, width) or [""] for text, width in zip((what, seen, advice), widths)]
-    height = max(map(len, columns))
-    cells = [[status, *[""] * (height - 1)]] + [column + [""] * (height - len(column)) for column in columns]
+def _format_row(status: str, *texts: str) -> str:
+    columns = [textwrap.wrap(text, width) for text, width in zip(texts, WIDTHS)]
     return "\n".join(
-        f"{row[0]:<6}" + "  ".join(f"{text:<{width}}" for text, width in zip(row[1:], widths)).rstrip()
-        for row in zip(*cells)
+        f"{first:<6}" + "  ".join(f"{text:<{width}}" for text, width in zip(rest, WIDTHS)).rstrip()
+        for first, *rest in zip_longest([status], *columns, fillvalue="")
     )
 
 
