@@ -2,6 +2,7 @@
 import copy
 import logging
 from dataclasses import replace
+from datetime import date
 
 import pytest
 import torch
@@ -238,6 +239,22 @@ def test_other_bad_rows(rows, task, chat_task):
         build_rows(Dataset.from_list([{"item_ids": ["b0", "b99"]}]), task)
     with pytest.raises(ValueError, match="must contain {history} exactly once"):
         PromptTemplate("Next: ")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"tokenizer": "some/model"}, "`tokenizer` is a str: pass the model's tokenizer"),
+        ({"decoding": "beam"}, "`decoding` is a str: pass a `dict`"),
+        ({"chat_template_kwargs": False}, "`chat_template_kwargs` is False: it must be a dictionary of JSON values"),
+        ({"chat_template_kwargs": {"date": date(2025, 1, 1)}}, "`chat_template_kwargs` is .* of JSON values"),
+        ({"num_trained": 3.0}, "`num_trained` is 3.0: it must be from 1 to the 12 items"),
+        ({"max_length": 0}, "`max_length` is 0: it must be a number of tokens"),
+    ],
+)
+def test_arguments_that_could_not_be_saved_and_loaded_are_refused_by_the_task(argument, message, task):
+    with pytest.raises(ValueError, match=message):
+        replace(task, **argument)
 
 
 def test_read_data_keeps_the_first_users(folder):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts shortened to the room there is, oldest item first."""
+"""Prompts shortened to fit, oldest item first."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fit_prompts(
         rows (`dict[str, list]`):
             `prompt`, and `history` where a prompt is to be shortened, as [`build_rows`] makes them.
         room (`Sequence[float]`):
-            Maximum number of tokens of each prompt, infinite for no limit.
+            Maximum number of tokens of each prompt; infinity for no limit.
         template ([`PromptTemplate`], *optional*):
             Template that the prompts were made with.
 
@@ -58,16 +58,16 @@ def supervised_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """
-    Token ids of prompts as by [`fit_prompts`], and their labels: the trie's nodes where an item of the history stands
-    that has one before it, the end node behind it, and -100 elsewhere.
+    Token ids of prompts as from [`fit_prompts`], and their labels: for each item of the history but the first, its
+    trie nodes at its tokens and its end node right after them; -100 elsewhere.
 
     Raises:
-        `ValueError`: as [`fit_prompts`], or if the template does not separate items or a history holds another text
-        than an item's.
+        `ValueError`: as [`fit_prompts`], or if the template does not separate items or a text in a history is not an
+            item.
     """
     if not template.separate_items:
         raise ValueError(
-            "`supervise_history` needs histories with the trie's tokens: pass a `prompt_template` with "
+            "`supervise_history` needs histories with the trie's tokens: use a `prompt_template` with "
             "`separate_items=True`, in training and wherever prompts are encoded."
         )
     layout = SeparateItems(tokenizer, template, rows, chat_template_kwargs)
@@ -81,7 +81,7 @@ def _fit(
     template: PromptTemplate | None,
     encode: Callable[[list[Prompt], list[list[str]] | None], list[list[int]]],
 ) -> list[list[int]]:
-    """Prompts encoded from their texts and histories, with fewer items until each has the room it needs."""
+    """Prompts encoded from their texts and histories, without the oldest items where that is needed to fit."""
     prompts = encode(rows["prompt"], rows.get("history"))
     too_long = [row for row in range(len(prompts)) if len(prompts[row]) > room[row]]
     if too_long and (template is None or "history" not in rows):
