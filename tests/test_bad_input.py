@@ -350,10 +350,10 @@ def test_recommender_json_of_other_shapes(folder, tokenizer):
             RankingTask.from_pretrained(folder, tokenizer)
 
 
-@pytest.mark.parametrize("tokenizer", [None, "some/model"])
-def test_names_in_place_of_a_tokenizer(tokenizer, folder):
-    with pytest.raises(ValueError, match=f"`tokenizer` is a {type(tokenizer).__name__}: pass the model's tokenizer"):
-        RankingTask.from_pretrained(folder, tokenizer)
+@pytest.mark.parametrize("given", [None, "some/model"])
+def test_names_in_place_of_a_tokenizer(given, folder):
+    with pytest.raises(ValueError, match=f"`tokenizer` is a {type(given).__name__}: pass the model's tokenizer"):
+        RankingTask.from_pretrained(folder, given)
 
 
 def test_withdrawn_numbers_are_ids(tokenizer, template):

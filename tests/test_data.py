@@ -212,7 +212,7 @@ def test_completions_off_the_catalogue(rows, task, chat_task):
 def test_end_tokens_that_were_changed_after_the_task_was_made(rows, catalog, tokenizer, template, chat_task):
     changed = RankingTask(catalog, copy.deepcopy(tokenizer), template)
     changed.tokenizer.eos_token = "<|pad|>"
-    message = r"ends items with '<\|pad\|>' .* with '<\|eos\|>'.*`eos_token`.* Make the `RankingTask` again"
+    message = r"ends items with '<\|pad\|>', but with '<\|eos\|>' when.*`eos_token`.* Make the `RankingTask` again"
     with pytest.raises(ValueError, match=message):
         tokenize_rows(rows[:], changed)
     chat_rows = build_rows(make_windows(catalog.ids), chat_task)

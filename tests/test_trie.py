@@ -151,7 +151,7 @@ def test_copies_and_pickles_hold_the_trie_and_nothing_derived():
     trie.find([[3]]), trie.depth, trie.items(2)
     meta = trie.to("meta")
     assert meta is trie.to("meta")
-    assert meta.to("cpu") is trie
+    assert meta.to("cpu") is trie.to("cpu:0") is trie
     assert Hasher.hash(trie) == before
     assert torch.equal(pickle.loads(pickle.dumps(trie)).edges, trie.edges)
 

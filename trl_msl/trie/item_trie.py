@@ -101,7 +101,8 @@ class ItemTrie:
         if device not in self._copies:
             copy = ItemTrie(*(a.to(device) for a in (self.first_child, self.edges, self.item_nodes)), self.vocab_size)
             copy._copies = self._copies
-            self._copies.setdefault(device, copy)  # another thread may have been first
+            # "cuda" is "cuda:0"; and another thread may have been first
+            self._copies[device] = self._copies.setdefault(copy.device, copy)
         return self._copies[device]
 
     # ------------------------------------------------------------------ nodes (int tensors of any shape)
