@@ -183,6 +183,32 @@ def test_long_rows_lose_their_oldest_items_and_never_the_title(rows, tokenizer, 
             assert len(one_less) + len(kept) > max_length
 
 
+@pytest.mark.parametrize("separate_items", [False, True])
+def test_long_histories_are_shortened_in_a_few_steps(separate_items, catalog, tokenizer, task, template, monkeypatch):
+    template = replace(template, separate_items=separate_items)
+    task = replace(task, prompt_template=template, max_length=500)
+    rows, num_rendered = build_rows(Dataset.from_dict({"item_ids": [catalog.ids * 100, ["b0", "b1"]]}), task)[:], 0
+
+    def render(self, history):
+        nonlocal num_rendered
+        num_rendered += 1
+        return original(self, history)
+
+    original = PromptTemplate.render
+    monkeypatch.setattr(PromptTemplate, "render", render)
+    room = 490
+    fitted, short = task.fit_prompts(rows, [room] * 2)
+    assert num_rendered < 20
+    monkeypatch.undo()
+    for number in range(1, 1200):  # the slow way: one item more in each step
+        history = rows["history"][0][number:]
+        (expected,) = task.fit_prompts({"prompt": [template.render(history)], "history": [history]}, [float("inf")])
+        if len(expected) <= room:
+            break
+    assert fitted == expected
+    assert short == task.fit_prompts({name: rows[name][1:] for name in ("prompt", "history")}, [room])[0]
+
+
 def test_prompts_that_cannot_be_shortened(rows, tokenizer, task):
     batch = rows[:]
     with pytest.raises(ValueError, match=r"`max_length`: \d+ of the 40 rows read are too long and can't be shortened"):
