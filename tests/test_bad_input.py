@@ -35,8 +35,8 @@ from trl_msl import (
 from trl_msl.data import read_items
 
 
-HALF = "\ud800"  # half a character, as JSON can hold it: no UTF-8
-NO_UTF8 = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 1], np.int32)), pa.py_buffer(b"\xff"))
+HALF = "\ud800"  # half a character, as JSON can hold it but UTF-8 can't
+NOT_UTF8 = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 1], np.int32)), pa.py_buffer(b"\xff"))
 DEEP = "[" * 100_000
 
 
@@ -94,21 +94,21 @@ def test_item_template(template):
 
 @pytest.mark.parametrize("content", [DEEP, '{"a":' * 100_000, '{"1": %s}' % ("9" * 5000), ""])
 def test_json_that_cannot_be_parsed(tmp_path, content):
-    with pytest.raises(ValueError, match="items.json' is not a JSON file that can be read"):
+    with pytest.raises(ValueError, match="items.json' is not a readable JSON file"):
         ItemCatalog.from_json(write(tmp_path / "items.json", content))
 
 
 @pytest.mark.parametrize(
     "content", ['{"1": NaN}', '{"1": null}', '{"1": {"2": "x"}}', '{"1": ["x"]}', '{"1": "\\ud800"}']
 )
-def test_json_whose_texts_are_none(tmp_path, content):
+def test_json_whose_values_are_not_texts(tmp_path, content):
     with pytest.raises(ValueError, match="`texts` holds 1 value.*item '1'"):
         ItemCatalog.from_json(write(tmp_path / "items.json", content))
 
 
-def test_items_that_are_no_file(tmp_path):
+def test_items_that_are_not_a_file(tmp_path):
     for path in (tmp_path, tmp_path / "none", "a\0b"):
-        with pytest.raises(ValueError, match="is not a JSON file that can be read"):
+        with pytest.raises(ValueError, match="is not a readable JSON file"):
             ItemCatalog.from_json(path)
     (tmp_path / "folder.csv").mkdir()
     for path in ("none.csv", "none.parquet", "folder.csv"):
@@ -149,7 +149,7 @@ def suffix(content):
         (table(item_id=[1], title=[b"x"]), "`texts` holds 1 value"),
         (table(item_id=[1], title=[2]), "`texts` holds 1 value"),
         (table(item_id=[1], title=pa.array([None], pa.string())), "1 of 1 items have an empty text"),
-        (table(item_id=[1], title=NO_UTF8), "cannot be read.*UTF8"),
+        (table(item_id=[1], title=NOT_UTF8), "cannot be read.*UTF8"),
         (pa.table([[1], ["x"], ["y"]], ["item_id", "title", "title"]), "more than once|Multiple matches|duplicate"),
     ],
 )
@@ -179,9 +179,9 @@ def log(**columns):
         ("user_id,item_id,timestamp\na,b,1e999\n", "'timestamp' must hold a number .* with '1e999'"),
         (
             f"user_id,item_id,timestamp\na,b,{'9' * 10_000}\n",
-            r"'timestamp' must hold a number .* with '9{199}\); repair",
+            r"'timestamp' must hold a number .* with '9{199}\): fix",
         ),
-        (log(item_id=NO_UTF8), "cannot be read.*UTF8"),
+        (log(item_id=NOT_UTF8), "cannot be read.*UTF8"),
         (log(item_id=[["x"]]), "'item_id' has mixed ids"),
         (log(timestamp=[[1]]), "'timestamp' must hold a number"),
         (log(timestamp=pa.array([2**63 - 1], pa.timestamp("ms"))), "'timestamp' holds dates out of range"),
@@ -209,7 +209,7 @@ def test_what_pandas_notes_in_a_parquet_file_is_not_relied_on(tmp_path):
     assert read_interactions(path).to_dict("list") == {"user_id": ["a"], "item_id": ["x"], "timestamp": [1]}
 
 
-def test_interactions_of_what_is_no_log(tmp_path):
+def test_sources_that_are_not_a_log(tmp_path):
     (tmp_path / "folder").mkdir()
     write(tmp_path / "folder" / "log.csv", b"\xff")
     for source in (tmp_path / "folder", str(tmp_path / "folder"), "a\0b.csv", "a\nb"):
@@ -282,7 +282,7 @@ def test_histories(histories, message, task):
         Recommender(None, task).recommend(histories)
 
 
-def test_a_text_is_no_list_of_ids(catalog):
+def test_a_text_is_not_a_list_of_ids(catalog):
     with pytest.raises(ValueError, match="`ids` is the text 'b0': it must be a list"):
         catalog.indices("b0")
 
@@ -350,6 +350,12 @@ def test_recommender_json_of_other_shapes(folder, tokenizer):
             RankingTask.from_pretrained(folder, tokenizer)
 
 
+@pytest.mark.parametrize("given", [None, "some/model"])
+def test_names_in_place_of_a_tokenizer(given, folder):
+    with pytest.raises(ValueError, match=f"`tokenizer` is a {type(given).__name__}: pass the model's tokenizer"):
+        RankingTask.from_pretrained(folder, given)
+
+
 def test_withdrawn_numbers_are_ids(tokenizer, template):
     """Else the number would be looked for among strings, and the item be recommended all the same."""
     catalog = ItemCatalog([4, 5, 6], ["Dune", "Emma", "Ulysses"])
@@ -368,12 +374,12 @@ METADATA = {b"trl_msl_template": b"{text}"}
         (table(id=["1"], text=["x"]), {b"trl_msl_template": b"\xff"}, "does not hold a readable"),
         (table(id=["1"], text=["x"]), {b"trl_msl_template": b"{item}"}, "exactly once"),
         (table(id=["1"], title=["x"]), METADATA, "text"),
-        (table(id=[1], text=["x"]), METADATA, "both of them texts, but has id: int64"),
-        (table(id=[["1"]], text=["x"]), METADATA, "both of them texts"),
-        (table(id=["1"], text=[b"x"]), METADATA, "both of them texts"),
+        (table(id=[1], text=["x"]), METADATA, "both strings, but has id: int64"),
+        (table(id=[["1"]], text=["x"]), METADATA, "both strings"),
+        (table(id=["1"], text=[b"x"]), METADATA, "both strings"),
         (table(id=["1", None], text=["x", "y"]), METADATA, "`ids` holds 1 of 2 .* such as None"),
         (table(id=["1", "2"], text=["x", None]), METADATA, "`texts` holds 1 value.*item '2'"),
-        (table(id=["1"], text=NO_UTF8), METADATA, "UTF8"),
+        (table(id=["1"], text=NOT_UTF8), METADATA, "UTF8"),
         (table(id=pa.array([], pa.string()), text=pa.array([], pa.string())), METADATA, "0 and 0 entries"),
         (pa.table([["1"], ["x"], ["y"]], ["id", "text", "text"]), METADATA, "text|duplicate"),
     ],
@@ -502,7 +508,7 @@ def test_weights_outside_the_folder_are_not_read(where, name, folder, tmp_path, 
     "name",
     ["../../etc/passwd", "a/../../b", "a/..", "/etc/passwd", "/no/such", "no/such", "a\0b", "a\nb", "x" * 300, "~"],
 )
-def test_names_of_no_recommender(name):
+def test_names_that_are_not_a_recommender(name):
     with pytest.raises(ValueError, match="`pretrained_model_name_or_path` = .* is not a folder, and can't be loaded"):
         Recommender.from_pretrained(name)
 

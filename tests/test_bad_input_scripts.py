@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from helpers import make_model
-from test_bad_input import DEEP, NO_UTF8, add_code, suffix, table, write
+from test_bad_input import DEEP, NOT_UTF8, add_code, suffix, table, write
 from trl import ModelConfig
 
 from trl_msl import MSLConfig, Recommender
@@ -50,7 +50,7 @@ def test_histories_of_users(cell, items):
         (b"PAR1", "cannot be read"),
         (table(item_ids=pa.array([], pa.list_(pa.string()))), "has no rows"),
         (table(item_ids=[[1, None]]), "1 of 1 rows"),
-        (table(item_ids=["[1]"], name=NO_UTF8), "cannot be read.*UTF8"),
+        (table(item_ids=["[1]"], name=NOT_UTF8), "cannot be read.*UTF8"),
     ],
 )
 def test_files_of_users(tmp_path, content, message):

@@ -66,7 +66,7 @@ def test_bad_items(arguments, message):
 def test_bad_json(tmp_path, content):
     path = tmp_path / "items.json"
     path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match="is not a JSON file|must hold one JSON object"):
+    with pytest.raises(ValueError, match="is not a readable JSON file|must hold one JSON object"):
         ItemCatalog.from_json(path)
 
 

@@ -2,6 +2,7 @@
 import copy
 import logging
 from dataclasses import replace
+from datetime import date
 
 import pytest
 import torch
@@ -182,6 +183,32 @@ def test_long_rows_lose_their_oldest_items_and_never_the_title(rows, tokenizer, 
             assert len(one_less) + len(kept) > max_length
 
 
+@pytest.mark.parametrize("separate_items", [False, True])
+def test_long_histories_are_shortened_in_a_few_steps(separate_items, catalog, tokenizer, task, template, monkeypatch):
+    template = replace(template, separate_items=separate_items)
+    task = replace(task, prompt_template=template, max_length=500)
+    rows, num_rendered = build_rows(Dataset.from_dict({"item_ids": [catalog.ids * 100, ["b0", "b1"]]}), task)[:], 0
+
+    def render(self, history):
+        nonlocal num_rendered
+        num_rendered += 1
+        return original(self, history)
+
+    original = PromptTemplate.render
+    monkeypatch.setattr(PromptTemplate, "render", render)
+    room = 490
+    fitted, short = task.fit_prompts(rows, [room] * 2)
+    assert num_rendered < 20
+    monkeypatch.undo()
+    for number in range(1, 1200):  # the slow way: one item more in each step
+        history = rows["history"][0][number:]
+        (expected,) = task.fit_prompts({"prompt": [template.render(history)], "history": [history]}, [float("inf")])
+        if len(expected) <= room:
+            break
+    assert fitted == expected
+    assert short == task.fit_prompts({name: rows[name][1:] for name in ("prompt", "history")}, [room])[0]
+
+
 def test_prompts_that_cannot_be_shortened(rows, tokenizer, task):
     batch = rows[:]
     with pytest.raises(ValueError, match=r"`max_length`: \d+ of the 40 rows read are too long and can't be shortened"):
@@ -211,7 +238,7 @@ def test_completions_off_the_catalogue(rows, task, chat_task):
 def test_end_tokens_that_were_changed_after_the_task_was_made(rows, catalog, tokenizer, template, chat_task):
     changed = RankingTask(catalog, copy.deepcopy(tokenizer), template)
     changed.tokenizer.eos_token = "<|pad|>"
-    message = r"ends items with '<\|pad\|>' .* with '<\|eos\|>'.*`eos_token`.* Make the `RankingTask` again"
+    message = r"ends items with '<\|pad\|>', but with '<\|eos\|>' when.*`eos_token`.* Make the `RankingTask` again"
     with pytest.raises(ValueError, match=message):
         tokenize_rows(rows[:], changed)
     chat_rows = build_rows(make_windows(catalog.ids), chat_task)
@@ -238,6 +265,22 @@ def test_other_bad_rows(rows, task, chat_task):
         build_rows(Dataset.from_list([{"item_ids": ["b0", "b99"]}]), task)
     with pytest.raises(ValueError, match="must contain {history} exactly once"):
         PromptTemplate("Next: ")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"tokenizer": "some/model"}, "`tokenizer` is a str: pass the model's tokenizer"),
+        ({"decoding": "beam"}, "`decoding` is a str: pass a `dict`"),
+        ({"chat_template_kwargs": False}, "`chat_template_kwargs` is False: it must be a dictionary of JSON values"),
+        ({"chat_template_kwargs": {"date": date(2025, 1, 1)}}, "`chat_template_kwargs` is .* of JSON values"),
+        ({"num_trained": 3.0}, "`num_trained` is 3.0: it must be from 1 to the 12 items"),
+        ({"max_length": 0}, "`max_length` is 0: it must be a number of tokens"),
+    ],
+)
+def test_arguments_that_could_not_be_saved_and_loaded_are_refused_by_the_task(argument, message, task):
+    with pytest.raises(ValueError, match=message):
+        replace(task, **argument)
 
 
 def test_read_data_keeps_the_first_users(folder):

@@ -135,7 +135,7 @@ ARROW = [
 
 @st.composite
 def arrow_arrays(draw, length, column):
-    """Values of the usual or a random type, some of them missing, texts that are no UTF-8 among them."""
+    """Values of the usual or a random type, some of them missing, texts that are not UTF-8 among them."""
     sane, kind = SANE.get(column, (["1"], pa.string()))
     if draw(st.integers(0, 3)):
         texts = draw(st.lists(st.sampled_from(sane), min_size=length, max_size=length))

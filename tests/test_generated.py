@@ -41,7 +41,7 @@ class TestGenerateCatalog:
         assert len(set(catalog.values())) == 150
 
     def test_whole_grammar_is_distinct(self):
-        with pytest.raises(ValueError, match="`num_items` must be from 1 to") as error:
+        with pytest.raises(ValueError, match="`num_items` is 1000000: it must be from 1 to") as error:
             generate_catalog(num_items=10**6)
         largest = int(str(error.value).split(" to ")[1].split(",")[0])
         assert len(set(generate_catalog(num_items=largest).values())) == largest
@@ -88,14 +88,12 @@ class TestGenerateTransitions:
 
     @pytest.mark.parametrize("num_successors", [0, 150])
     def test_number_of_successors_out_of_range(self, catalog, num_successors):
-        with pytest.raises(
-            ValueError, match=f"`num_successors` must be .* less than 150.*got {num_successors}. Lower"
-        ):
+        with pytest.raises(ValueError, match=f"`num_successors` is {num_successors}: .* less than 150.* Change it or"):
             generate_transitions(catalog, num_successors=num_successors)
 
     @pytest.mark.parametrize("successor_mass", [1.0, -0.1])
     def test_mass_out_of_range(self, catalog, successor_mass):
-        with pytest.raises(ValueError, match=f"`successor_mass` must be .* got {successor_mass}. Change"):
+        with pytest.raises(ValueError, match=f"`successor_mass` is {successor_mass}: it must be at least 0"):
             generate_transitions(catalog, successor_mass=successor_mass)
 
 
@@ -132,12 +130,12 @@ class TestGenerateWindows:
 
     @pytest.mark.parametrize("history_length", [(0, 3), (4, 3), (3, 150)])
     def test_history_length_out_of_range(self, transitions, history_length):
-        with pytest.raises(ValueError, match="`history_length` must be .*Shorten it"):
+        with pytest.raises(ValueError, match="`history_length` is .*: it must be .* Change it or"):
             generate_windows(transitions, history_length=history_length)
 
     def test_too_few_users(self, transitions):
         assert [len(split) for split in generate_windows(transitions, num_users=10).values()] == [8, 1, 1]
-        with pytest.raises(ValueError, match="`num_users` must be at least 10.*got 9"):
+        with pytest.raises(ValueError, match="`num_users` is 9: it must be at least 10"):
             generate_windows(transitions, num_users=9)
 
 

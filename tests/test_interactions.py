@@ -111,7 +111,7 @@ class TestReadWindows:
 
     @pytest.mark.parametrize("fraction", [0, 1, -0.1, 10])
     def test_validation_fraction(self, fraction):
-        with pytest.raises(ValueError, match=f"validation_fraction must lie between 0 and 1, got {fraction}"):
+        with pytest.raises(ValueError, match=f"`validation_fraction` is {fraction}: it must lie between 0 and 1"):
             read_windows("anywhere", validation_fraction=fraction)
 
 
@@ -203,7 +203,7 @@ class TestReadInteractions:
         [([12.0, 13.0], "floating"), ([1, "a"], "mixed-integer"), ([True, False], "boolean"), ([b"a", b"b"], "bytes")],
     )
     def test_ids_of_other_kinds(self, ids, kind):
-        with pytest.raises(ValueError, match=rf"'item_id' has {kind} ids; .*astype\('int64'\)"):
+        with pytest.raises(ValueError, match=rf"'item_id' has {kind} ids: .*astype\('int64'\)"):
             read_interactions(make_log("aa", ids, [1, 2]))
 
     def test_categories_are_judged_by_their_values(self):
@@ -256,11 +256,11 @@ class TestKCore:
         if rows:
             assert list(k_core(log, k).itertuples(index=False, name=None)) == rows
         else:
-            with pytest.raises(ValueError, match=rf"k={k} leaves none of {len(log)} interactions; lower k"):
+            with pytest.raises(ValueError, match=rf"`k` = {k} leaves none of {len(log)} interactions: lower it"):
                 k_core(log, k)
 
     def test_k(self):
-        with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="`k` is 0: it must be at least 1"):
             k_core(make_log("a", "x", [1]), k=0)
 
 
@@ -298,7 +298,7 @@ class TestSlidingWindows:
 
     @pytest.mark.parametrize("window", [1, 0, -3])
     def test_window(self, window):
-        with pytest.raises(ValueError, match=f"window must be at least 2 .* got {window}"):
+        with pytest.raises(ValueError, match=f"`window` is {window}: it must be at least 2"):
             sliding_windows(make_log("aa", "xy", [1, 2]), window)
 
 
@@ -332,14 +332,14 @@ class TestSplitByTime:
         "fractions", [(0.8, 0.2), (0.8, 0.2, 0.0), (0.8, 0.3, -0.1), (0.8, 0.1, 0.2), (8, 1, 1), (0.8, np.nan, 0.1)]
     )
     def test_fractions(self, fractions):
-        with pytest.raises(ValueError, match="fractions must be 3 positive numbers that sum to 1, got"):
+        with pytest.raises(ValueError, match="`fractions` is .*: pass 3 positive numbers that sum to 1"):
             split_by_time(Dataset.from_dict({"timestamp": list(range(10))}), fractions)
 
     def test_empty_split_and_missing_column(self):
         # Cuts at 0.8 * 2 = 1.6 and 0.9 * 2 = 1.8 both round to 2.
         with pytest.raises(ValueError, match=r"2 windows leave \['validation', 'test'\] empty with .*'train': 0\.8"):
             split_by_time(Dataset.from_dict({"timestamp": [1, 2]}))
-        with pytest.raises(ValueError, match=r"windows has no column 'timestamp' but \['when'\]"):
+        with pytest.raises(ValueError, match=r"`windows` has no column 'timestamp' but \['when'\]"):
             split_by_time(Dataset.from_dict({"when": [1]}))
         with pytest.raises(ValueError, match="the windows: 'timestamp' must hold a number"):
             split_by_time(Dataset.from_dict({"timestamp": [1, None, 3]}))

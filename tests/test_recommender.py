@@ -190,7 +190,7 @@ def test_items_withdrawn_and_restored(folder, catalog, caplog):
     with pytest.raises(ValueError, match="`withdraw` and `restore` both hold 1 id.*'b3'"):
         updated.update(withdraw=["b3"], restore=["b3"])
     updated.update(withdraw=["b5"])
-    assert "1 items are written like one that is withdrawn, such as 'b6', and stay" in caplog.text
+    assert "1 items have the same text as a withdrawn one, such as 'b6', and remain" in caplog.text
     with pytest.raises(ValueError, match="`withdrawn` holds all 12 items"):
         updated.update(withdraw=catalog.ids)
 

@@ -151,13 +151,13 @@ def test_copies_and_pickles_hold_the_trie_and_nothing_derived():
     trie.find([[3]]), trie.depth, trie.items(2)
     meta = trie.to("meta")
     assert meta is trie.to("meta")
-    assert meta.to("cpu") is trie
+    assert meta.to("cpu") is trie.to("cpu:0") is trie
     assert Hasher.hash(trie) == before
     assert torch.equal(pickle.loads(pickle.dumps(trie)).edges, trie.edges)
 
 
 def test_nothing_to_load(tmp_path):
-    with pytest.raises(ValueError, match="holds no readable ItemTrie.*trie.safetensors is missing"):
+    with pytest.raises(ValueError, match="does not hold a readable trie.safetensors .*is missing"):
         ItemTrie.from_pretrained(tmp_path)
 
 
@@ -181,7 +181,7 @@ def test_damaged_files_are_an_error(tmp_path_factory, data):
     try:
         loaded = ItemTrie.from_pretrained(folder)
     except ValueError as error:
-        assert "holds no readable ItemTrie" in str(error)
+        assert "does not hold a readable trie.safetensors" in str(error)
     else:  # a flip may only touch how the header is written
         assert torch.equal(loaded.edges, trie.edges) and torch.equal(loaded.item_nodes, trie.item_nodes)
 
@@ -204,7 +204,7 @@ def test_arrays_of_an_adversary_are_a_trie_or_an_error(tmp_path_factory, sequenc
     try:
         loaded = ItemTrie.from_pretrained(folder)
     except ValueError as error:
-        assert "holds no readable ItemTrie" in str(error)
+        assert "does not hold a readable trie.safetensors" in str(error)
     else:
         paths = loaded.paths(loaded.item_nodes)
         sequences = [loaded.tokens(path[path >= 0]).tolist() for path in paths]

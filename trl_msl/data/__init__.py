@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Catalogue, interactions, prompts, rows, and the one object that holds what belongs together."""
+"""Catalogue, interactions, prompts, rows, and the task that holds together what must fit."""
 
 from .catalog import ItemCatalog
 from .fit_prompts import fit_prompts

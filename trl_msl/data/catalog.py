@@ -116,16 +116,16 @@ class ItemCatalog:
 
     @classmethod
     def from_dict(cls, items: Mapping[Any, str], **kwargs: Any) -> ItemCatalog:
-        """Catalogue from a mapping of id to text; `kwargs` as for [`ItemCatalog`]."""
+        """Catalogue from a mapping of ids to texts; `kwargs` as for [`ItemCatalog`]."""
         return cls(list(items.keys()), list(items.values()), **kwargs)
 
     @classmethod
     def from_json(cls, path: str | Path, **kwargs: Any) -> ItemCatalog:
-        """Catalogue from a JSON file that maps id to text; `kwargs` as for [`ItemCatalog`]."""
+        """Catalogue from a JSON file that maps ids to texts; `kwargs` as for [`ItemCatalog`]."""
         try:
             pairs = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=list)
         except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"`path` = {str(path)!r} is not a JSON file that can be read ({error}).") from error
+            raise ValueError(f"`path` = {str(path)!r} is not a readable JSON file ({error}).") from error
         if not (isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)):
             raise ValueError(f"`path` = {str(path)!r} must hold one JSON object that maps item ids to texts.")
         return cls([item for item, _ in pairs], [text for _, text in pairs], **kwargs)
@@ -142,7 +142,7 @@ class ItemCatalog:
 
     def extend(self, items: ItemCatalog) -> ItemCatalog:
         """
-        This catalogue with further items after its own, written by its own template.
+        This catalogue with further items after its own, written in its own template.
 
         Raises:
             `ValueError`: if an id is there already.
@@ -180,7 +180,7 @@ class ItemCatalog:
     # ------------------------------------------------------------------ items
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without derived values, so that `datasets` fingerprints a map by the catalogue alone
+        # Without derived values, so that the fingerprint of a `datasets` map depends on the catalogue alone
         derived = ("index_of_id", "completions", "counts")
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
@@ -202,7 +202,7 @@ class ItemCatalog:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """What was found: items, empty texts, items whose text an earlier one has, texts with HTML entities."""
+        """Numbers of items, empty texts, items that repeat an earlier item's text, and texts with HTML entities."""
         return {
             "items": len(self),
             "empty_texts": self._num_empty,
@@ -215,7 +215,7 @@ class ItemCatalog:
         Indices of items by id.
 
         Raises:
-            `ValueError`: if ids are not in the catalogue; it says how many and shows the first ones.
+            `ValueError`: if ids are not in the catalogue. The message has their number and the first ones.
         """
         if isinstance(ids, str):  # its characters could be ids
             raise ValueError(f"`ids` is the text {ids!r}: it must be a list of ids.")
@@ -224,7 +224,7 @@ class ItemCatalog:
         if unknown:
             raise ValueError(
                 f"`ids` holds {len(unknown)} id(s) of {len(ids)} that are not in the catalogue of {len(self)} items, "
-                f"such as {list(dict.fromkeys(unknown))[:5]}. Add these items or leave their interactions out."
+                f"such as {list(dict.fromkeys(unknown))[:5]}. Add these items, or leave these ids out."
             )
         return [self.index_of_id[item] for item in ids]
 
@@ -269,7 +269,7 @@ class ItemCatalog:
                 f"`texts`: {found}. Fix them, or pass empty_texts='id' to use the id as the text, or 'keep'."
             )
         logger.warning("%s (empty_texts=%r).", found, policy)
-        return texts if policy == "keep" else [text if text.strip() else i for i, text in zip(self.ids, texts)]
+        return texts if policy == "keep" else [text if text.strip() else item for item, text in zip(self.ids, texts)]
 
     def _report_duplicates(self, policy: str) -> None:
         count = self.counts["duplicate_texts"]

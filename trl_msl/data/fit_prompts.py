@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts shortened to the room there is, oldest item first."""
+"""Prompts shortened to fit, oldest item first."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fit_prompts(
         rows (`dict[str, list]`):
             `prompt`, and `history` where a prompt is to be shortened, as [`build_rows`] makes them.
         room (`Sequence[float]`):
-            Maximum number of tokens of each prompt, infinite for no limit.
+            Maximum number of tokens of each prompt; infinity for no limit.
         template ([`PromptTemplate`], *optional*):
             Template that the prompts were made with.
 
@@ -58,16 +58,16 @@ def supervised_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """
-    Token ids of prompts as by [`fit_prompts`], and their labels: the trie's nodes where an item of the history stands
-    that has one before it, the end node behind it, and -100 elsewhere.
+    Token ids of prompts as from [`fit_prompts`], and their labels: for each item of the history but the first, its
+    trie nodes at its tokens and its end node right after them; -100 elsewhere.
 
     Raises:
-        `ValueError`: as [`fit_prompts`], or if the template does not separate items or a history holds another text
-        than an item's.
+        `ValueError`: as [`fit_prompts`], or if the template does not separate items or a text in a history is not an
+            item.
     """
     if not template.separate_items:
         raise ValueError(
-            "`supervise_history` needs histories with the trie's tokens: pass a `prompt_template` with "
+            "`supervise_history` needs histories with the trie's tokens: use a `prompt_template` with "
             "`separate_items=True`, in training and wherever prompts are encoded."
         )
     layout = SeparateItems(tokenizer, template, rows, chat_template_kwargs)
@@ -81,33 +81,43 @@ def _fit(
     template: PromptTemplate | None,
     encode: Callable[[list[Prompt], list[list[str]] | None], list[list[int]]],
 ) -> list[list[int]]:
-    """Prompts encoded from their texts and histories, with fewer items until each has the room it needs."""
+    """Prompts encoded from their texts and histories, without the oldest items where that is needed to fit."""
     prompts = encode(rows["prompt"], rows.get("history"))
     too_long = [row for row in range(len(prompts)) if len(prompts[row]) > room[row]]
-    if too_long and (template is None or "history" not in rows):
+    if not too_long:
+        return prompts
+    if template is None or "history" not in rows:
         raise ValueError(
             f"`max_length`: {len(too_long)} of the {len(prompts)} rows read are too long and can't be shortened, "
             f"such as a prompt of {len(prompts[too_long[0]])} tokens where there is room for {room[too_long[0]]}. "
             "Raise it, or give rows a `history` column (see `build_rows`) and pass the `prompt_template`."
         )
     check_histories(rows, too_long, template)
-    num_shortened, dropped = len(too_long), 0
-    while too_long:  # one more item in each round
-        dropped += 1
-        stuck = [row for row in too_long if len(rows["history"][row]) <= dropped]
-        if stuck:
-            raise ValueError(
-                f"`max_length`: {len(stuck)} of the {len(prompts)} rows read are too long even with a single item of "
-                f"history, such as a prompt of {len(prompts[stuck[0]])} tokens where there is room for "
-                f"{room[stuck[0]]}. Raise it."
-            )
-        shorter = [rows["history"][row][dropped:] for row in too_long]
-        for row, prompt in zip(too_long, encode([template.render(history) for history in shorter], shorter)):
-            prompts[row] = prompt
-        too_long = [row for row in too_long if len(prompts[row]) > room[row]]
-    if num_shortened:
-        logger.warning(
-            "%d of %d prompts were too long for `max_length`: up to %d of their oldest history items were left out.",
-            num_shortened, len(prompts), dropped,
-        )  # fmt: skip
-    return prompts
+
+    def shorten(dropped: dict[int, int]) -> dict[int, list[int]]:
+        """Some rows' prompts without a number of their oldest items."""
+        histories = [rows["history"][row][number:] for row, number in dropped.items()]
+        return dict(zip(dropped, encode([template.render(history) for history in histories], histories)))
+
+    # Bisection between a number of dropped items that is too small and one that is enough: histories can be long
+    too_few = dict.fromkeys(too_long, 0)
+    enough = {row: len(rows["history"][row]) - 1 for row in too_long}
+    shortened = shorten(enough)
+    stuck = [row for row in too_long if len(shortened[row]) > room[row]]
+    if stuck:
+        raise ValueError(
+            f"`max_length`: {len(stuck)} of the {len(prompts)} rows read are too long even with a single item of "
+            f"history, such as a prompt of {len(shortened[stuck[0]])} tokens where there is room for "
+            f"{room[stuck[0]]}. Raise it."
+        )
+    while middle := {row: (too_few[row] + enough[row]) // 2 for row in too_long if enough[row] - too_few[row] > 1}:
+        for row, prompt in shorten(middle).items():
+            if len(prompt) <= room[row]:
+                enough[row], shortened[row] = middle[row], prompt
+            else:
+                too_few[row] = middle[row]
+    logger.warning(
+        "%d of %d prompts were too long for `max_length`: up to %d of their oldest history items were left out.",
+        len(too_long), len(prompts), max(enough.values()),
+    )  # fmt: skip
+    return [shortened.get(row, prompt) for row, prompt in enumerate(prompts)]

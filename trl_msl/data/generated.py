@@ -60,7 +60,7 @@ def generate_catalog(num_items: int = 150, seed: int = 0) -> dict[str, str]:
     rng = np.random.default_rng(seed)
     lengths = rng.permutation(np.resize(SERIES_LENGTHS, len(stems)))
     if not 1 <= num_items <= lengths.sum():
-        raise ValueError(f"`num_items` must be from 1 to {lengths.sum()}, all titles there are; got {num_items}.")
+        raise ValueError(f"`num_items` is {num_items}: it must be from 1 to {lengths.sum()}, the number of titles.")
     titles = []
     for stem, length in zip(rng.permutation(stems).tolist(), lengths):
         titles += [stem] + [f"{stem}: Book {volume}" for volume in range(2, length + 1)]
@@ -75,8 +75,8 @@ def generate_transitions(
 
     With probability `successor_mass` a reader moves on to one of `num_successors` likely items, whose weights are
     geometric, and otherwise to any item in proportion to its popularity (Zipf: `1 / popularity rank`). The likeliest
-    is the next volume of the series, if there is one, as the title tells. The others have to be memorised, but they
-    are drawn once per series, whichever of its volumes was read last.
+    is the next volume of the series, if there is one, which the title reveals. The others have to be memorised, but
+    are drawn once for all volumes of a series.
 
     Args:
         catalog (`dict[str, str]`):
@@ -89,17 +89,17 @@ def generate_transitions(
             Seed of the popularity and of the successors.
 
     Returns:
-        `np.ndarray` of shape `[num_items, num_items]` and dtype `float64`: Row `i` is the distribution of the item
-        that follows item `i`. Rows sum to 1, the diagonal is 0.
+        `numpy.ndarray` of shape `(num_items, num_items)`, float64: row `i` is the distribution of the item that
+        follows item `i`. Rows sum to 1, the diagonal is 0.
     """
     num_items = len(catalog)
     if not 1 <= num_successors < num_items:
         raise ValueError(
-            f"`num_successors` must be at least 1 and less than {num_items}, the number of items; got "
-            f"{num_successors}. Lower it or generate a larger catalogue."
+            f"`num_successors` is {num_successors}: it must be at least 1 and less than {num_items}, the number of "
+            "items. Change it or generate a larger catalogue."
         )
     if not 0.0 <= successor_mass < 1.0:
-        raise ValueError(f"`successor_mass` must be at least 0 and less than 1; got {successor_mass}. Change it.")
+        raise ValueError(f"`successor_mass` is {successor_mass}: it must be at least 0 and less than 1.")
     rng = np.random.default_rng(seed)
     popularity = 1.0 / (1.0 + rng.permutation(num_items))
 
@@ -128,7 +128,7 @@ def generate_windows(
     yet seen and renormalised. The first item is drawn from the mean of all rows.
 
     Args:
-        transitions (`np.ndarray` of shape `[num_items, num_items]`):
+        transitions (`numpy.ndarray` of shape `(num_items, num_items)`):
             Transition matrix, from [`generate_transitions`].
         num_users (`int`, *optional*, defaults to `5000`):
             Number of users, with one window each.
@@ -144,11 +144,11 @@ def generate_windows(
     shortest, longest = history_length
     if not 1 <= shortest <= longest < len(transitions):
         raise ValueError(
-            f"`history_length` must be (fewest, most) with 1 <= fewest <= most < {len(transitions)}, the number of "
-            f"items; got {history_length}. Shorten it or generate a larger catalogue."
+            f"`history_length` is {history_length}: it must be (fewest, most) with 1 <= fewest <= most < "
+            f"{len(transitions)}, the number of items. Change it or generate a larger catalogue."
         )
     if num_users < 10:
-        raise ValueError(f"`num_users` must be at least 10, or a split would be empty; got {num_users}. Raise it.")
+        raise ValueError(f"`num_users` is {num_users}: it must be at least 10, as a split would be empty otherwise.")
     rng = np.random.default_rng(seed)
     users = np.arange(num_users)
     unseen = np.ones((num_users, len(transitions)))
@@ -173,10 +173,10 @@ def best_possible(transitions: np.ndarray, windows: Dataset, ks: Sequence[int] =
     Metrics of the oracle: the ranking of all items by their true probability of coming next.
 
     Given a window's history, that probability is the row of its last item, without the items of the history, up to a
-    constant. No ranker has a higher expectation of these metrics; on a finite sample one may be luckier.
+    constant. No ranker's metrics have a higher expectation, but on a finite sample one may be luckier.
 
     Args:
-        transitions (`np.ndarray` of shape `[num_items, num_items]`):
+        transitions (`numpy.ndarray` of shape `(num_items, num_items)`):
             Transition matrix that the windows were generated from.
         windows (`Dataset`):
             A split of [`generate_windows`].

@@ -29,7 +29,7 @@ def read_windows(
     data_dir: str | Path, train_file: str = "train.csv", test_file: str = "test.csv", validation_fraction: float = 0.1
 ) -> DatasetDict:
     """
-    Reads CSV files of windows, whose `item_ids` are lists such as `"[12, 7, 31]"`: the format of the authors of MSL.
+    Read CSV files of windows, whose `item_ids` are lists such as `"[12, 7, 31]"`: the format of the authors of MSL.
     `train` and `validation` come sorted by timestamp (ties in file order), `test` in file order.
 
     Args:
@@ -43,7 +43,7 @@ def read_windows(
             Fraction of the train file, the last by time, that is held out for validation.
     """
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}; pass 0.1.")
+        raise ValueError(f"`validation_fraction` is {validation_fraction}: it must lie between 0 and 1, such as 0.1.")
     windows = _read_window_file(Path(data_dir) / train_file)
     splits = _cut_by_time(windows, {"train": 1 - validation_fraction, "validation": validation_fraction})
     return DatasetDict(splits, test=_read_window_file(Path(data_dir) / test_file))
@@ -53,7 +53,7 @@ def read_interactions(
     source: Source, user_column: str = "user_id", item_column: str = "item_id", timestamp_column: str = "timestamp"
 ) -> pd.DataFrame:
     """
-    Reads an interaction log, one row per interaction.
+    Read an interaction log, one row per interaction.
 
     Args:
         source (`str`, `Path`, [`~datasets.Dataset`] or `pandas.DataFrame`):
@@ -63,7 +63,8 @@ def read_interactions(
         item_column (`str`, *optional*, defaults to `"item_id"`):
             Column of item ids, strings or integers.
         timestamp_column (`str`, *optional*, defaults to `"timestamp"`):
-            Column of numbers (kept), or of datetimes or ISO 8601 strings (made seconds since 1970, UTC by default).
+            Column of numbers (kept), or of datetimes or ISO 8601 strings (converted to seconds since 1970, UTC by
+            default).
 
     Returns:
         `pandas.DataFrame` with `user_id` and `item_id` (strings) and `timestamp` (int64, or float64 if not all are
@@ -78,7 +79,7 @@ def read_interactions(
 
 def k_core(interactions: pd.DataFrame, k: int = 5) -> pd.DataFrame:
     """
-    Drops users and items with fewer than `k` interactions, again and again until none is left.
+    Drop users and items with fewer than `k` interactions, repeatedly until none is left.
 
     Args:
         interactions (`pandas.DataFrame`):
@@ -95,7 +96,7 @@ def k_core(interactions: pd.DataFrame, k: int = 5) -> pd.DataFrame:
     ```
     """
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}; pass for example 5.")
+        raise ValueError(f"`k` is {k}: it must be at least 1, such as 5.")
     interactions = read_interactions(interactions)
     codes = [pd.factorize(interactions[column])[0] for column in ("user_id", "item_id")]
     kept, num_before = np.ones(len(interactions), dtype=bool), None
@@ -108,13 +109,13 @@ def k_core(interactions: pd.DataFrame, k: int = 5) -> pd.DataFrame:
         logger.info("%d-core: %d of %d %s.", k, core[column].nunique(), interactions[column].nunique(), unit)
     logger.info("%d-core: %d of %d interactions.", k, len(core), len(interactions))
     if core.empty:
-        raise ValueError(f"k={k} leaves none of {len(interactions)} interactions; lower k or read a longer log.")
+        raise ValueError(f"`k` = {k} leaves none of {len(interactions)} interactions: lower it or read a longer log.")
     return core
 
 
 def sliding_windows(interactions: pd.DataFrame, window: int = 11) -> Dataset:
     """
-    Cuts each user's interactions into overlapping windows (MSL, https://arxiv.org/abs/2504.04178, Section 5.1), sorted
+    Cut each user's interactions into overlapping windows (MSL, https://arxiv.org/abs/2504.04178, Section 5.1), sorted
     by user and timestamp.
 
     A user with `n <= window` interactions gives one window of them all, a longer one `n - window + 1` full windows. A
@@ -135,7 +136,7 @@ def sliding_windows(interactions: pd.DataFrame, window: int = 11) -> Dataset:
     ```
     """
     if window < 2:
-        raise ValueError(f"window must be at least 2 (a history and the target), got {window}; MSL uses 11.")
+        raise ValueError(f"`window` is {window}: it must be at least 2, a history and the target. MSL uses 11.")
     interactions = read_interactions(interactions)
     codes, _ = pd.factorize(interactions["user_id"])  # sorted, so each user's rows are contiguous
     counts = np.bincount(codes)
@@ -144,7 +145,7 @@ def sliding_windows(interactions: pd.DataFrame, window: int = 11) -> Dataset:
     history = np.arange(len(codes)) - (np.cumsum(counts) - counts)[codes]  # how many of the user's rows come before
     targets = np.flatnonzero((history > 0) & (history >= np.minimum(window, counts[codes]) - 1))
     if len(targets) == 0:
-        raise ValueError(f"None of {len(counts)} users has 2 interactions, so there is no window; read a longer log.")
+        raise ValueError(f"None of {len(counts)} users has 2 interactions, so there is no window: read a longer log.")
     lengths = np.minimum(history[targets] + 1, window)
     ends = np.cumsum(lengths)
     rows = np.arange(ends[-1]) + np.repeat(targets + 1 - ends, lengths)  # each window's rows end at its target
@@ -156,18 +157,18 @@ def sliding_windows(interactions: pd.DataFrame, window: int = 11) -> Dataset:
 
 def split_by_time(windows: Dataset, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)) -> DatasetDict:
     """
-    Sorts windows by timestamp (ties keep their order) and cuts them into `train`, `validation` and `test`.
+    Sort windows by timestamp (ties keep their order) and cut them into `train`, `validation` and `test`.
 
     Args:
         windows ([`~datasets.Dataset`]):
             Windows as [`sliding_windows`] returns them.
         fractions (`tuple[float, float, float]`, *optional*, defaults to `(0.8, 0.1, 0.1)`):
-            Positive sizes of the three splits, which sum to 1.
+            Positive sizes of the three splits, summing to 1.
     """
     if len(fractions) != 3 or min(fractions) <= 0 or not abs(sum(fractions) - 1) < 1e-9:
-        raise ValueError(f"fractions must be 3 positive numbers that sum to 1, got {fractions}; pass (0.8, 0.1, 0.1).")
+        raise ValueError(f"`fractions` is {fractions}: pass 3 positive numbers that sum to 1, e.g. (0.8, 0.1, 0.1).")
     if "timestamp" not in windows.column_names:
-        raise ValueError(f"windows has no column 'timestamp' but {windows.column_names}; pass `sliding_windows(...)`.")
+        raise ValueError(f"`windows` has no column 'timestamp' but {windows.column_names}: use `sliding_windows`.")
     return _cut_by_time(windows, dict(zip(("train", "validation", "test"), fractions, strict=True)))
 
 
@@ -177,7 +178,7 @@ def _cut_by_time(windows: Dataset, fractions: dict[str, float]) -> DatasetDict:
     cuts = np.rint(np.cumsum(list(fractions.values())) * len(order)).astype(int)[:-1]
     splits = dict(zip(fractions, np.split(order, cuts), strict=True))
     if empty := [name for name, indices in splits.items() if len(indices) == 0]:
-        raise ValueError(f"{len(order)} windows leave {empty} empty with {fractions}; change either of the two.")
+        raise ValueError(f"{len(order)} windows leave {empty} empty with {fractions}: change either of the two.")
     return DatasetDict({name: windows.select(indices) for name, indices in splits.items()})
 
 
@@ -196,14 +197,14 @@ def _parse_items(cell: str, where: str) -> list[str]:
     ids = items if isinstance(items, list) and all(type(item) in (int, str) and item != "" for item in items) else []
     if len(ids) < 2 or not all(is_unicode(item) for item in ids if isinstance(item, str)):
         got = repr(cell) if len(repr(cell)) <= 200 else f"{cell[:200]!r}…"
-        raise ValueError(f"{where}: item_ids must be a list of at least 2 ids, like [12, 7], got {got}; repair it.")
+        raise ValueError(f"{where}: item_ids must be a list of at least 2 ids, like [12, 7], not {got}: fix it.")
     return [str(item) for item in ids]
 
 
 def read_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
     """
-    Returns the rows of `source`, as for [`read_interactions`], and its name for error messages. It has each of
-    `columns` once, and possibly others. Cells of a CSV file are strings as they are written, empty ones missing.
+    The rows of `source`, which is as for [`read_interactions`], and its name for error messages. The table has each of
+    `columns` once, and possibly others. Cells of a CSV file are strings as written, empty ones missing values.
     """
     name = str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"
     names = None
@@ -213,15 +214,15 @@ def read_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
         elif name.endswith(".parquet"):
             table = pq.read_table(name)
             table.validate(full=True)  # for example, whether texts are UTF-8
-            # Without what pandas notes of its types and its index: in files from elsewhere they can be anything
+            # Without pandas' notes on types and index: in files from elsewhere they can be anything
             table = table.select([column for column in table.column_names if not column.startswith("__index_level_")])
             table = table.to_pandas(ignore_metadata=True)
         elif name.endswith(".csv"):
-            # Only strings, so that ids keep leading zeros, and "NA" is an id: nothing but an empty cell is missing.
+            # Only strings, so that ids keep leading zeros, and "NA" is an id: only empty cells are missing
             table = pd.read_csv(name, dtype=str, keep_default_na=False, na_values=[""])
             if not isinstance(table.index, pd.RangeIndex):  # pandas has made an index of surplus cells
                 raise ValueError("its rows have more cells than its header; quote cells that hold commas")
-            # Read again, as pandas has renamed the second of two columns of a name
+            # Read again, as pandas has renamed the second of two columns with the same name
             names = pd.read_csv(name, dtype=str, keep_default_na=False, header=None, nrows=1).iloc[0].tolist()
         elif isinstance(source, str):
             table = load_dataset(name, split="train").to_pandas()
@@ -231,11 +232,11 @@ def read_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
         raise ValueError(f"{name} cannot be read: {error}. Check its path, type and format.") from error
     names = names or list(table.columns)
     if repeated := [column for column in columns if names.count(column) > 1]:
-        raise ValueError(f"{name} has the columns {repeated} more than once; rename or drop those not meant.")
+        raise ValueError(f"{name} has the columns {repeated} more than once: rename or drop those not meant.")
     if missing := [column for column in columns if column not in table.columns]:
-        raise ValueError(f"{name} lacks the columns {missing} and has {list(table.columns)}; name or rename them.")
+        raise ValueError(f"{name} lacks the columns {missing} and has {list(table.columns)}: name or rename them.")
     if table.empty:
-        raise ValueError(f"{name} has no rows; check how it was written.")
+        raise ValueError(f"{name} has no rows: check how it was written.")
     return table, name
 
 
@@ -244,7 +245,7 @@ def _ids_as_strings(column: pd.Series, name: str) -> pd.Series:
     _reject((column.isna() | (strings == "")).to_numpy(dtype=bool), column, name, "an id")
     kind = pd.api.types.infer_dtype(column.astype(object))  # as objects, so that categories are judged by their values
     if kind not in ("string", "integer"):  # not "floating": str(12.0) is another id than str(12)
-        raise ValueError(f"{name}: {column.name!r} has {kind} ids; make all strings or, by astype('int64'), integers.")
+        raise ValueError(f"{name}: {column.name!r} has {kind} ids: make all strings or, by astype('int64'), integers.")
     return strings
 
 
@@ -256,7 +257,7 @@ def _as_timestamps(column: pd.Series, name: str) -> np.ndarray:
         try:  # in microseconds, as nanoseconds reach only from 1677 to 2262
             numbers = (dates.dt.as_unit("us") - pd.Timestamp(0, tz="UTC").as_unit("us")).dt.total_seconds()
         except (ValueError, OverflowError) as error:
-            raise ValueError(f"{name}: {column.name!r} holds dates out of range ({error}); repair or drop.") from error
+            raise ValueError(f"{name}: {column.name!r} holds dates out of range ({error}): fix or drop.") from error
     floats = numbers.to_numpy(np.float64, na_value=np.nan)
     _reject(~np.isfinite(floats), column, name, "a number or an ISO 8601 date")
     exact = pd.api.types.is_signed_integer_dtype(numbers) or ((floats % 1 == 0) & (np.abs(floats) < 2**53)).all()
@@ -267,5 +268,5 @@ def _reject(invalid: np.ndarray, column: pd.Series, name: str, expected: str) ->
     if len(rows := np.flatnonzero(invalid)):
         raise ValueError(
             f"{name}: {column.name!r} must hold {expected}, but {len(rows)} of {len(column)} rows do not (the first: "
-            f"{rows[:5].tolist()}, with {repr(column.iloc[rows[0]])[:200]}); repair or drop them."
+            f"{rows[:5].tolist()}, with {repr(column.iloc[rows[0]])[:200]}): fix or drop them."
         )

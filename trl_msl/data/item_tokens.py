@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where item text becomes tokens, and never control tokens, whatever it contains."""
+"""Where item text becomes tokens, which are never control tokens, whatever the text contains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 _CONTENT = "\u2063item text\u2063"  # stands for the item where a chat template is rendered once for all items
-_CUT = "\ufdd0cut\ufdd0"  # where a text is cut before it is tokenised. Unicode reserves U+FDD0 for use within programs
+_CUT = "\ufdd0cut\ufdd0"  # where a text is cut before tokenisation. Unicode reserves U+FDD0 for use within programs
 
 
 def encode_items(
@@ -28,9 +28,8 @@ def encode_items(
     tokens that the chat template puts after the generation prompt (an empty think block, say), up to and including the
     token that ends the assistant's turn, which need not be the tokenizer's EOS.
 
-    Special tokens that are written out in an item's text are tokenised as text: see [`texts_with_special_tokens`].
-    Tokens that are added to stand for items, such as semantic ids, must therefore be added as ordinary ones, by
-    `tokenizer.add_tokens(...)`.
+    Special tokens spelled out in an item's text are tokenised as text: see [`texts_with_special_tokens`]. Tokens that
+    are added to represent items, such as semantic ids, must therefore be ordinary ones: `tokenizer.add_tokens(...)`.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -54,7 +53,7 @@ def encode_items(
         before, after, end_token = "", tokenizer.eos_token, tokenizer.eos_token_id
     sequences = encode_texts(tokenizer, [before + text + after for text in cut_special_tokens(tokenizer, completions)])
     for text, sequence in zip(completions, sequences):
-        # A tokenizer could still make the end token from a text, by normalising it for example
+        # A tokenizer could still turn text into the end token, by normalising it for example
         if sequence.count(end_token) != 1 or sequence[-1] != end_token:
             raise ValueError(
                 f"`completions`: the tokens of {text!r} must hold the end token {tokenizer.decode([end_token])!r} "
@@ -65,25 +64,25 @@ def encode_items(
 
 def texts_with_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
     """
-    Those of `texts` in which a special token, or another token that the chat template writes (such as `<think>`), is
-    written out. In items it is tokenised as text, so that no title can end an item or open a turn of a conversation.
+    The `texts` that spell out a special token, or another token that the chat template writes (such as `<think>`). In
+    items it is tokenised as text, so that no title can end an item or open a turn of a conversation.
     """
     return [text for text, cut in zip(texts, cut_special_tokens(tokenizer, texts)) if text != cut]
 
 
 def cut_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
     """
-    Texts with a mark within each special token that is written out in them, for [`encode_texts`] to cut there.
+    Texts with a mark within each special token that they spell out, for [`encode_texts`] to cut there.
 
-    A text that is cut, rather than tokenised with `split_special_tokens=True`, may stand within another one whose
-    special tokens are meant, and within a chat template. It holds for slow and fast tokenizers alike, and for tokens
-    that a chat template writes but the tokenizer does not call special. All other texts stay as they are.
+    Unlike one tokenised with `split_special_tokens=True`, a text that is cut may be part of another text whose special
+    tokens are meant, or of a chat template. This works for slow and fast tokenizers, and for tokens that a chat
+    template writes but the tokenizer does not call special. All other texts are unchanged.
     """
     template, joined = str(tokenizer.chat_template or ""), "\n".join(texts)
     added = tokenizer.added_tokens_decoder.values()
     tokens = {token.content for token in added if token.special or token.content in template}
     tokens.update(tokenizer.all_special_tokens)
-    # Not those of white space, which some tokenizers add for runs of blanks and templates write as ordinary text
+    # Not white space, which some tokenizers add as tokens for runs of blanks and templates write as ordinary text
     found = [re.escape(token) for token in tokens if token in joined and len(token) > 1 and not token.isspace()]
     if not found:
         return list(texts)
@@ -93,10 +92,10 @@ def cut_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str])
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], begin: bool = False) -> list[list[int]]:
     """
-    Token ids of texts, in parts where they are marked by [`cut_special_tokens`].
+    Token ids of texts, tokenised in parts where [`cut_special_tokens`] has marked them.
 
-    With `begin` they start with the special tokens that the tokenizer puts before a text (BOS), and do not end with
-    the EOS that some put after it.
+    With `begin` they start with the special tokens that the tokenizer puts before a text (BOS), but do not end with
+    the EOS that some tokenizers put after it.
     """
     if len(texts) == 0:
         return []
@@ -133,7 +132,7 @@ def _chat_turn(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[st
     found = [(after.index(text), text) for text in ends if text in after]
     if not found:
         raise ValueError(
-            f"`tokenizer.chat_template` ends a turn by {after!r}, which holds no special token to stop at."
+            f"`tokenizer.chat_template` ends a turn with {after!r}, which holds no special token to stop at."
         )
     place, end = min(found)
     return before, after[: place + len(end)], ends[end]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of a catalogue's items, which may come from anybody."""
+"""The file of a catalogue's items, which may come from anyone."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def read_items_file(folder: Path) -> tuple[list[str], list[str], str]:
     sizes in its metadata are false.
 
     Raises:
-        `ValueError`, `OSError` or `pyarrow.ArrowException`: if there are none that can be read.
+        `ValueError`, `OSError` or `pyarrow.ArrowException`: if the file can't be read.
     """
     path = folder / ITEMS_FILE
     check_regular(path)
     with pq.ParquetFile(path) as file:
         schema, metadata = file.schema_arrow, file.metadata
     if not all(schema.get_field_index(name) >= 0 and schema.field(name).type == pa.string() for name in _COLUMNS):
-        raise ValueError(f"it must have the columns {_COLUMNS}, both of them texts, but has {schema}")
+        raise ValueError(f"it must have the columns {_COLUMNS}, both strings, but has {schema}")
     if _TEMPLATE_KEY not in (schema.metadata or {}):
         raise ValueError("it has no template")
     size = path.stat().st_size
     limit = _MAX_SMALL + _MAX_RATIO * size
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     num_rows = sum(group.num_rows for group in groups)
-    if num_rows > size:  # no two ids are alike, so each takes a byte or more
+    if num_rows > size:  # ids are unique, so each takes at least a byte
         raise ValueError(f"it would unpack to {num_rows} rows, more than it has bytes")
     unpacked = sum(
         group.column(index).total_uncompressed_size for group in groups for index in range(group.num_columns)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which data a command reads, as options, and reading it."""
+"""The options that name a command's data, and reading that data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .prompts import PromptTemplate
 @dataclass
 class DataArguments:
     """
-    Arguments that say which data a command reads: a folder, or an interaction log and its items. Recipes generate
-    data where both are left out.
+    Arguments that name a command's data: a folder, or an interaction log and its items. Commands that
+    train or evaluate generate data if both are left out.
 
     Parameters:
         data_dir (`str`, *optional*):
@@ -107,20 +107,15 @@ class DataArguments:
 
 def read_data(args: DataArguments) -> tuple[ItemCatalog, DatasetDict]:
     """
-    The catalogue and the windows of interactions that `args` name, in splits: `train`, `validation` and `test`, which
-    follow each other in time. With `data_dir` the train file is `train` and `validation` together, all of both unless
+    The catalogue that `args` name, and their windows of interactions in splits that follow each other in time:
+    `train`, `validation` and `test`. With `data_dir`, `train` and `validation` together are the train file, unless
     `max_validation_users` is given.
 
     Raises:
-        `ValueError`: if they name none, or it can't be read.
+        `ValueError`: if no data is named, or it can't be read.
     """
-    policies = {
-        "template": args.item_template,
-        "empty_texts": args.empty_texts,
-        "html_entities": args.html_entities,
-    }
-    if args.item_text == "id":
-        policies["empty_texts"] = "keep"  # texts are not used
+    empty_texts = "keep" if args.item_text == "id" else args.empty_texts  # texts are not used
+    policies = {"template": args.item_template, "empty_texts": empty_texts, "html_entities": args.html_entities}
     if args.data_dir:
         catalog = ItemCatalog.from_json(f"{args.data_dir}/id2name4Rec.json", **policies)
         windows = read_windows(args.data_dir, train_file=args.train_file)

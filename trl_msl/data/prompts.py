@@ -26,13 +26,13 @@ class PromptTemplate:
         text (`str`):
             Prompt with `{history}` where the items go.
         separator (`str`, *optional*, defaults to `", "`):
-            Between two items of the history.
+            What stands between two items of the history.
         conversational (`bool`, *optional*, defaults to `False`):
             Whether the prompt is a user's message, to be put into the tokenizer's chat template.
         separate_items (`bool`, *optional*, defaults to `False`):
-            Whether each item of the history is tokenised by itself, so that it has the very tokens that it has as a
-            recommendation, whatever stands around it. `MSLConfig(supervise_history=True)` needs it. Rows then need a
-            `history`; and pass this template wherever their prompts are encoded, in training and in evaluation.
+            Whether each item of the history is tokenised by itself, so that it has the same tokens as a
+            recommendation of it, whatever surrounds it. `MSLConfig(supervise_history=True)` needs it. Rows then need a
+            `history`, and this template must be passed wherever their prompts are encoded.
 
     Example:
 
@@ -74,7 +74,7 @@ class PromptTemplate:
         )
 
     def render(self, history: Sequence[str]) -> Prompt:
-        """The prompt for a history of items as they are written, oldest first."""
+        """The prompt for a history of written items, oldest first."""
         before, after = self.text.split("{history}")
         text = before + self.separator.join(history) + after
         return [{"role": "user", "content": text}] if self.conversational else text
@@ -89,11 +89,11 @@ def encode_prompts(
     """
     Token ids of prompts, up to where the item begins.
 
-    A text gets the special tokens that the tokenizer puts before it (BOS), not an EOS after it; a list of messages is
+    A text gets the special tokens that the tokenizer puts before it (BOS), but no EOS after it. A list of messages is
     put into the chat template, generation prompt included.
 
-    Special tokens that are written out in a prompt become special tokens, as its author may mean them. But in prompts
-    made by `template` those in items, whose texts come from elsewhere, are tokenised as text.
+    Special tokens spelled out in a prompt become special tokens, as its author may mean them. In prompts made with
+    `template`, however, those in items, whose texts come from elsewhere, are tokenised as text.
     """
     if template is not None:
         prompts = _with_cut_items(tokenizer, prompts, template)
@@ -106,17 +106,17 @@ def encode_prompts(
 def _with_cut_items(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], template: PromptTemplate
 ) -> list[Prompt]:
-    """Prompts, those made by `template` with marks in their items: see [`cut_special_tokens`]."""
+    """Prompts, with marks in the items of those made with `template`: see [`cut_special_tokens`]."""
     before, after = template.text.split("{history}")
     histories = {}
     for place, prompt in enumerate(prompts):
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         if not isinstance(text, str):
             continue
-        # A prompt of another form is its author's own text
+        # A prompt of another form is not marked: all of it is its author's text
         if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
             history = text[len(before) : len(text) - len(after)]
-            # Without the separators, which may hold special tokens as the rest of the template
+            # Without the separators, which may hold special tokens like the rest of the template
             histories[place] = history.split(template.separator) if template.separator else [history]
     cut = iter(cut_special_tokens(tokenizer, list(chain.from_iterable(histories.values()))))
     prompts = list(prompts)

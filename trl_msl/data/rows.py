@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from trl import is_conversational
 
-from ..trie import ItemTrie
+from .fit_prompts import supervised_prompts
 from .task import RankingTask
 
 
@@ -71,14 +71,14 @@ def tokenize_rows(
             The items and the tokenizer. Rows longer than its `max_length` lose their oldest history items, never part
             of the title.
         labels (`str`, *optional*, defaults to `"nodes"`):
-            `"nodes"` for [`MSLTrainer`], or `"tokens"` for TRL's `SFTTrainer` on the very same tokens.
+            `"nodes"` for [`MSLTrainer`], or `"tokens"` for TRL's `SFTTrainer` on the same tokens.
         supervise_history (`bool`, *optional*, defaults to `False`):
-            Whether each item of the history but the first is a target, too, given the ones before it. Needs a
+            Whether each item of the history but the first is a target too, given the ones before it. Needs a
             prompt template with `separate_items`.
 
     Returns:
-        `dict` of `input_ids` and `labels` (`-100` on the prompt, or on its parts that are not items), lists of int.
-        Labels are of the token that *should* stand there: after an item of the history that is the end token.
+        `dict` of `input_ids` and `labels` (`-100` on the prompt, or on its parts that are not targets), lists of int.
+        A label is the token that *should* come: after an item of the history that is the end token.
 
     Raises:
         `ValueError`: if a completion is not an item of the catalogue, or a row is too long and can't be shortened.
@@ -100,7 +100,11 @@ def tokenize_rows(
     check_columns(batch)
     conversational = is_conversational({key: values[0] for key, values in batch.items()})
     texts = [completion_text(completion, conversational) for completion in batch["completion"]]
-    _check_form(conversational, task)
+    if conversational != task.conversational:
+        given, expected = ("conversational", "text") if conversational else ("text", "conversational")
+        raise ValueError(
+            f"`batch` holds {given} rows, but the task's prompt template makes {expected} rows: make rows with it."
+        )
     items, trie = task.encode_items(texts), task.trie.to("cpu")
     nodes = trie.find(items)
     if (nodes < 0).any():
@@ -112,19 +116,21 @@ def tokenize_rows(
     limit = float("inf") if task.max_length is None else task.max_length
     room = [limit - len(item) for item in items]
     if supervise_history:
-        prompts, targets = task.supervised_prompts(batch, room)
+        template, kwargs = task.prompt_template, task.chat_template_kwargs
+        prompts, targets = supervised_prompts(task.tokenizer, trie, batch, room, template, kwargs)
     else:
         prompts = task.fit_prompts(batch, room)
         targets = [[-100] * len(prompt) for prompt in prompts]
     for target, path, item in zip(targets, trie.paths(nodes).tolist(), items):
         target += path[: len(item)]
     if labels == "tokens":
-        targets = [_tokens(trie, target) for target in targets]
+        nodes = map(torch.tensor, targets)
+        targets = [row.where(row == -100, trie.tokens(row.clamp(min=0))).tolist() for row in nodes]
     return {"input_ids": [prompt + item for prompt, item in zip(prompts, items)], "labels": targets}
 
 
 def have_single_items(prompts: Iterable[list[int]], task: RankingTask) -> bool:
-    """Whether the histories of tokenised prompts hold one item or none, so that no item of theirs is a target."""
+    """Whether each of the tokenised prompts has a history of at most one item, so that no item in it is a target."""
     left = set(map(tuple, prompts))
     for start in range(0, len(task.catalog), 10_000):
         histories = [[], *([text] for text in task.catalog.completions[start : start + 10_000])]
@@ -135,29 +141,18 @@ def have_single_items(prompts: Iterable[list[int]], task: RankingTask) -> bool:
     return False
 
 
-def _tokens(trie: ItemTrie, labels: list[int]) -> list[int]:
-    nodes = torch.tensor(labels)
-    return torch.where(nodes == -100, nodes, trie.tokens(nodes.clamp(min=0))).tolist()
-
-
-def _check_form(conversational: bool, task: RankingTask) -> None:
-    if conversational != task.conversational:
-        kinds = "conversational rows", "text rows"
-        given, expected = kinds if conversational else kinds[::-1]
-        raise ValueError(f"`batch` holds {given}, but the task's prompt template makes {expected}: make rows with it.")
-
-
 def check_columns(batch: dict[str, list]) -> None:
-    """Raise where rows bring their own options of the chat template, which TRL's trainers would follow."""
+    """Raise a `ValueError` where rows have their own options of the chat template, which TRL's trainers follow."""
     for name in ("chat_template_kwargs", "tools"):
         if any(batch.get(name) or ()):
             raise ValueError(
-                f"`{name}` is a column of the rows, but all prompts are written alike, in training and in use: remove "
-                "it, and pass `chat_template_kwargs` to the `RankingTask`."
+                f"`{name}` is a column of the rows, but all prompts must be written in the same way, in training and "
+                "in use: remove it, and pass `chat_template_kwargs` to the `RankingTask`."
             )
 
 
 def completion_text(completion: Any, conversational: bool, argument: str = "completion") -> str:
+    """An item as it is written, from a completion of either form."""
     if not conversational:
         return completion
     if len(completion) != 1 or completion[0]["role"] != "assistant":

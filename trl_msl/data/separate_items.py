@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Histories whose items are tokenised one by one, so that each of them can be a target of training."""
+"""Histories whose items are tokenised one by one, so that each of them can be a training target."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class SeparateItems:
         chat_template_kwargs: dict[str, Any] | None,
     ):
         check_histories(rows, range(len(rows["prompt"])), template)
-        mark = "\u2063history\u2063"  # stands for the items where the prompt is rendered once for all rows
+        mark = "\u2063history\u2063"  # stands for the items, so that the prompt is rendered once for all rows
         prompt = template.render([mark])
         if template.conversational:
             prompt = render_chat(tokenizer, prompt, chat_template_kwargs)
         if prompt.count(mark) != 1:
             raise ValueError(
-                "`tokenizer.chat_template` writes a user's message not once, but "
-                f"{prompt.count(mark)} times: `separate_items` needs to know where it stands. Leave it out."
+                f"`tokenizer.chat_template` writes a user's message {prompt.count(mark)} times, but `separate_items` "
+                "needs it exactly once: leave `separate_items` out."
             )
         before, after = prompt.split(mark)
         # A text begins with what the tokenizer puts there (BOS), which a chat template writes itself
@@ -57,7 +57,7 @@ class SeparateItems:
         self._encoding = tokenizer, template.conversational, chat_template_kwargs
 
     def prompts(self, prompts: Sequence[Prompt], histories: Sequence[Sequence[str]]) -> list[list[int]]:
-        """Token ids of prompts by their histories alone, of items that the rows hold."""
+        """Token ids of prompts, from their histories alone. The rows must hold all items."""
         return [self._prompt(history) for history in histories]
 
     def _prompt(self, history: Sequence[str]) -> list[int]:
@@ -68,10 +68,10 @@ class SeparateItems:
 
     def labels(self, trie: ItemTrie, lengths: Sequence[int]) -> list[list[int]]:
         """
-        Labels of the rows' prompts, of `lengths` tokens as some may have been shortened: see [`supervised_prompts`].
+        Labels of the rows' prompts, which may have been shortened to `lengths` tokens: see [`supervised_prompts`].
 
         Raises:
-            `ValueError`: if a text of a history is not an item, or has other tokens there than as a recommendation.
+            `ValueError`: if a text in a history is not an item, or has other tokens there than as a recommendation.
         """
         nodes = self._nodes(trie)
         return [self._labels(history, length, nodes) for history, length in zip(self.histories, lengths)]
@@ -83,7 +83,7 @@ class SeparateItems:
             start = stop - len(self.items[text])
             if start == len(self.before):  # the oldest item, which follows from nothing
                 break
-            # Behind the item its end should stand. Without a token between items there is no place to say so
+            # The item's end belongs after it. Without a token between items there is no position for it
             path = nodes[text]
             labels[start : stop + min(gap, 1)] = path[: len(path) if gap else -1]
             stop, gap = start - len(self.separator), len(self.separator)
@@ -104,7 +104,7 @@ class SeparateItems:
             )
         nodes = {}
         for (text, ids), sequence, path in zip(self.items.items(), sequences, trie.to("cpu").paths(ends).tolist()):
-            start = len(sequence) - 1 - len(ids)  # behind what a chat template writes before an item
+            start = len(sequence) - 1 - len(ids)  # after what a chat template writes before an item
             if sequence[start:-1] != ids:
                 raise ValueError(
                     f"`supervise_history`: {text!r} has the tokens {ids} in a history, and {sequence} as a "

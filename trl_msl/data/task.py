@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that must fit together to train and to rank: catalogue, tokenizer, trie, prompt. Saved beside the model."""
+"""What must fit together to train and to rank: catalogue, tokenizer, trie, prompt. Saved beside the model."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..trie import ItemTrie
 from .catalog import ItemCatalog
-from .fit_prompts import fit_prompts, supervised_prompts
+from .fit_prompts import fit_prompts
 from .item_tokens import encode_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
 from .task_files import check_decoding, is_whole, read_task, tokenizer_fingerprint, unreadable, write_task
@@ -24,16 +25,15 @@ from .task_files import check_decoding, is_whole, read_task, tokenizer_fingerpri
 
 logger = logging.getLogger(__name__)
 
-# Memory grows with the square of an item's length. A title takes some ten tokens
-_MAX_ITEM_LENGTH = 4096
+_MAX_ITEM_LENGTH = 4096  # as memory grows with the square of an item's length. A title takes some ten tokens
 _MAX_COMPARED = 10_000
 
 
 @dataclass(frozen=True, eq=False)
 class RankingTask:
     """
-    What is ranked, and how a model is asked to: all that must fit together besides the model's weights. It is made and
-    checked once, passed to everything that trains, ranks or measures, and saved beside the model.
+    What is ranked and how a model is asked to rank it: all that must fit together besides the model's weights. It is
+    made and checked once, passed to everything that trains, ranks or evaluates, and saved beside the model.
 
     Args:
         catalog ([`ItemCatalog`]):
@@ -43,21 +43,22 @@ class RankingTask:
         prompt_template ([`PromptTemplate`]):
             How a history becomes a prompt.
         max_length (`int`, *optional*, defaults to `1024`):
-            Most tokens of a prompt and an item together; longer prompts lose their oldest items. `None` for no limit.
+            Maximum number of tokens of a prompt and an item together; longer prompts lose the oldest items of their
+            history. `None` for no limit.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template, e.g. `{"enable_thinking": False}`.
         decoding (`dict[str, Any]`, *optional*):
             Arguments of [`recommend`] that [`Recommender`] uses unless told otherwise: `mode` (`"exact"` or
             `"beam"`), `max_expansions`, `num_beams`, `normalize`, `length_penalty`.
         num_trained (`int`, *optional*):
-            The model was trained with the first `num_trained` items, and not with those after them. Defaults to all.
+            Number of items that the model was trained with, the first of the catalogue. Defaults to all.
         withdrawn (`frozenset[str]`, *optional*):
             Ids of items that histories may hold, but that are not to be recommended.
         trie ([`ItemTrie`], *optional*):
-            The items' trie, where it has been built already. It is built from the catalogue by default.
+            The items' trie, if it has been built already. By default it is built from the catalogue.
 
     Raises:
-        `ValueError`: if these do not fit together.
+        `ValueError`: if an argument is not valid, or they do not fit together.
 
     Example:
 
@@ -79,12 +80,16 @@ class RankingTask:
     trie: ItemTrie | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "tokenizer", getattr(self.tokenizer, "tokenizer", self.tokenizer))
-        for name, kind in (("catalog", ItemCatalog), ("prompt_template", PromptTemplate)):
+        object.__setattr__(self, "tokenizer", _tokenizer(self.tokenizer))
+        for name, kind in (("catalog", ItemCatalog), ("prompt_template", PromptTemplate), ("decoding", dict)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"`{name}` is a {type(getattr(self, name)).__name__}: pass a `{kind.__name__}`.")
-        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
-            raise ValueError(f"`tokenizer` is a {type(self.tokenizer).__name__}: pass the model's tokenizer.")
+        try:  # now, not when the task is saved after training
+            json.dumps({} if self.chat_template_kwargs is None else {**self.chat_template_kwargs})
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`chat_template_kwargs` is {self.chat_template_kwargs!r}: it must be a dictionary of JSON values."
+            ) from error
         if self.max_length is not None and not is_whole(self.max_length, 1, 1 << 31):
             raise ValueError(f"`max_length` is {self.max_length!r}: it must be a number of tokens, or `None`.")
         is_built = self.trie is None
@@ -104,9 +109,11 @@ class RankingTask:
         # Once, not in each request. Not a cached property, which would change how `datasets` fingerprints the task
         object.__setattr__(self, "_mean_item_length", int(lengths.double().mean()))
         check_decoding(self.decoding, len(self.catalog))
-        if self.num_trained is not None and not 0 < self.num_trained <= len(self.catalog):
-            raise ValueError(f"`num_trained` is {self.num_trained}, but there are {len(self.catalog)} items.")
-        # As the catalogue has them: the number 5 would not be found among its ids, and item "5" be recommended
+        if self.num_trained is not None and not is_whole(self.num_trained, 1, len(self.catalog)):
+            raise ValueError(
+                f"`num_trained` is {self.num_trained!r}: it must be from 1 to the {len(self.catalog)} items there are."
+            )
+        # As strings, like the catalogue's ids: else item "5" could be recommended though the number 5 is withdrawn
         object.__setattr__(self, "withdrawn", _ids("withdrawn", self.withdrawn))
         self.catalog.indices(self.withdrawn)
         if len(self.withdrawn) == len(self.catalog):
@@ -123,7 +130,7 @@ class RankingTask:
     # ------------------------------------------------------------------ tokens
 
     def _check_trie(self) -> None:
-        """Whether all items, or of many an even sample, stand in the trie where the tokenizer puts them."""
+        """Raise if the trie does not hold all items (of many: an even sample) in the tokenizer's tokens."""
         if len(self.catalog) == self.trie.num_items:
             sample = slice(None, None, -(-len(self.catalog) // _MAX_COMPARED))
             texts = self.catalog.completions[sample]
@@ -153,8 +160,8 @@ class RankingTask:
         if sequences and sequences[0][-1] != expected:
             end, expected = (self.tokenizer.decode([token]) for token in (sequences[0][-1], expected))
             raise ValueError(
-                f"`tokenizer` ends items with {end!r} now, and did with {expected!r} when the task was made: its "
-                "`eos_token` or chat template has been changed since. Make the `RankingTask` again."
+                f"`tokenizer` ends items with {end!r}, but with {expected!r} when the task was made: its `eos_token` "
+                "or chat template has been changed since. Make the `RankingTask` again."
             )
         return sequences
 
@@ -176,8 +183,8 @@ class RankingTask:
 
     def ranking_prompts(self, rows: dict[str, list]) -> list[list[int]]:
         """
-        Token ids of prompts to rank items for: those that leave no room for an item of average length within
-        `max_length` lose the oldest items of their history.
+        Token ids of prompts to rank items for. Prompts that leave no room within `max_length` for an item of average
+        length lose the oldest items of their history.
 
         Args:
             rows (`dict[str, list]`):
@@ -187,20 +194,13 @@ class RankingTask:
         room = [limit - self._mean_item_length] * len(rows["prompt"])
         return self.fit_prompts(rows, room)
 
-    def supervised_prompts(
-        self, rows: dict[str, list], room: Sequence[float]
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of the prompts of `rows`, and labels on the items of histories: see [`supervised_prompts`]."""
-        template, kwargs = self.prompt_template, self.chat_template_kwargs
-        return supervised_prompts(self.tokenizer, self.trie, rows, room, template, kwargs)
-
     # ------------------------------------------------------------------ storage
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
         Write the task into a folder, usually that of the model: `items.parquet`, `trie.safetensors`, and
         `recommender.json` with their checksums and the tokenizer's fingerprint. If writing fails, the old files stay.
-        The tokenizer itself is saved by the trainer and by [`Recommender`].
+        The tokenizer itself is saved by the trainers and by [`Recommender`].
         """
         write_task(Path(save_directory), vars(self), self.fingerprint())
 
@@ -212,14 +212,15 @@ class RankingTask:
         Args:
             save_directory (`str` or `Path`):
                 Its folder.
-            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-                Tokenizer to be used with it.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+                The model's tokenizer, or its processor.
 
         Raises:
             `ValueError`: if there is none, a file is damaged, or the tokenizer is not the one that it was made with.
         """
-        folder, tokenizer = Path(save_directory), getattr(tokenizer, "tokenizer", tokenizer)
+        folder = Path(save_directory)
         arguments, fingerprint = read_task(folder)
+        tokenizer = _tokenizer(tokenizer)
         try:
             found = tokenizer_fingerprint(tokenizer, **arguments)
         except Exception as error:  # a chat template is a program: it may fail in any way
@@ -230,7 +231,7 @@ class RankingTask:
         if found != fingerprint:
             raise ValueError(
                 f"`tokenizer` ({tokenizer.name_or_path!r}) writes other tokens than the one that "
-                f"{str(save_directory)!r} was made with: load the tokenizer that lies beside the model."
+                f"{str(save_directory)!r} was made with: load the tokenizer saved beside the model."
             )
         try:
             return cls(tokenizer=tokenizer, **arguments)
@@ -238,7 +239,7 @@ class RankingTask:
             raise unreadable(folder, error) from error
 
     def fingerprint(self) -> str:
-        """SHA-256 of what matters of the tokenizer here: see [`tokenizer_fingerprint`]."""
+        """SHA-256 of what the task depends on in the tokenizer: see [`tokenizer_fingerprint`]."""
         return tokenizer_fingerprint(**vars(self))
 
     # ------------------------------------------------------------------ a catalogue that changes
@@ -249,14 +250,14 @@ class RankingTask:
         """
         The task with items added and withdrawn, for the same model.
 
-        An item that is withdrawn keeps its place in the catalogue and the trie: histories may hold it, and the scores
-        and the order of the others stay. An item that is added shares the probability of the tokens before it, so
-        scores of the others fall; see [`RankingTask.shared_prefixes`] for what the model can know of it. An item that
-        is written like one withdrawn stays, with a warning.
+        A withdrawn item keeps its place in the catalogue and the trie: histories may hold it, and the other items'
+        scores and order do not change. An added item takes a share of the probability of the tokens before it, so
+        other scores fall; see [`RankingTask.shared_prefixes`] for what the model can know of it. An item with the same
+        text as a withdrawn one remains available, with a warning.
 
         Args:
             add ([`ItemCatalog`], *optional*):
-                New items. Their texts are written by the template of this task's catalogue.
+                New items. Their texts are written in the template of this task's catalogue.
             withdraw (`Iterable[str]`, *optional*):
                 Ids of items that are no longer to be recommended.
             restore (`Iterable[str]`, *optional*):
@@ -282,17 +283,17 @@ class RankingTask:
         twins = [item for item, leaf in zip(catalog.ids, leaves) if leaf in gone and item not in withdrawn]
         if twins:
             logger.warning(
-                "%d items are written like one that is withdrawn, such as %r, and stay.", len(twins), twins[0]
+                "%d items have the same text as a withdrawn one, such as %r, and remain.", len(twins), twins[0]
             )
         return updated
 
     def shared_prefixes(self) -> dict[str, int]:
         """
-        For each item that the model was not trained with, how many of its first tokens it shares with an item that it
-        was trained with, beyond those that all of these share (an opening quote, say).
+        For each item that the model was not trained with, how many of its first tokens it shares with some trained
+        item, beyond those that all trained items share (an opening quote, say).
 
-        With none in common the item starts by a token that the model has never been asked to choose: how it is ranked
-        then hangs on what the model knew of its title before.
+        An item that shares none starts with a token that the model has never been trained to choose: its rank then
+        depends on what the model knew of its title before.
         """
         num_trained = self.num_trained or len(self.catalog)
         trie = self.trie.to("cpu")
@@ -310,6 +311,14 @@ class RankingTask:
             paths = trie.paths(nodes)
             shared += ((paths >= 0) & is_trained[paths]).sum(dim=1).sub(num_common).clamp(min=0).tolist()
         return dict(zip(self.catalog.ids[num_trained:], shared))
+
+
+def _tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer, or that of a processor."""
+    found = getattr(tokenizer, "tokenizer", tokenizer)
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise ValueError(f"`tokenizer` is a {type(found).__name__}: pass the model's tokenizer.")
+    return found
 
 
 def _ids(argument: str, ids: Iterable[Any]) -> frozenset[str]:

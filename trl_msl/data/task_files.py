@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a task: written whole or not at all, and checked when they are read, as they may come from anybody."""
+"""The files of a task: written whole or not at all, and checked when read, as they may come from anyone."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ TASK_FILE = "recommender.json"
 TASK_FILES = [TASK_FILE, ITEMS_FILE, TRIE_FILE]
 _FORMAT = 3
 _SETTINGS = ("max_length", "chat_template_kwargs", "decoding", "num_trained")
-_DECODING = ("mode", "max_expansions", "num_beams", "normalize", "length_penalty")
 _PACKAGES = ("trl_msl", "trl", "transformers", "peft", "datasets", "torch", "marisa-trie")
 
 
 def write_task(folder: Path, arguments: dict[str, Any], fingerprint: str) -> None:
     """
-    Write the three files of a task, given as [`read_task`] returns it. All of them are written before any takes its
-    place, so that a full disk leaves the old ones; `recommender.json` comes last, and its checksums tell whether the
-    others belong to it.
+    Write the three files of a task, given by the `arguments` that [`read_task`] returns. All are written before any
+    replaces an old one, so that a full disk leaves the old ones. `recommender.json` comes last: its checksums tell
+    whether the others belong to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".task-") as name:
@@ -59,7 +58,7 @@ def write_task(folder: Path, arguments: dict[str, Any], fingerprint: str) -> Non
 
 def read_task(folder: Path) -> tuple[dict[str, Any], str]:
     """
-    Arguments of the [`RankingTask`] that `write_task` wrote, but for the tokenizer, and that tokenizer's fingerprint.
+    Arguments of the [`RankingTask`] that `write_task` wrote, all but the tokenizer, and the tokenizer's fingerprint.
 
     Raises:
         `ValueError`: if a file is missing, damaged, or does not belong to the others.
@@ -86,7 +85,7 @@ def read_task(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def unreadable(folder: Path, error: Exception) -> ValueError:
-    """The error that says so."""
+    """The error for a folder whose files are not those of a task."""
     return ValueError(
         f"`save_directory` = {str(folder)!r} does not hold a readable task ({error}). Save it again, with "
         "`Recommender.save_pretrained`, or train again."
@@ -94,7 +93,7 @@ def unreadable(folder: Path, error: Exception) -> ValueError:
 
 
 def _checksums(folder: Path) -> dict[str, str | None]:
-    """Of the items' file; the trie's holds its own, which is compared with its content when it is read."""
+    """Of the files beside `recommender.json`. The trie's file holds its own, which is checked when it is read."""
     check_regular(folder / ITEMS_FILE)
     with open(folder / ITEMS_FILE, "rb") as file:
         digest = hashlib.sha256()
@@ -104,7 +103,7 @@ def _checksums(folder: Path) -> dict[str, str | None]:
 
 
 def _check_types(content: Any) -> None:
-    """Raise where a file from elsewhere has other keys or types than `write_task` writes."""
+    """Raise a `ValueError` where a file has other keys or types than those that `write_task` writes."""
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         found = content.get("format") if isinstance(content, dict) else content
         raise ValueError(f"its format is {reprlib.repr(found)}, this version reads {_FORMAT}")
@@ -136,38 +135,35 @@ def tokenizer_fingerprint(
     **_: Any,  # what else a task holds
 ) -> str:
     """
-    SHA-256 of what matters of the tokenizer here: its vocabulary, and the tokens that it makes of up to 200 items and
-    of a prompt, which stand for its normalisation, merges, special tokens and chat template.
+    SHA-256 of what a task depends on in its tokenizer: the vocabulary, and the tokens of up to 200 items and of a
+    prompt, which stand for its normalisation, merges, special tokens and chat template.
     """
     items = catalog.completions[:: max(1, len(catalog) // 200)][:200]
     prompt = prompt_template.render(items[:5])
-    made = {
+    content = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "items": encode_items(tokenizer, items, prompt_template.conversational, chat_template_kwargs),
         "prompt": encode_prompts(tokenizer, [prompt], chat_template_kwargs),
     }
-    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def check_decoding(decoding: dict[str, Any], num_items: int) -> None:
-    """Raise a `ValueError` for what [`recommend`] does not take, or what would take memory without bound."""
-    if unknown := decoding.keys() - set(_DECODING):
-        raise ValueError(f"`decoding` has {sorted(unknown)}: it may have {', '.join(_DECODING)}.")
-    penalty = decoding.get("length_penalty", 0.0)
-    is_valid = {
-        "mode": decoding.get("mode", "exact") in ("exact", "beam"),  # `generate` can't leave a history out
-        "normalize": decoding.get("normalize", "trie") in ("trie", "vocab"),
-        "num_beams": decoding.get("num_beams") is None or is_whole(decoding["num_beams"], 1, num_items),
-        "max_expansions": is_whole(decoding.get("max_expansions", 1), 1, 1 << 31),
-        "length_penalty": isinstance(penalty, int | float) and abs(penalty) <= 10,
-    }
+    """Raise a `ValueError` for what [`recommend`] does not accept, or would take unbounded memory for."""
     is_beam = decoding.get("mode") == "beam"
-    for name in ("max_expansions",) if is_beam else ("num_beams", "normalize", "length_penalty"):
-        is_valid[name] = is_valid[name] and name not in decoding
-    for name, is_fine in is_valid.items():
-        if not is_fine:
+    is_valid = {
+        "mode": lambda value: value in ("exact", "beam"),  # `generate` can't leave a history out
+        "max_expansions": lambda value: not is_beam and is_whole(value, 1, 1 << 31),
+        "num_beams": lambda value: is_beam and (value is None or is_whole(value, 1, num_items)),
+        "normalize": lambda value: is_beam and value in ("trie", "vocab"),
+        "length_penalty": lambda value: is_beam and isinstance(value, int | float) and abs(value) <= 10,
+    }
+    if unknown := decoding.keys() - is_valid.keys():
+        raise ValueError(f"`decoding` has {sorted(unknown)}: it may have {', '.join(is_valid)}.")
+    for name, value in decoding.items():
+        if not is_valid[name](value):
             raise ValueError(
-                f"`decoding` has {reprlib.repr(decoding[name])} as {name!r}: pass what `recommend` takes with mode "
+                f"`decoding` has {reprlib.repr(value)} as {name!r}: pass what `recommend` accepts with mode "
                 f"'exact' or 'beam', and no more beams than the {num_items} items."
             )
 

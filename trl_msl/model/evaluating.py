@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 
 _lock = threading.Lock()
-_num_uses: dict[nn.Module, int] = {}  # of the modules that are back in training mode after the last of them
+_num_uses: dict[nn.Module, int] = {}  # of each module that returns to training mode after the last of its uses
 
 
 @contextlib.contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """
-    Evaluation mode without gradients; each module's own mode afterwards. Threads may use a model, or parts of it, at
-    the same time: a module is in evaluation mode until the last of them is done.
+    Evaluation mode without gradients; afterwards each module's own mode. Several threads may use a model, or parts of
+    it, at once: a module stays in evaluation mode until the last of them is done.
     """
     with _lock:
         switched = [module for module in model.modules() if module.training or module in _num_uses]

@@ -25,14 +25,14 @@ CAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """
-    The part of a causal language model, not PEFT-wrapped, that returns the hidden states which the LM head projects.
+    The part of a causal language model, not PEFT-wrapped, that returns the hidden states for the LM head.
 
     Raises:
-        `ValueError`: if the model does not keep it in a module of its own.
+        `ValueError`: if it is not a module of its own.
     """
     if model.base_model is not model:
         return model.base_model
-    # Llama 4 and Mllama name their text model otherwise than `base_model_prefix` has it
+    # The text models of Llama 4 and Mllama are not named as their `base_model_prefix` says
     found = [module for module in model.children() if isinstance(module, PreTrainedModel)]
     if len(found) != 1:
         raise ValueError(
@@ -45,8 +45,8 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 def head_projection(model: PreTrainedModel) -> functools.partial:
     """
     The model's LM head as a function of `hidden` states, `(positions, hidden_size)`, and of the `rows` of the head to
-    project them onto; it returns the logits in fp32, on the head's device, scaled and softcapped as the model's own
-    forward does.
+    project them onto. It returns logits in fp32, on the head's device, scaled and softcapped as in the model's own
+    forward.
     """
     text_config = model.config.get_text_config()
     head = model.get_output_embeddings()
@@ -59,7 +59,7 @@ def head_projection(model: PreTrainedModel) -> functools.partial:
 
 
 def _gather(parameter: DTensor) -> Tensor:
-    """The whole of a sharded parameter. Its gradient is averaged over ranks, as FSDP does for what it gathers."""
+    """The whole of a sharded parameter. Its gradient is averaged over ranks, as FSDP does when it gathers itself."""
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
@@ -93,10 +93,9 @@ def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
     Raise a `ValueError` where [`head_projection`] does not give the model's own logits of `trie`'s tokens.
 
     The model's own logits are those that its class computes from made-up hidden states. The backbone is neither run
-    nor changed, so this is cheap, and works for a backbone that is quantised, split over devices, or can't run on the
-    device that it is on now. The comparison is skipped where the head's weights are not at hand: on the meta device,
-    and where only the model's own forward gathers them (FSDP2, an engine of ZeRO-3). Under ZeRO-3 all processes must
-    call this.
+    nor changed, so this is cheap, and works for a backbone that is quantised, split over devices, or can't run on its
+    current device. The comparison is skipped where the head's weights are not available: on the meta device, and where
+    only the model's own forward gathers them (FSDP2, an engine of ZeRO-3). Under ZeRO-3 all processes must call this.
     """
     model = model.get_base_model() if is_peft_model(model) else model
     head = model.get_output_embeddings()
@@ -134,9 +133,7 @@ def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
 def _check_logits(model: PreTrainedModel, tokens: Tensor) -> None:
     """Raise a `ValueError` where [`head_projection`] gives other logits of `tokens` than the model's own forward."""
     name = type(model).__name__
-    remedy = (
-        "train it with TRL's `SFTTrainer` and decode with `recommend(..., mode='generate')`, or take another model."
-    )
+    remedy = "train it with `SFTTrainer` and decode with `recommend(..., mode='generate')`, or use another model."
     body = backbone(model)
     inside = {id(parameter) for parameter in body.parameters()}
     project = head_projection(model)
@@ -147,7 +144,7 @@ def _check_logits(model: PreTrainedModel, tokens: Tensor) -> None:
             tokens = tokens.to(weight.device)
             states = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
             states = states.to(weight)
-            # Scaled to logits of up to 1, 2, 4, ..., 128, since a cap shows in large logits only
+            # Scaled to logits of up to 1, 2, 4, ..., 128, since only large logits reveal a cap
             largest = (states.float() @ weight[tokens].float().T).abs().amax(dim=1).clamp(min=1e-4)
             states = states * (2.0 ** torch.arange(8, device=weight.device) / largest).to(states).unsqueeze(1)
             expected = project(states, rows=tokens)
@@ -156,13 +153,13 @@ def _check_logits(model: PreTrainedModel, tokens: Tensor) -> None:
         raise
     except Exception as exception:
         raise ValueError(
-            f"`model`, a {name}, can't be checked for what its logits are computed from ({exception!r}): {remedy}"
+            f"`model`, a {name}, does not allow a check of how it computes its logits ({exception!r}): {remedy}"
         ) from exception
     relative = (error / expected.abs().amax(dim=1)).max().item()
     if relative > 8 * torch.finfo(torch.bfloat16).eps:  # a model in fp32 may be called under autocast
         raise ValueError(
             f"`model`, a {name}, computes its logits from more than its LM head's weight, bias, scale and cap, so "
-            f"picking rows would give wrong ones (off by up to {relative:.0%}): {remedy}"
+            f"picking rows would give wrong logits (off by up to {relative:.0%}): {remedy}"
         )
 
 
@@ -174,15 +171,15 @@ class _HiddenStates(BaseModelOutput):
 
 
 def _own_logits(model: PreTrainedModel, body: PreTrainedModel, states: Tensor) -> Tensor:
-    """Logits that the model's class makes of hidden `states`, `(positions, hidden_size)`; the model stays as it is."""
+    """The model's own logits of hidden `states`, `(positions, hidden_size)`. The model is not changed."""
     input_ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
 
     def forward(*args, **kwargs) -> _HiddenStates:
         if not any(value is input_ids for value in (*args, *kwargs.values())):
-            raise ValueError("its forward passes something else than `input_ids` to the backbone")
+            raise ValueError("its forward does not pass `input_ids` to the backbone")
         return _HiddenStates(last_hidden_state=states[None])
 
-    # Shallow copies, as another thread may use the model. Some families call the decoder in their backbone, e.g. OPT
+    # Shallow copies, as another thread may use the model. Some families, e.g. OPT, call the decoder in their backbone
     replaced: dict[nn.Module, nn.Module] = {}
     for module in (body, *(child for child in body.children() if isinstance(child, PreTrainedModel))):
         replaced[module] = copy.copy(module)

@@ -17,7 +17,7 @@ class TreeCache:
     Key-value cache of a batch of prompts and of the trie nodes that have been visited below each of them.
 
     A user's nodes are stored in the order in which they were appended. The attention mask and the position ids let
-    each token see the prompt and its own ancestors only, so the cache holds a tree that is never reordered.
+    each token see only the prompt and its own ancestors, so the cache holds a tree and never needs reordering.
 
     Args:
         backbone ([`~transformers.PreTrainedModel`]):
@@ -27,11 +27,11 @@ class TreeCache:
         prompts (`list[list[int]]`):
             Token ids of each user's prompt.
         prefix (`tuple[DynamicCache, int]`, *optional*):
-            Cache and number of the tokens that all prompts begin with, from [`prefill_prefix`].
+            Cache and number of the tokens that all prompts start with, from [`prefill_prefix`].
 
     Attributes:
         root_hidden (`torch.Tensor` of shape `(num_users, 1 + chain_length, hidden_size)`):
-            Hidden states of each prompt's last token and of the tokens that all items begin with.
+            Hidden states of each prompt's last token and of the tokens that all items start with.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TreeCache:
         column = torch.arange(longest, device=device)
         is_token = torch.nn.functional.pad(column >= padding[:, None], (shared, 0), value=True)
         causal = torch.arange(shared + longest, device=device) <= shared + column[:, None]
-        # Padding sees at least itself, as the softmax of a row that sees nothing is NaN
+        # Padding sees at least itself, as the softmax over nothing is NaN
         itself = torch.arange(shared + longest, device=device) == shared + column[:, None]
         visible = causal & is_token[:, None, :] | itself
         positions = (shared + column - padding[:, None]).clamp(min=0)
@@ -128,7 +128,7 @@ class TreeCache:
 
 
 def prefill_prefix(backbone: PreTrainedModel, tokens: list[int], device: torch.device) -> tuple[DynamicCache, int]:
-    """Run the tokens that all prompts begin with through the model, once for all batches."""
+    """Run the tokens that all prompts start with through the model, once for all batches."""
     cache = DynamicCache()
     if tokens:
         positions = torch.arange(len(tokens), device=device)
@@ -162,4 +162,4 @@ def forward(
     output = backbone(
         input_ids=input_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
     )
-    return output.last_hidden_state.to(input_ids.device)  # with `device_map` it ends on another one
+    return output.last_hidden_state.to(input_ids.device)  # with `device_map` it may end on another one

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which models can run a tree of tokens in one forward pass: a small one is tried."""
+"""Which models can run a tree of tokens in one forward pass, found by trying a small one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_length(backbone: PreTrainedModel, prompt_length: int, item_length: int
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:
-    """Number of tokens that some layer of the model sees at most, if there is a limit."""
+    """The smallest window of any layer, in tokens; `None` if no layer has one."""
     layer_types = getattr(config, "layer_types", None)
     windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
     if layer_types is None and getattr(config, "use_sliding_window", True):
@@ -56,7 +56,7 @@ def check_whole(model: PreTrainedModel) -> None:
     if is_sharded(model):
         raise ValueError(
             f"`model`, a {type(model).__name__}, is sharded over processes, each of which decodes at its own pace: "
-            "save it and decode with the whole model (`recipes/evaluate.py`)."
+            "save it and decode with the whole model (`trl-msl evaluate`)."
         )
 
 
@@ -69,18 +69,18 @@ def check_tree_attention(model: PreTrainedModel) -> None:
             Causal language model, not PEFT-wrapped, that has passed [`check_head`].
 
     Raises:
-        `ValueError`: if they differ, or the model can't do it at all.
+        `ValueError`: if they differ, or the model can't run a tree at all.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
-            f"`model` uses {config._attn_implementation!r} attention, which takes no mask of a tree: call "
+            f"`model` uses {config._attn_implementation!r} attention, which does not accept a tree mask: call "
             f"`model.set_attn_implementation('sdpa')` if the model allows it, or {USE_GENERATE}."
         )
     check_whole(model)
-    # GPT-Neo counts slots of the cache as if they were positions
+    # GPT-Neo treats slots of the cache as positions
     if "local" in getattr(config, "attention_layers", []):
-        raise ValueError(f"`model`, a {name}, has local attention, which takes no mask of a tree: {USE_GENERATE}.")
+        raise ValueError(f"`model`, a {name}, has local attention, which can't use a tree mask: {USE_GENERATE}.")
     try:
         error = _compare_tree(model)
     except torch.OutOfMemoryError:
@@ -98,8 +98,7 @@ def check_tree_attention(model: PreTrainedModel) -> None:
 
 def _compare_tree(model: PreTrainedModel) -> float:
     """
-    How far the logits at the ends of a tree's paths are from those after the paths alone, beyond what rounding
-    explains.
+    How far the logits at the ends of a tree's paths differ from those after the paths alone, beyond rounding errors.
     """
     body, project, device = backbone(model), head_projection(model), model.device
     vocab_size = model.get_output_embeddings().weight.shape[0]

@@ -66,22 +66,11 @@ def _build_edges(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> tu
 
     Items stay sorted by their node from level to level, so that only those that still share a node with another item
     need sorting by their next token: after a few tokens most items are alone in their branch.
-
-    Args:
-        tokens (`numpy.ndarray` of shape `(total,)`, int64):
-            Tokens of all sequences in a row.
-        lengths (`numpy.ndarray` of shape `(num_items,)`, int64):
-            Length of each sequence, not 0.
-        vocab_size (`int`):
-            Number of token ids.
-
-    Returns:
-        `edges` (int64) and `item_nodes` (int32), as [`ItemTrie`] has them.
     """
     starts = np.cumsum(lengths) - lengths
     item_nodes = np.zeros(len(lengths), dtype=np.int32)
-    items = np.arange(len(lengths))  # those not ended yet, sorted by node
-    nodes = np.zeros(len(lengths), dtype=np.int64)  # and the node of each
+    items = np.arange(len(lengths))  # those that have not ended yet, sorted by node
+    nodes = np.zeros(len(lengths), dtype=np.int64)  # the node of each of them
     levels = [np.array([-1], dtype=np.int64)]
     num_nodes = 1
     for depth in range(int(lengths.max())):
@@ -103,21 +92,16 @@ def _build_edges(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> tu
     return np.concatenate(levels), item_nodes
 
 
-def find_first_children(edges: np.ndarray, vocab_size: int) -> np.ndarray:
-    """First child of each node, and the number of nodes, int32 of shape `(num_nodes + 1,)`."""
-    return np.searchsorted(edges, np.arange(len(edges) + 1, dtype=np.int64) * vocab_size).astype(np.int32)
-
-
 # ---------------------------------------------------------------------- storage
 
 
 def write_arrays(folder: Path, edges: np.ndarray, item_nodes: np.ndarray, vocab_size: int) -> None:
     """
-    Write a trie into one safetensors file, with a checksum of its content: four bytes a node and four an item.
+    Write a trie to a safetensors file, with a checksum of its content: four bytes for each node and each item.
 
-    As nodes stand in breadth-first order, a node's token and two bits, whether it has a child and whether it is its
-    parent's first, say it all. A marisa-trie would be half as large, but its reader trusts what it reads: of 500 files
-    with a few bits flipped 20 crashed the interpreter and 3 hung it.
+    As nodes are in breadth-first order, a node's token and two bits, whether it has a child and whether it is its
+    parent's first, are enough to restore it. A marisa-trie would be half as large, but its reader trusts what it
+    reads: of 500 files with a few bits flipped, 20 crashed the interpreter and 3 hung it.
     """
     parents, tokens = edges // vocab_size, edges % vocab_size
     tokens[0] = 0
@@ -132,31 +116,28 @@ def write_arrays(folder: Path, edges: np.ndarray, item_nodes: np.ndarray, vocab_
 
 def read_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
     """
-    `edges`, `item_nodes` and `vocab_size` of a trie that `write_arrays` wrote. It takes memory in proportion to the
-    file, and what it returns is a trie, whoever wrote the file.
+    `edges`, `item_nodes` and `vocab_size` of a trie that `write_arrays` wrote. Memory stays in proportion to the file,
+    and what is returned is a trie, whoever wrote the file.
 
     Raises:
-        `ValueError`: if the file is missing, damaged, or does not hold a trie.
+        `OSError`, `KeyError`, `TypeError`, `ValueError` or `SafetensorError`: if the file does not hold a trie.
     """
-    try:
-        check_regular(folder / TRIE_FILE)
-        with safe_open(folder / TRIE_FILE, framework="numpy") as file:
-            header = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in ("nodes", "item_nodes")}
-        if header.get("format") != str(_FORMAT):
-            raise ValueError(f"its format is {header.get('format')}, this version reads {_FORMAT}")
-        vocab_size = int(header["vocab_size"])
-        if header.get("sha256") != _checksum(arrays, vocab_size):
-            raise ValueError("its checksum differs")
-        edges = _unpack(arrays["nodes"], vocab_size)
-        _check_items(arrays["nodes"], arrays["item_nodes"])
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{TRIE_FILE} is missing, damaged or not a trie: {error}") from error
+    check_regular(folder / TRIE_FILE)
+    with safe_open(folder / TRIE_FILE, framework="numpy") as file:
+        header = file.metadata() or {}
+        arrays = {name: file.get_tensor(name) for name in ("nodes", "item_nodes")}
+    if header.get("format") != str(_FORMAT):
+        raise ValueError(f"its format is {header.get('format')}, this version reads {_FORMAT}")
+    vocab_size = int(header["vocab_size"])
+    if header.get("sha256") != _checksum(arrays, vocab_size):
+        raise ValueError("its checksum differs")
+    edges = _unpack(arrays["nodes"], vocab_size)
+    _check_items(arrays["nodes"], arrays["item_nodes"])
     return edges, arrays["item_nodes"], vocab_size
 
 
 def read_checksum(folder: Path) -> str | None:
-    """The checksum that a trie's file holds of its own content; `read_arrays` compares the two."""
+    """The checksum in a trie's file, of its content; `read_arrays` compares the two."""
     check_regular(folder / TRIE_FILE)
     try:
         with safe_open(folder / TRIE_FILE, framework="numpy") as file:
@@ -167,7 +148,7 @@ def read_checksum(folder: Path) -> str | None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to be written, which takes its place once it is whole and is removed otherwise."""
+    """A temporary file beside `path`, which replaces it once written and is removed if writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -184,7 +165,7 @@ def check_regular(path: Path) -> None:
 
 
 def _unpack(nodes: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Edges of packed nodes, which may come from anywhere."""
+    """Edges of packed nodes, which may come from anyone."""
     if nodes.dtype != np.uint32 or nodes.ndim != 1 or not 2 <= len(nodes) < 2**31:
         raise ValueError(f"`nodes` is {nodes.dtype}{list(nodes.shape)}")
     if not 0 < vocab_size <= MAX_TOKEN + 1:
@@ -210,7 +191,7 @@ def _check_items(nodes: np.ndarray, item_nodes: np.ndarray) -> None:
     is_end = np.zeros(len(nodes), dtype=bool)
     is_end[item_nodes] = True
     if not (is_end | (nodes & _HAS_CHILD > 0)).all():
-        raise ValueError("no item ends at some leaf")
+        raise ValueError("some leaf is not the end of any item")
 
 
 def _checksum(arrays: dict[str, np.ndarray], vocab_size: int) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from .arrays import build_arrays, find_first_children, flatten_sequences, read_arrays, write_arrays
+from .arrays import TRIE_FILE, build_arrays, flatten_sequences, read_arrays, write_arrays
 from .ragged import ragged_arange
 from .sequence_index import SequenceIndex
 
@@ -74,10 +75,10 @@ class ItemTrie:
 
     @classmethod
     def _from_arrays(cls, edges: np.ndarray, item_nodes: np.ndarray, vocab_size: int) -> ItemTrie:
-        first_child = find_first_children(edges, vocab_size)
-        return cls(torch.from_numpy(first_child), torch.from_numpy(edges), torch.from_numpy(item_nodes), vocab_size)
+        first_child = np.searchsorted(edges, np.arange(len(edges) + 1, dtype=np.int64) * vocab_size).astype(np.int32)
+        return cls(*map(torch.from_numpy, (first_child, edges, item_nodes)), vocab_size)
 
-    # ------------------------------------------------------------------ size and place
+    # ------------------------------------------------------------------ size and device
 
     @property
     def num_nodes(self) -> int:
@@ -91,21 +92,17 @@ class ItemTrie:
     def device(self) -> torch.device:
         return self.edges.device
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the arrays in bytes."""
-        return sum(a.element_size() * a.numel() for a in (self.first_child, self.edges, self.item_nodes))
-
     def __repr__(self) -> str:
         return f"ItemTrie(num_items={self.num_items}, num_nodes={self.num_nodes}, vocab_size={self.vocab_size})"
 
     def to(self, device: torch.device | str) -> ItemTrie:
-        """The same trie with its arrays on `device`. Copies are kept, so asking again costs nothing."""
+        """The same trie with its arrays on `device`. Copies are kept, so a second call costs nothing."""
         device = torch.device(device)
         if device not in self._copies:
             copy = ItemTrie(*(a.to(device) for a in (self.first_child, self.edges, self.item_nodes)), self.vocab_size)
             copy._copies = self._copies
-            self._copies.setdefault(device, copy)  # another thread may have been first
+            # "cuda" is "cuda:0"; and another thread may have been first
+            self._copies[device] = self._copies.setdefault(copy.device, copy)
         return self._copies[device]
 
     # ------------------------------------------------------------------ nodes (int tensors of any shape)
@@ -161,7 +158,7 @@ class ItemTrie:
 
     def reached(self, tokens: Tensor) -> Tensor:
         """
-        Node that each sequence stands at after all its tokens; the leaf if it has passed one, whatever follows.
+        Node that each sequence has reached after all its tokens; the leaf if it has passed one, whatever follows.
 
         Args:
             tokens (`torch.Tensor` of shape `(num_rows, length)`):
@@ -220,7 +217,7 @@ class ItemTrie:
 
     @property
     def depth(self) -> int:
-        """Number of tokens of the longest item: what `max_new_tokens` must allow for."""
+        """Number of tokens of the longest item: the least `max_new_tokens` that suffices for all of them."""
         return len(self.levels) - 1
 
     @property
@@ -302,12 +299,11 @@ class ItemTrie:
     @cached_property
     def _index(self) -> SequenceIndex:
         """The node of each item by its tokens."""
-        parts = (
-            # in parts, as a matrix of all paths could be large
+        parts = (  # as a matrix of all paths could be large
             (self.tokens(paths.clamp(min=0)).cpu().numpy(), (paths >= 0).sum(dim=1).cpu().numpy())
             for paths in map(self.paths, self.item_nodes.split(1 << 16))
         )
-        return SequenceIndex.build(parts, self.item_nodes.cpu().numpy())
+        return SequenceIndex(parts, self.item_nodes.cpu().numpy())
 
     def find(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """
@@ -318,17 +314,14 @@ class ItemTrie:
                 Token ids, end token included.
 
         Returns:
-            `torch.Tensor` of shape `(len(sequences),)`, int64: the item's node, or `-1` where it is not one.
+            `torch.Tensor` of shape `(len(sequences),)`, int64: the item's node; `-1` for what is not an item.
         """
         return torch.from_numpy(self._index.find(*flatten_sequences(sequences))).to(self.device)
 
     # ------------------------------------------------------------------ storage
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """
-        Write the trie into a folder, as `trie.safetensors`: the arrays with their checksum. The file is written whole
-        and then renamed.
-        """
+        """Write the trie to `trie.safetensors` in a folder, whole or not at all, with a checksum of its arrays."""
         write_arrays(Path(save_directory), self.edges.cpu().numpy(), self.item_nodes.cpu().numpy(), self.vocab_size)
 
     @classmethod
@@ -341,9 +334,9 @@ class ItemTrie:
         """
         try:
             arrays = read_arrays(Path(save_directory))
-        except ValueError as error:
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(
-                f"`save_directory` = {str(save_directory)!r} holds no readable ItemTrie ({error}). "
-                "Save it again with `ItemTrie.save_pretrained`."
+                f"`save_directory` = {str(save_directory)!r} does not hold a readable {TRIE_FILE} ({error}). Save it "
+                "again with `ItemTrie.save_pretrained`."
             ) from error
         return cls._from_arrays(*arrays)

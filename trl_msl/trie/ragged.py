@@ -13,7 +13,7 @@ def ragged_arange(counts: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         counts (`torch.Tensor` of shape `(num_rows,)`, int64):
-            How many numbers each row has.
+            Length of each row.
 
     Returns:
         `tuple` of two int64 `torch.Tensor` of shape `(counts.sum(),)`: the row and the number.

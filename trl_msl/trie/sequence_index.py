@@ -17,35 +17,20 @@ class SequenceIndex:
     Token sequences and a value for each.
 
     Args:
-        trie (`marisa_trie.BinaryTrie`):
-            The distinct sequences, three big-endian bytes a token. It numbers them.
-        values (`numpy.ndarray` of shape `(len(trie),)`, int64):
-            Value of each sequence by its number.
+        parts (`Iterable` of `tuple[numpy.ndarray, numpy.ndarray]`):
+            Tokens of shape `(num_sequences, longest)`, padded on the right, and lengths `(num_sequences,)`.
+        values (`numpy.ndarray` of shape `(total,)`):
+            Value of each sequence of all parts, not negative, and the same where a sequence is repeated.
     """
 
-    def __init__(self, trie: marisa_trie.BinaryTrie, values: np.ndarray):
-        self.trie = trie
-        self.values = values
-
-    @classmethod
-    def build(cls, parts: Iterable[tuple[np.ndarray, np.ndarray]], values: np.ndarray) -> SequenceIndex:
-        """
-        Index sequences.
-
-        Args:
-            parts (`Iterable` of `tuple[numpy.ndarray, numpy.ndarray]`):
-                Tokens of shape `(num_sequences, longest)`, padded on the right, and lengths `(num_sequences,)`.
-            values (`numpy.ndarray` of shape `(total,)`):
-                Value of each sequence of all parts, not negative, and the same where a sequence is repeated.
-        """
+    def __init__(self, parts: Iterable[tuple[np.ndarray, np.ndarray]], values: np.ndarray):
         encoded = []
         for tokens, lengths in parts:
             rows = _encode(tokens.reshape(-1)).reshape(len(tokens), -1)
             encoded += [row[: 3 * length].tobytes() for row, length in zip(rows, lengths)]
-        trie = marisa_trie.BinaryTrie(encoded)
-        by_number = np.empty(len(trie), dtype=np.int64)
-        by_number[np.array([trie[sequence] for sequence in encoded], dtype=np.int64)] = values
-        return cls(trie, by_number)
+        self.trie = marisa_trie.BinaryTrie(encoded)  # it numbers the distinct sequences
+        self.values = np.empty(len(self.trie), dtype=np.int64)
+        self.values[np.array([self.trie[sequence] for sequence in encoded], dtype=np.int64)] = values
 
     def find(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """
@@ -58,13 +43,13 @@ class SequenceIndex:
                 Length of each sequence.
 
         Returns:
-            `numpy.ndarray` of shape `(num_sequences,)`, int64: `-1` where a sequence is not there.
+            `numpy.ndarray` of shape `(num_sequences,)`, int64: `-1` where a sequence is not known.
         """
         encoded = _encode(tokens).tobytes()
         ends = 3 * np.cumsum(lengths)
         places = zip((ends - 3 * lengths).tolist(), ends.tolist())
         numbers = np.array([self.trie.get(encoded[start:end], -1) for start, end in places], dtype=np.int64)
-        # Tokens that can't occur were encoded as others
+        # Their lowest three bytes are those of other tokens
         impossible = (tokens < 0) | (tokens > MAX_TOKEN)
         numbers[np.repeat(np.arange(len(lengths)), lengths)[impossible]] = -1
         return np.where(numbers >= 0, self.values[numbers], -1)
