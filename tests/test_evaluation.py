@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers import TITLES, make_model, make_windows
+from peft import LoraConfig
 from transformers import MambaConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -13,6 +14,7 @@ from trl_msl import (
     MSLTrainer,
     RankingTask,
     RecommendationCallback,
+    TrieDecoder,
     build_rows,
     evaluate_recommendations,
     recommend,
@@ -199,3 +201,32 @@ def test_several_datasets_of_one_evaluation_rank_once(
     assert len(calls) == 3
     trainer.evaluate(metric_key_prefix="test")  # not an evaluation of the training
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("mode", ["beam", "generate"])
+def test_one_decoder_serves_a_training(mode, tokenizer, task, rows, tmp_path, monkeypatch):
+    made, make = [], TrieDecoder.__init__
+
+    def count(decoder, model, trie):
+        made.append(model)
+        make(decoder, model, trie)
+
+    monkeypatch.setattr(TrieDecoder, "__init__", count)
+    args = MSLConfig(
+        tmp_path, max_steps=2, learning_rate=0.1, report_to="none", use_cpu=True, bf16=False, eval_strategy="steps",
+        eval_steps=1, save_strategy="no",
+    )  # fmt: skip
+    kwargs = {"peft_config": LoraConfig(task_type="CAUSAL_LM"), "train_dataset": rows, "eval_dataset": rows}
+    trainer = MSLTrainer(make_model(tokenizer), args, task=task, **kwargs)
+    trainer.add_callback(RecommendationCallback(trainer, rows, ks=(5,), mode=mode))
+    untrained = trainer.evaluate()["eval_ndcg@5"]  # without a training
+    is_made = mode != "generate"
+    assert made == [trainer.model] * is_made
+    trainer.train()
+    found = trainer.evaluate()["eval_ndcg@5"]
+    assert made == [trainer.model] * 2 * is_made
+    assert found == evaluate_recommendations(trainer.model, task, rows, ks=(5,), mode=mode)["ndcg@5"] != untrained
+    trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+    made.clear()
+    assert trainer.evaluate()["eval_ndcg@5"] == found
+    assert made == [trainer.model] * is_made

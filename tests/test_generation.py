@@ -90,7 +90,7 @@ def test_batches_prompts_lengths_and_wrapping_do_not_matter(mode, model, task, t
     wrapped = get_peft_model(make_model(tokenizer), LoraConfig(task_type="CAUSAL_LM"))
     adapter = recommend(wrapped, task, prompts, top_k=4, mode=mode)  # a new adapter changes nothing
     encoded = [np.array(ids) for ids in task.encode_prompts(prompts)]
-    ids = recommend(model, task, encoded if mode == "exact" else [row.tolist() for row in encoded], 4, mode)
+    ids = recommend(model, task, encoded, top_k=4, mode=mode)
     for other in (single, adapter, ids):
         assert np.array_equal(whole.items, other.items)
         np.testing.assert_allclose(whole.scores, other.scores, atol=1e-4)

@@ -234,6 +234,13 @@ def test_eval_loss_does_not_depend_on_the_batch_size(train, rows):
     assert list(losses.values()) == pytest.approx([losses[80]] * 4, rel=1e-5)
 
 
+def test_the_loss_of_a_batch_outside_an_evaluation(train):
+    trainer = train(max_steps=1, per_device_train_batch_size=8, train_sampling_strategy="sequential", temperature=1.0)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
+    trainer.model.eval().load_state_dict(make_model(trainer.processing_class).state_dict())
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(logged(trainer, "loss")[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("normalize", ["trie", "vocab"])
 def test_a_diverged_model_says_so(normalize, train, tokenizer, caplog):
     model = make_model(tokenizer)

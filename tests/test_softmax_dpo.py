@@ -16,6 +16,7 @@ from trl_msl.data import encode_prompts
 from trl_msl.softmax_dpo import DataCollatorForSoftmaxPreference, tokenize_preferences
 from trl_msl.softmax_dpo.collator import segment_mask
 from trl_msl.softmax_dpo.preferences import gather_rejected
+from trl_msl.softmax_dpo.trainer import can_share
 from trl_msl.training import softmax_dpo_loss
 from trl_msl.trie import ItemTrie
 
@@ -288,6 +289,10 @@ def test_a_model_that_can_not_run_a_tree(tmp_path, task, tokenizer, caplog):
     trainer = make_trainer(tmp_path, model, rows, task, max_steps=1, ref_model=reference)
     assert not trainer.data_collator.share_prompt
     assert "Each completion is run with a prompt of its own" in caplog.text
+    for model in (make_model(tokenizer).train(), model.train()):
+        model.base_model.get_input_embeddings().eval()
+        can_share(model, max_length=None)
+        assert model.training and not model.base_model.get_input_embeddings().training
 
 
 def test_learned_positions(tmp_path, task, tokenizer):

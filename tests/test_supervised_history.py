@@ -131,6 +131,9 @@ def test_trainer(tmp_path, rows, tokenizer, task):
     # rows that the user tokenised, where an end stands over another token
     assert make(trainer.train_dataset).train_dataset[:] == trainer.train_dataset[:]
     last_items = rows.map(tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs={"task": task})
+    kwargs = {"train_dataset": rows, "eval_dataset": {"train": rows}}
+    evaluated = MSLTrainer(make_model(tokenizer), trainer.args, task=task, **kwargs).eval_dataset["train"]
+    assert evaluated["labels"][:] == last_items["labels"][:]  # whatever its name
     with pytest.raises(
         ValueError, match="the 40 tokenised rows of the train dataset have 40 targets, their last items"
     ):

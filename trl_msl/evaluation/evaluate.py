@@ -119,6 +119,7 @@ class RecommendationCallback(TrainerCallback):
             raise ValueError(f"`task` is missing, and `{type(trainer).__name__}` has none of its own: pass one.")
         _check_rows(rows)
         self.kwargs = kwargs
+        self._decoder: TrieDecoder | None = None
         self._metrics: dict[str, float] = {}
         self._measured_at: int | None = None  # step
         self._evaluations: set[str] = set()  # that these metrics were added to
@@ -134,12 +135,21 @@ class RecommendationCallback(TrainerCallback):
                 "`trainer` shards the model over processes (FSDP, ZeRO-3), but decoding needs it whole in each: "
                 "leave `RecommendationCallback` out (recipes: --eval_strategy no) and evaluate the saved model."
             )
-        if self.kwargs.get("mode", "exact") != "generate":
-            TrieDecoder(self._model, self.task.trie)
+        self._decoder = None
+        self._get_decoder()
 
     @property
     def _model(self) -> PreTrainedModel:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    def _get_decoder(self) -> TrieDecoder | None:
+        """The decoder of a training and of what is evaluated after it; made again if the model is another or moves."""
+        if self.kwargs.get("mode") == "generate":
+            return None
+        model, made = self._model, self._decoder
+        if made is None or made.model is not model or made.trie.device != model.device:
+            self._decoder = TrieDecoder(model, self.task.trie)
+        return self._decoder
 
     def on_train_end(self, args, state, control, **kwargs):
         self._measured_at = None  # `load_best_model_at_end` has changed the weights
@@ -151,7 +161,8 @@ class RecommendationCallback(TrainerCallback):
             return  # `trainer.evaluate(metric_key_prefix=...)` of something else
         # Several `eval_dataset`s are evaluated one after the other, and ranked once
         if self._measured_at != state.global_step or not self._evaluations.isdisjoint(evaluations):
-            found = evaluate_recommendations(self._model, self.task, self.rows, **self.kwargs)
+            settings = {"decoder": self._get_decoder(), **self.kwargs}
+            found = evaluate_recommendations(self._model, self.task, self.rows, **settings)
             self._metrics = {f"eval_{name}": value for name, value in found.items()}
             self._measured_at, self._evaluations = state.global_step, set()
             self.trainer.log(dict(self._metrics))

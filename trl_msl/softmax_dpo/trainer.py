@@ -18,7 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import global_then_local_main_first, use_adapter
 
 from ..data import RankingTask
-from ..model import check_tree_attention, sliding_window
+from ..model import check_tree_attention, evaluating, sliding_window
 from ..training import SparseHeadOptions, TaskTrainerMixin, add_sparse_lm_head, masked_softmax_loss, softmax_dpo_loss
 from .collator import DataCollatorForSoftmaxPreference, segment_mask
 from .config import SoftmaxDPOConfig
@@ -272,14 +272,10 @@ def can_share(model: PreTrainedModel, max_length: int | None) -> bool:
             max_length,
         )
         return False
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             check_tree_attention(model)
     except ValueError as error:
         logger.warning("Each completion is run with a prompt of its own: %s", error)
         return False
-    finally:
-        model.train(was_training)
     return True

@@ -84,9 +84,9 @@ def make_model_card(
 
 
 def _evaluation(metrics: dict[str, float]) -> list[str]:
-    measured = [name for name in metrics if "@" in name and not name.endswith(("_low", "_high"))]
-    if not measured:
+    if "eval_num_rows" not in metrics:
         return []
+    measured = [name for name in metrics if "@" in name and not name.endswith(("_low", "_high"))]
     lines = [f"## Evaluation\n\nOn {metrics['eval_num_rows']:,} validation rows, over the whole catalogue:\n"]
     lines += ["| metric | value | 95% interval |", "|---|---|---|"]
     for name in measured:

@@ -104,6 +104,8 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         **kwargs: Any,
     ):
         args = self._set_task(task, model, args, kwargs)
+        self._supervise_history = args.supervise_history
+        self._evaluated: dict[str, float] = {}
         super().__init__(model, args, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("`train_dataset` holds images, which `MSLTrainer` does not support: leave them out.")
@@ -134,7 +136,8 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         formatting_func,
         dataset_name,
     ):
-        supervise_history = args.supervise_history and dataset_name == "train"
+        # TRL prepares the training rows first. The name doesn't tell: a dataset to evaluate may be called "train", too
+        supervise_history, self._supervise_history = self._supervise_history, False
         columns = self._column_names(dataset, dataset_name)
         if "input_ids" not in columns:
             dataset = self._map_rows(dataset, tokenize_rows, dataset_name, args, supervise_history=supervise_history)

@@ -169,7 +169,7 @@ class TaskTrainerMixin:
             model_name=model_name or Path(model_id).name,
             tags=card_tags([*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]),
         )
-        evaluations = [entry for entry in self.state.log_history if any("@" in name for name in entry)]
+        evaluations = [entry for entry in self.state.log_history if "eval_num_rows" in entry]
         best = [entry for entry in evaluations if entry["step"] == self.state.best_global_step]
         metrics = (best or evaluations or [{}])[-1]
         num_rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
