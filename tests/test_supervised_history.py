@@ -134,13 +134,9 @@ def test_trainer(tmp_path, rows, tokenizer, task):
     kwargs = {"train_dataset": rows, "eval_dataset": {"train": rows}}
     evaluated = MSLTrainer(make_model(tokenizer), trainer.args, task=task, **kwargs).eval_dataset["train"]
     assert evaluated["labels"][:] == last_items["labels"][:]  # whatever its name
-    with pytest.raises(
-        ValueError, match="the 40 tokenised rows of the train dataset have 40 targets, their last items"
-    ):
+    with pytest.raises(ValueError, match="the 40 tokenised rows .* have only 40 targets, their last items"):
         make(last_items)
-    with pytest.raises(
-        ValueError, match="has 40 label.* that are no node of the task's trie with the token that stands there"
-    ):
+    with pytest.raises(ValueError, match="has 40 label.* that are not nodes of their tokens in the task's trie"):
         make(trainer.train_dataset.map(lambda row: {"input_ids": row["input_ids"][:-1] + [0]}))
 
 
