@@ -144,7 +144,7 @@ def test_a_decoder_made_before_is_used(model, task, tokenizer, prompts, monkeypa
         assert np.array_equal(found.items, expected.items)
         assert np.array_equal(found.scores, expected.scores)
     for other in ({"model": make_model(tokenizer), "task": task}, {"model": model, "task": replace(task, trie=None)}):
-        with pytest.raises(ValueError, match="`decoder` was made of another model or trie"):
+        with pytest.raises(ValueError, match="`decoder` has another model or trie"):
             recommend(**other, prompts=prompts, decoder=decoder)
 
 

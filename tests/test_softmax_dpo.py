@@ -289,10 +289,10 @@ def test_a_model_that_can_not_run_a_tree(tmp_path, task, tokenizer, caplog):
     trainer = make_trainer(tmp_path, model, rows, task, max_steps=1, ref_model=reference)
     assert not trainer.data_collator.share_prompt
     assert "Each completion is run with a prompt of its own" in caplog.text
-    for model in (make_model(tokenizer).train(), model.train()):
-        model.base_model.get_input_embeddings().eval()
-        can_share(model, max_length=None)
-        assert model.training and not model.base_model.get_input_embeddings().training
+    for tried, shares in ((make_model(tokenizer), True), (model, False)):
+        tried.train().base_model.get_input_embeddings().eval()
+        assert can_share(tried, max_length=None) == shares
+        assert tried.training and not tried.base_model.get_input_embeddings().training
 
 
 def test_learned_positions(tmp_path, task, tokenizer):

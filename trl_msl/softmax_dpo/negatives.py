@@ -31,8 +31,8 @@ def draw_negatives(
     seed: int = 0,
 ) -> list[list[int]]:
     """
-    Draw the rejected items of each row: never the target, an item of the history or one with the same text as these,
-    and no text twice.
+    Draw the rejected items of each row: never the target, an item of the history or one with the same text as any of
+    these, and no text twice.
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -43,7 +43,7 @@ def draw_negatives(
             How to draw: `"uniform"`, all items with the same probability; `"popular"`, in proportion to `popularity`;
             `"near"`, the items that share most of the target's first tokens, at random among equals.
         num_negatives (`int`, *optional*, defaults to `3`):
-            How many for each row.
+            Number of items for each row.
         popularity (`Sequence[float]` of length `num_items`, *optional*):
             Weight of each item, for `"popular"`, such as [`count_interactions`] returns. Items of weight 0 are never
             drawn.
@@ -54,7 +54,7 @@ def draw_negatives(
         `list[list[int]]`: item indices of each row. A warning counts the rows with fewer than `num_negatives`.
 
     Raises:
-        `ValueError`: if an argument is out of range, or some row has no item left to draw.
+        `ValueError`: if an argument is out of range, or a row has no item left to draw.
     """
     if source not in SOURCES:
         raise ValueError(f"`source` is {source!r}: it must be one of {', '.join(map(repr, SOURCES))}.")
@@ -81,7 +81,7 @@ def model_negatives(
     model: PreTrainedModel, task: RankingTask, rows: Dataset, num_negatives: int = 3, **kwargs: Any
 ) -> list[list[int]]:
     """
-    The model's own mistakes: of the items that [`draw_negatives`] may draw, those that it ranks highest.
+    The model's own mistakes: the items that it ranks highest, of those that [`draw_negatives`] may draw.
 
     Args:
         model, task, kwargs:
@@ -89,14 +89,14 @@ def model_negatives(
         rows ([`~datasets.Dataset`]):
             Rows with `prompt`, `item_id` and `history_ids`, as [`build_rows`] makes them.
         num_negatives (`int`, *optional*, defaults to `3`):
-            How many for each row.
+            Number of items for each row.
 
     Returns:
-        `list[list[int]]`: item indices of each row, the highest first. A warning counts the rows with fewer than
+        `list[list[int]]`: item indices of each row, best first. A warning counts the rows with fewer than
         `num_negatives`.
 
     Raises:
-        `ValueError`: if some row has no item left, or for the reasons of [`recommend`].
+        `ValueError`: if a row has no item left, or for the reasons of [`recommend`].
     """
     catalog, same_text = task.catalog, _SameText(task.trie)
     targets = catalog.indices(rows["item_id"][:])
@@ -124,8 +124,8 @@ def _check_drawn(drawn: list[list[int]], num_negatives: int) -> None:
     none = [row for row, items in enumerate(drawn) if not items]
     if none:
         raise ValueError(
-            f"`rows`: {len(none)} of {len(drawn)} have no item left to reject, the first is row {none[0]}. Leave "
-            "these rows out, or draw from another source."
+            f"`rows`: {len(none)} of {len(drawn)} have no item left to reject, the first of them row {none[0]}. "
+            "Leave these rows out, or draw from another source."
         )
     num_short = sum(len(items) < num_negatives for items in drawn)
     if num_short:
@@ -188,7 +188,7 @@ class _NearItems:
         while node >= 0 and len(found) < count:
             start, end = int(self.start[node]), int(self.end[node])
             size = (seen[0] - start) + (end - seen[1])
-            # A sample where there are many, large enough although some are taken or have the same text
+            # Of many items a sample, large enough even if some are taken or have the same text
             picked = self.rng.choice(size, min(size, 4 * count + 2 * len(taken) + 64), replace=False)
             places = start + picked + np.where(picked >= seen[0] - start, seen[1] - seen[0], 0)
             _take(self.order[places.astype(np.int64)], self.leaves, taken, found, count)

@@ -33,18 +33,18 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
     Trainer for Direct Preference Optimization with several rejected completions for each prompt, from the paper [On
     Softmax Direct Preference Optimization for Recommendation](https://huggingface.co/papers/2406.09215) (S-DPO).
 
-    TRL's `SDPOTrainer` is another method, Self-Distillation Policy Optimization.
+    (TRL's `SDPOTrainer` is another method, Self-Distillation Policy Optimization.)
 
     It differs from [`~trl.DPOTrainer`] in four ways only:
 
-    - `rejected` is a list of items, or one item; or there are columns `rejected1` ... `rejectedN`;
+    - `rejected` is one item or a list of items; or there are columns `rejected1` ... `rejectedN`;
     - the loss is [`softmax_dpo_loss`], which for one rejected item is DPO's;
-    - an item's log-probability is taken among the tokens that continue some item of the catalogue
+    - an item's log-probability is taken over the tokens that continue some item of the catalogue
       (`normalize="trie"`), through the sparse LM head, or over the whole vocabulary (`"vocab"`), as published;
     - the items of a prompt share it if the model can run a tree of tokens: N items cost one prompt.
 
-    The reference model is chosen as in TRL: the model before the training, by switching its adapter off or to a copy
-    (`peft_config=`, or a `PeftModel`); its precomputed log-probabilities (`precompute_ref_log_probs=True`); or
+    The reference model is chosen as in TRL: the model before the training, with its adapter disabled or replaced by a
+    copy (`peft_config=`, or a `PeftModel`); its precomputed log-probabilities (`precompute_ref_log_probs=True`); or
     `ref_model`.
 
     It logs TRL's `num_tokens`, `rewards/chosen`, `rewards/rejected` and `logps/rejected` (means over the rejected
@@ -122,7 +122,7 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
     def _set_up(self) -> None:
         """
         Add the LM heads and replace TRL's collator, once both models are known: after TRL's `__init__`, or at its end
-        if it precomputes reference log-probabilities there.
+        where it precomputes reference log-probabilities.
         """
         if isinstance(self.data_collator, DataCollatorForSoftmaxPreference):
             return
@@ -263,14 +263,13 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def can_share(model: PreTrainedModel, max_length: int | None) -> bool:
-    """Whether the completions of a prompt can share it: tries it, and logs a warning if not."""
+    """Whether the completions of a prompt can share it, found out by trying; logs a warning if not."""
     window = sliding_window(model.config.get_text_config())
     if window is not None and (max_length is None or max_length > window):
         logger.warning(
             "Each completion is run with a prompt of its own: some layers attend to %d tokens, `max_length` is %s.",
-            window,
-            max_length,
-        )
+            window, max_length,
+        )  # fmt: skip
         return False
     try:
         with evaluating(model):

@@ -202,7 +202,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
 
 
 def warn_of_missing_state(checkpoint: str | Path) -> None:
-    """Warn if a checkpoint lacks state without which a resumed run ends differently, as `Trainer` does not."""
+    """Warn if a checkpoint lacks state without which a resumed run ends differently; `Trainer` does not."""
     # FSDP and DeepSpeed save the optimizer under other names, DeepSpeed together with the schedule
     expected = {
         "the optimizer's state": ("optimizer*", "global_step*"),
