@@ -33,16 +33,8 @@ class Recommendations:
     Ranked items of some users.
 
     Args:
-        items (`numpy.ndarray` of shape `(num_users, top_k)`, int64):
-            Item indices, best first; `-1` where there is none.
-        scores (`numpy.ndarray` of shape `(num_users, top_k)`, fp32):
-            Log-probability of each item's text; `-inf` where there is none.
-        exact (`numpy.ndarray` of shape `(num_users,)`, bool):
-            Whether these are certainly the best items.
-        expansions (`numpy.ndarray` of shape `(num_users,)`, int64):
-            Number of trie nodes whose children were scored; `0` from `generate`.
-        rounds (`numpy.ndarray` of shape `(num_users,)`, int64):
-            Number of forward passes that the user took part in; `0` from `generate`.
+        items, scores, exact, expansions, rounds (`numpy.ndarray`):
+            As in [`DecodingOutput`]. The last two are 0 from `generate`.
         invalid_rate (`float`):
             Share of decoded sequences that are not items; 0 with constrained decoding.
         target_ranks (`numpy.ndarray` of shape `(num_users,)`, fp64, *optional*):

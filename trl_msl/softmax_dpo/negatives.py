@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,12 +67,12 @@ def draw_negatives(
     if weights.shape != (len(catalog),) or not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
         raise ValueError(f"`popularity` must hold {len(catalog)} finite numbers, none negative and not all 0.")
     rng = np.random.default_rng(seed)
-    draw = _NearItems(trie, rng) if source == "near" else _WeightedItems(trie, weights, rng)
+    draw = _NearItems(trie, rng) if source == "near" else _WeightedItems(weights, rng)
+    leaves, drawn = trie.item_nodes.tolist(), []
     targets, histories = catalog.indices(rows["item_id"][:]), rows["history_ids"][:]
-    drawn = [
-        draw(target, catalog.indices(history), num_negatives)
-        for target, history in zip(targets, tqdm(histories, desc="Drawing negatives", disable=len(targets) < 10_000))
-    ]
+    for target, ids in zip(targets, tqdm(histories, desc="Drawing negatives", disable=len(targets) < 10_000)):
+        taken = {leaves[item] for item in (target, *catalog.indices(ids))}
+        drawn.append(_choose(draw(target, taken, num_negatives), leaves, taken, num_negatives))
     _check_drawn(drawn, num_negatives)
     return drawn
 
@@ -149,24 +149,19 @@ class _SameText:
 class _WeightedItems:
     """Draws items by weight, without replacement."""
 
-    def __init__(self, trie: ItemTrie, weights: np.ndarray, rng: np.random.Generator):
-        self.leaves = trie.item_nodes.cpu().numpy()
+    def __init__(self, weights: np.ndarray, rng: np.random.Generator):
         self.weights = weights
         self.cumulated = weights.cumsum()
         self.rng = rng
 
-    def __call__(self, target: int, history: list[int], count: int) -> list[int]:
-        taken = {self.leaves[item] for item in (target, *history)}
-        found: list[int] = []
-        num_tries = 2 * (count + len(taken))
-        points = self.rng.random(num_tries) * self.cumulated[-1]
-        _take(np.searchsorted(self.cumulated, points, side="right"), self.leaves, taken, found, count)
-        if len(found) < count:  # few are left: go through all items, in a random order by weight
-            with np.errstate(divide="ignore"):
-                keys = np.log(self.rng.random(len(self.weights))) / self.weights
-            order = np.argsort(-keys, kind="stable")
-            _take(order[self.weights[order] > 0], self.leaves, taken, found, count)
-        return found
+    def __call__(self, target: int, taken: set[int], count: int) -> Iterator[np.ndarray]:
+        points = self.rng.random(2 * (count + len(taken))) * self.cumulated[-1]
+        yield np.searchsorted(self.cumulated, points, side="right")
+        # Few are left: all items, in a random order by weight
+        with np.errstate(divide="ignore"):
+            keys = np.log(self.rng.random(len(self.weights))) / self.weights
+        order = np.argsort(-keys, kind="stable")
+        yield order[self.weights[order] > 0]
 
 
 class _NearItems:
@@ -178,29 +173,28 @@ class _NearItems:
         self.node_of, self.parent, self.start, self.end, self.order, self.place = (
             getattr(tree, name).numpy() for name in names
         )
-        self.leaves = trie.item_nodes.cpu().numpy()
         self.rng = rng
 
-    def __call__(self, target: int, history: list[int], count: int) -> list[int]:
-        taken = {self.leaves[item] for item in (target, *history)}
-        found: list[int] = []
+    def __call__(self, target: int, taken: set[int], count: int) -> Iterator[np.ndarray]:
         node, seen = int(self.node_of[target]), (int(self.place[target]), int(self.place[target]) + 1)
-        while node >= 0 and len(found) < count:
+        while node >= 0:
             start, end = int(self.start[node]), int(self.end[node])
             size = (seen[0] - start) + (end - seen[1])
             # Of many items a sample, large enough even if some are taken or have the same text
             picked = self.rng.choice(size, min(size, 4 * count + 2 * len(taken) + 64), replace=False)
             places = start + picked + np.where(picked >= seen[0] - start, seen[1] - seen[0], 0)
-            _take(self.order[places.astype(np.int64)], self.leaves, taken, found, count)
+            yield self.order[places.astype(np.int64)]
             node, seen = int(self.parent[node]), (start, end)
-        return found
 
 
-def _take(items: np.ndarray, leaves: np.ndarray, taken: set[int], found: list[int], count: int) -> None:
-    """Append items whose text is not taken to `found`, until it has `count`."""
-    for item in items.tolist():
-        if len(found) == count:
-            return
-        if leaves[item] not in taken:
-            taken.add(leaves[item])
-            found.append(item)
+def _choose(candidates: Iterator[np.ndarray], leaves: list[int], taken: set[int], count: int) -> list[int]:
+    """The first `count` candidates whose texts are not `taken`, to which they are added; no more are drawn then."""
+    found: list[int] = []
+    for items in candidates:
+        for item in items.tolist():
+            if leaves[item] not in taken:
+                taken.add(leaves[item])
+                found.append(item)
+                if len(found) == count:
+                    return found
+    return found

@@ -210,41 +210,32 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         log_probs = self._log_probs(model, inputs)
-        chosen, rejected, mask = log_probs[:, 0], log_probs[:, 1:], inputs["rejected_mask"]
         if self.precompute_ref_logps:
             ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
             ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
-        losses = softmax_dpo_loss(chosen_ratios, rejected_ratios, self.beta, mask)
+        ratios = log_probs - torch.cat([ref_chosen.unsqueeze(1), ref_rejected], dim=1)
+        losses = softmax_dpo_loss(ratios[:, 0], ratios[:, 1:], self.beta, inputs["rejected_mask"])
         loss = losses.mean()
-        self._store_metrics(inputs, losses, chosen, rejected, chosen_ratios, rejected_ratios)
+        self._store_metrics(inputs, losses, log_probs, ratios)
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
 
     @torch.no_grad()
-    def _store_metrics(
-        self,
-        inputs: dict[str, Tensor],
-        losses: Tensor,
-        chosen: Tensor,
-        rejected: Tensor,
-        chosen_ratios: Tensor,
-        rejected_ratios: Tensor,
-    ) -> None:
+    def _store_metrics(self, inputs: dict[str, Tensor], losses: Tensor, log_probs: Tensor, ratios: Tensor) -> None:
         """Means over the examples of all ranks, to be logged by `log`."""
         mask = inputs["rejected_mask"]
-        best_rejected = rejected_ratios.masked_fill(~mask, -torch.inf).amax(dim=1)
+        best_rejected = ratios[:, 1:].masked_fill(~mask, -torch.inf).amax(dim=1)
         sums = {
-            "examples": torch.tensor(len(chosen)),
+            "examples": torch.tensor(len(ratios)),
             "loss": losses.sum(),
             "tokens": (inputs["segments"] >= 0).sum() if self.model.training else torch.tensor(0),
-            "rewards/chosen": self.beta * chosen_ratios.sum(),
-            "rewards/rejected": self.beta * _mean(rejected_ratios, mask).sum(),
-            "rewards/accuracies": (chosen_ratios > best_rejected).sum(),
-            "logps/chosen": chosen.sum(),
-            "logps/rejected": _mean(rejected, mask).sum(),
+            "rewards/chosen": self.beta * ratios[:, 0].sum(),
+            "rewards/rejected": self.beta * _mean(ratios[:, 1:], mask).sum(),
+            "rewards/accuracies": (ratios[:, 0] > best_rejected).sum(),
+            "logps/chosen": log_probs[:, 0].sum(),
+            "logps/rejected": _mean(log_probs[:, 1:], mask).sum(),
         }
-        values = torch.stack([value.to(chosen.device, torch.float32) for value in sums.values()])
+        values = torch.stack([value.to(ratios.device, torch.float32) for value in sums.values()])
         sums = dict(zip(sums, self.accelerator.reduce(values, "sum").tolist()))
         metrics = self._metrics["train" if self.model.training else "eval"]
         if self.model.training:

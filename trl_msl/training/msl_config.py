@@ -145,16 +145,13 @@ class MSLConfig(SFTConfig):
             raise ValueError(f"`temperature_eta` is {self.temperature_eta}: it must lie between 0 and 1.")
         if not 0 < self.temperature_ema <= 1:
             raise ValueError(f"`temperature_ema` is {self.temperature_ema}: it must be above 0 and at most 1.")
-        if self.temperature_positions not in ("first", "all"):
-            raise ValueError(
-                f"`temperature_positions` is {self.temperature_positions!r}: it must be 'first' or 'all'."
-            )
+        for name, (one, other) in {"temperature_positions": ("first", "all"), "normalize": ("trie", "vocab")}.items():
+            if getattr(self, name) not in (one, other):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: it must be {one!r} or {other!r}.")
         self._check_loss()
         self._reject_unsupported()
 
     def _check_loss(self) -> None:
-        if self.normalize not in ("trie", "vocab"):
-            raise ValueError(f"`normalize` is {self.normalize!r}: it must be 'trie' or 'vocab'.")
         if self.num_negatives is not None and not (isinstance(self.num_negatives, int) and self.num_negatives > 0):
             raise ValueError(
                 f"`num_negatives` is {self.num_negatives!r}: it must be a whole number above 0, or `None` for all."
