@@ -161,6 +161,8 @@ def test_bad_arguments(model, task, tokenizer, prompts):
         recommend(model, task, prompts, top_k=13)
     with pytest.raises(ValueError, match="`prompts` is empty"):
         recommend(model, task, [])
+    with pytest.raises(ValueError, match="`prompts` is a text, .*: pass a list of prompts"):
+        recommend(model, task, prompts[0])
     with pytest.raises(ValueError, match="`mode` is 'greedy': it must be one of 'exact', 'beam', 'generate'"):
         recommend(model, task, prompts, mode="greedy")
     with pytest.raises(ValueError, match="`num_beams` is 20, but exact search has none: pass mode='beam'"):
@@ -175,8 +177,11 @@ def test_bad_arguments(model, task, tokenizer, prompts):
         recommend(model, task, prompts, allowed=[[1], [2]])
     with pytest.raises(ValueError, match="`allowed` is empty"):
         recommend(model, task, prompts, allowed=[])
-    with pytest.raises(ValueError, match="`prompts` has no token for user 0"):
-        recommend(model, task, [[], [1]])
+    for mode in ("exact", "generate"):
+        with pytest.raises(ValueError, match="`prompts` has no token for user 0"):
+            recommend(model, task, [[], [1]], mode=mode)
+        with pytest.raises(ValueError, match="`batch_size` is 0: it must be at least 1"):
+            recommend(model, task, prompts, mode=mode, batch_size=0)
     for mode in ("beam", "generate"):
         with pytest.raises(ValueError, match="`max_expansions` is 5, but only exact search"):
             recommend(model, task, prompts, mode=mode, max_expansions=5)

@@ -124,7 +124,7 @@ def _generate(
         items than beams, `generate` adds repeats and unfinished rows.
     """
     longest = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
+    input_ids = torch.tensor([[pad_token] * (longest - len(p)) + p for p in prompts], device=model.device)
     attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     processors = [TrieLogitsProcessor(trie, longest, normalize, inplace=True)]
     if config.num_beams == 1:  # greedy search passes logits, beam search log-probabilities

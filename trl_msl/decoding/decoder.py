@@ -26,10 +26,10 @@ from ..model import (
     prefill_prefix,
 )
 from ..trie import CompressedTrie, ItemTrie
+from .arguments import Items, read_allowed, read_item_lists, read_prompts
 from .batches import Project, beam_search_batch, score_batch, score_root, search_batch
 from .beams import Beams
 from .frontier import Frontier
-from .item_lists import Items, read_allowed, read_item_lists
 from .output import DecodingOutput
 from .restriction import Allowed, Restriction
 
@@ -292,16 +292,8 @@ class TrieDecoder:
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], **counts: int) -> list[list[int]]:
         """Raise a `ValueError` for prompts or numbers out of range; return the prompts as lists."""
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}: it must be at least 1.")
-        if len(prompts) == 0:
-            raise ValueError("`prompts` is empty: pass at least one.")
-        prompts = [[int(token) for token in prompt] for prompt in prompts]
-        lengths = list(map(len, prompts))
-        if min(lengths) == 0:
-            raise ValueError(f"`prompts` has no token for user {lengths.index(0)}: pass at least one token each.")
-        check_length(self.backbone, max(lengths), self.trie.depth)
+        prompts = read_prompts(prompts, **counts)
+        check_length(self.backbone, max(map(len, prompts)), self.trie.depth)
         return prompts
 
     def _check_restrictions(

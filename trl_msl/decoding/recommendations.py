@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,9 @@ from transformers import PreTrainedModel
 
 from ..data import Prompt, RankingTask
 from ..model import check_whole
+from .arguments import Items, read_allowed, read_item_lists, read_prompts
 from .by_generate import generate_items
 from .decoder import TrieDecoder
-from .item_lists import Items, read_allowed, read_item_lists
 from .output import DecodingOutput
 from .restriction import Allowed
 
@@ -110,6 +111,8 @@ def recommend(
     _check_mode(mode, beam_arguments, max_expansions, exclude, allowed)
     if not 0 < top_k <= trie.num_items:
         raise ValueError(f"`top_k` is {top_k}: it must lie between 1 and the number of items, {trie.num_items}.")
+    if isinstance(prompts, str):  # whose characters would be taken for prompts
+        raise ValueError(f"`prompts` is a text, {reprlib.repr(prompts)}: pass a list of prompts.")
     if len(prompts) == 0:
         raise ValueError("`prompts` is empty: pass at least one.")
     if decoder is not None and not (decoder.model is model and decoder.trie is trie.to(decoder.trie.device)):
@@ -121,23 +124,26 @@ def recommend(
         allowed = read_allowed(allowed, len(prompts), trie.num_items)
     process = PartialState()
     is_encoded = not isinstance(prompts[0], str) and not (len(prompts[0]) > 0 and isinstance(prompts[0][0], dict))
-    encoded = prompts if is_encoded else task.encode_prompts(prompts)
+    encoded = read_prompts(prompts if is_encoded else task.encode_prompts(prompts), batch_size=batch_size)
     mine = range(process.process_index, len(encoded), process.num_processes)
     arguments = {"prompts": [encoded[user] for user in mine], "top_k": top_k, "batch_size": batch_size}
+    restrictions = {
+        "exclude": None if exclude is None else [exclude[user] for user in mine],
+        "allowed": [allowed[user] for user in mine] if isinstance(allowed, list) else allowed,
+    }
     num_invalid = 0
     if mode == "generate":
         check_whole(model)
+    elif decoder is None:
+        decoder = TrieDecoder(model, trie)
+    if len(mine) == 0:  # more processes than prompts
+        found = DecodingOutput.empty(0, top_k)
+    elif mode == "generate":
         found, num_invalid = generate_items(model, task.tokenizer, trie, **arguments, **beam_arguments)
+    elif mode == "exact":
+        found = decoder.search(max_expansions=max_expansions, **restrictions, **arguments)
     else:
-        arguments["exclude"] = None if exclude is None else [exclude[user] for user in mine]
-        arguments["allowed"] = [allowed[user] for user in mine] if isinstance(allowed, list) else allowed
-        decoder = TrieDecoder(model, trie) if decoder is None else decoder
-        if len(mine) == 0:  # more processes than prompts
-            found = DecodingOutput.empty(0, top_k)
-        elif mode == "exact":
-            found = decoder.search(max_expansions=max_expansions, **arguments)
-        else:
-            found = decoder.beam_search(**beam_arguments, **arguments)
+        found = decoder.beam_search(**beam_arguments, **restrictions, **arguments)
     results = {name: getattr(found, name).numpy() for name in DecodingOutput.__annotations__}
     if process.num_processes > 1:
         shares = gather_object([results])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Item indices as users pass them: checked, and as tensors."""
+"""Prompts and item indices as users pass them: checked, and as lists or tensors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ from torch import Tensor
 
 
 Items = Sequence[int] | Set[int] | np.ndarray | Tensor  # item indices
+
+
+def read_prompts(prompts: Sequence[Sequence[int]], **counts: int) -> list[list[int]]:
+    """
+    Token ids of prompts as lists.
+
+    Raises:
+        `ValueError`: if there is no prompt, one is empty, or some number in `counts` is below 1.
+    """
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}: it must be at least 1.")
+    if len(prompts) == 0:
+        raise ValueError("`prompts` is empty: pass at least one.")
+    for user, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"`prompts` has no token for user {user}: pass at least one token each.")
+    return [[int(token) for token in prompt] for prompt in prompts]
 
 
 def read_item_lists(name: str, rows: Sequence[Items], num_users: int, num_items: int) -> list[Tensor]:
