@@ -59,7 +59,7 @@ def test_items_with_the_same_text_follow_each_other_or_count_as_one(model, task,
 
 
 def test_as_many_texts_as_places(model, task, rows):
-    """Items 5 and 6 are written alike, and take one place together."""
+    """Items 5 and 6 have the same text, and share a place."""
     everything = recommend(model, task, rows["prompt"][:], top_k=12).items
     num_checked = 0
     for user, items in enumerate(everything.tolist()):

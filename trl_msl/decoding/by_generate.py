@@ -92,7 +92,7 @@ def generate_items(
 @contextlib.contextmanager
 def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
     """
-    Evaluation mode, no gradient, and none of the model's own generation settings: `generate` takes from them whatever
+    Evaluation mode, no gradient, a cache, and none of the model's generation settings: `generate` takes from them what
     a config leaves unset, and a repetition penalty or top-k silently breaks constrained search. One thread at a time,
     as another one would take the empty settings for the model's own.
     """

@@ -38,7 +38,7 @@ class Recommendations:
             As in [`DecodingOutput`]. The last two are 0 from `generate`.
         invalid_rate (`float`):
             Share of decoded sequences that are not items; 0 with constrained decoding.
-        target_ranks (`numpy.ndarray` of shape `(num_users,)`, fp64, *optional*):
+        target_ranks (`numpy.ndarray` of shape `(num_users,)`, int64, *optional*):
             From [`evaluate_recommendations`]: rank of each target, as [`ranks_of_targets`] gives it.
     """
 
@@ -87,7 +87,7 @@ def recommend(
             [`TrieDecoder.beam_search`]; or `"generate"`, the same by `model.generate`, which is slow, for models that
             [`TrieDecoder`] can't run.
         exclude, allowed (*optional*):
-            Item indices that users must not, and may, get, as for [`TrieDecoder.search`]. Not with `"generate"`.
+            Item indices that users must not get or may get, as for [`TrieDecoder.search`]. Not with `"generate"`.
         max_expansions (`int`, *optional*, defaults to `1024`):
             With `"exact"`, the number of trie nodes to expand for a user, as for [`TrieDecoder.search`].
         num_beams (`int`, *optional*):
