@@ -131,8 +131,16 @@ def test_bad_arguments(model, task, rows):
         evaluate_recommendations(model, task, rows.remove_columns("item_id"))
     with pytest.raises(ValueError, match="`rows` is empty: pass at least one row"):
         evaluate_recommendations(model, task, rows.select([]))
-    with pytest.raises(ValueError, match="`rows` is empty: pass at least one row"):
-        RecommendationCallback(None, rows.select([]), task)
+    with pytest.raises(ValueError, match=r"`ks` is \(5, 13\), but the catalogue has 12 items: pass smaller cut-offs"):
+        evaluate_recommendations(model, task, rows, ks=(5, 13))
+    # Before the training, not at its first evaluation
+    for kwargs, message in (
+        ({"ks": (13,)}, "`ks`"),
+        ({"match": "title"}, "`match`"),
+        ({"rows": rows.select([])}, "`rows`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RecommendationCallback(None, **{"rows": rows, "task": task, **kwargs})
 
 
 def test_a_model_that_cannot_be_evaluated_is_found_before_the_training(tokenizer, task, rows, tmp_path):

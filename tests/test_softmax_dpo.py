@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import random
 from dataclasses import replace
 
@@ -329,6 +330,15 @@ def test_precomputed_references_of_one_form_are_not_taken_for_another(tmp_path, 
     # Rows with more rejected items come along, and the training goes on with its own
     trainer.evaluate(make_preferences(task, num_rejected=6, num_rows=8), metric_key_prefix="other")
     trainer.train()
+
+
+def test_a_reference_with_an_adapter(tmp_path, task, tokenizer):
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    reference, rows, found = get_peft_model(make_model(tokenizer), config), make_preferences(task), []
+    for ref_model in (copy.deepcopy(reference).merge_and_unload(), reference):
+        trainer = make_trainer(tmp_path, make_model(tokenizer), rows, task, ref_model=ref_model)
+        found.append(trainer.compute_ref_log_probs(trainer.ref_model, first_batch(trainer))[1])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
 def test_policy_and_reference_of_other_attention(tmp_path, task, tokenizer):

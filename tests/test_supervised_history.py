@@ -158,7 +158,7 @@ def test_trainer_with_histories_of_one_item(tmp_path, conversational, catalog, t
     short = windows.map(lambda window: {"item_ids": window["item_ids"][:2]})
     assert len(make(short).train_dataset) == len(short)
     one_longer = [*short["item_ids"][:-1], windows[-1]["item_ids"]]
-    with pytest.raises(ValueError, match="the 40 tokenised rows of the train dataset have 40 targets"):
+    with pytest.raises(ValueError, match="the 40 tokenised rows of the train dataset have only 40 targets"):
         make(Dataset.from_dict({"item_ids": one_longer}))
 
 

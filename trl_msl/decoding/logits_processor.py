@@ -75,7 +75,7 @@ class TrieLogitsProcessor(LogitsProcessor):
         if self.normalize == "trie":
             valid_scores = valid_scores - logsumexp_by_row(valid_scores, rows, len(scores))[rows]
         processed = scores.fill_(-torch.inf) if self.inplace else torch.full_like(scores, -torch.inf)
-        processed[rows, tokens] = valid_scores
+        processed[rows, tokens] = valid_scores.to(scores.dtype)
         finished = trie.is_leaf(nodes)  # it may only repeat its end token, which changes no score
         processed[finished, trie.tokens(nodes[finished])] = 0.0
         return processed

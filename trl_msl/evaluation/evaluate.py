@@ -55,11 +55,10 @@ def evaluate_recommendations(
         `invalid_rate`; and `num_rows`. With `return_recommendations`, also the [`Recommendations`].
 
     Raises:
-        `ValueError`: if `rows` is empty or lacks a column, or for the reasons of [`recommend`].
+        `ValueError`: if `rows` is empty or lacks a column, some K exceeds the number of items, or for the reasons of
+            [`recommend`].
     """
-    if match not in ("id", "text"):
-        raise ValueError(f"`match` is {match!r}: it must be 'id' or 'text'.")
-    _check_rows(rows)
+    _check_arguments(task, rows, ks, match)
     targets, top_k = np.array(task.catalog.indices(rows["item_id"])), max(ks)
     prompts = task.ranking_prompts(rows[:])
     if match == "id":
@@ -102,7 +101,7 @@ class RecommendationCallback(TrainerCallback):
             Passed to [`evaluate_recommendations`].
 
     Raises:
-        `ValueError`: if there is no task, or `rows` is empty or lacks a column.
+        `ValueError`: if there is no task, or for the reasons of [`evaluate_recommendations`].
 
     Example:
 
@@ -117,7 +116,7 @@ class RecommendationCallback(TrainerCallback):
         self.task = getattr(trainer, "task", None) if task is None else task
         if not isinstance(self.task, RankingTask):
             raise ValueError(f"`task` is missing, and `{type(trainer).__name__}` has none: pass one.")
-        _check_rows(rows)
+        _check_arguments(self.task, rows, **kwargs)
         self.kwargs = kwargs
         self._decoder: TrieDecoder | None = None
         self._metrics: dict[str, float] = {}
@@ -170,7 +169,13 @@ class RecommendationCallback(TrainerCallback):
         metrics.update(self._metrics)  # the dict from which `Trainer` picks `metric_for_best_model`
 
 
-def _check_rows(rows: Dataset) -> None:
+def _check_arguments(
+    task: RankingTask, rows: Dataset, ks: Sequence[int] = (5, 10), match: str = "id", **kwargs: Any
+) -> None:
+    if match not in ("id", "text"):
+        raise ValueError(f"`match` is {match!r}: it must be 'id' or 'text'.")
+    if max(ks) > len(task.catalog):
+        raise ValueError(f"`ks` is {ks}, but the catalogue has {len(task.catalog)} items: pass smaller cut-offs.")
     if len(rows) == 0:
         raise ValueError("`rows` is empty: pass at least one row.")
     missing = {"prompt", "item_id"} - set(rows.column_names)

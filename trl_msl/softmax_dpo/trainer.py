@@ -126,12 +126,13 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         """
         if isinstance(self.data_collator, DataCollatorForSoftmaxPreference):
             return
-        models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
+        models = [self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
+        is_prompted = any(is_peft_model(model) and model.active_peft_config.is_prompt_learning for model in models)
+        models = [model.get_base_model() if is_peft_model(model) else model for model in models]
         for model in models:
             add_sparse_lm_head(model, self.trie)
-        is_prompted = is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning
         self.data_collator = DataCollatorForSoftmaxPreference(
             self.trie,
             self._tokenizer.pad_token_id,
