@@ -104,10 +104,8 @@ class Beams:
         Extend the beams by the best tokens.
 
         Args:
-            rows, nodes, steps (`torch.Tensor` of shape `(total,)`, int64):
-                From [`~Beams.continuations`].
-            log_probs (`torch.Tensor` of shape `(total,)`, fp32):
-                Log-probability of each token after its beam.
+            rows, nodes, steps, log_probs (`torch.Tensor` of shape `(total,)`):
+                What [`~Beams.continuations`] returns, and the log-probability of each token after its beam, fp32.
         """
         num_users, num_beams = self.nodes.shape
         users = rows // num_beams

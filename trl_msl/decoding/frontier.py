@@ -24,10 +24,8 @@ class Frontier:
             Trie of the catalogue.
         restriction ([`Restriction`]):
             Which items each user may get.
-        num_users, top_k (`int`):
-            Number of users of the batch, and of items to find for each.
-        max_expansions (`int`):
-            Number of nodes that may be expanded for each user, best first.
+        num_users, top_k, max_expansions (`int`):
+            Number of users of the batch, of items to find for each, and of nodes that may be expanded for each.
 
     Attributes (a row for each user that still searches):
         users (`torch.Tensor` of shape `(num_users,)`, int64):
@@ -71,12 +69,8 @@ class Frontier:
         Add nodes that were reached: the items that end at them, and the nodes themselves if items may be found below.
 
         Args:
-            rows (`torch.Tensor` of shape `(num_reached,)`, int64):
-                Row of each node's user, ascending.
-            nodes (`torch.Tensor` of shape `(num_reached,)`, int64):
-                Nodes.
-            scores (`torch.Tensor` of shape `(num_reached,)`, fp32):
-                Their log-probabilities.
+            rows, nodes, scores (`torch.Tensor` of shape `(num_reached,)`, int64, int64 and fp32):
+                Row of each node's user, ascending; the nodes; and their log-probabilities.
         """
         tree, num_users = self.tree, len(self.users)
         promising = scores >= self.threshold[rows]  # an equal score may win by its index

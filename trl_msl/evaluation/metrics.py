@@ -59,8 +59,8 @@ def per_user_metrics(ranks: ArrayLike, ks: tuple[int, ...] = (5, 10)) -> dict[st
     """
     HR@k, NDCG@k and MRR@k of every user.
 
-    With one relevant item at 0-based rank `r < k`, HR@k (which is Recall@k) is 1, NDCG@k is `1 / log2(r + 2)` and
-    MRR@k is `1 / (r + 1)`; otherwise all three are 0. So `hr >= ndcg >= mrr`, and none falls as `k` grows.
+    With the target at 0-based rank `r < k`, HR@k (which is Recall@k) is 1, NDCG@k is `1 / log2(r + 2)` and MRR@k is
+    `1 / (r + 1)`; otherwise all three are 0. So `hr >= ndcg >= mrr`, and none falls as `k` grows.
 
     Args:
         ranks (`np.ndarray` of shape `(num_users,)`, integer):
@@ -104,10 +104,8 @@ def ranking_metrics(
     Means of [`per_user_metrics`] over the users.
 
     Args:
-        ranks (`np.ndarray` of shape `(num_users,)`, integer):
-            Ranks from [`ranks_of_targets`]; `-1` is a miss and counts as 0.
-        ks (`tuple[int, ...]`, *optional*, defaults to `(5, 10)`):
-            Cut-offs.
+        ranks, ks:
+            As for [`per_user_metrics`].
         confidence (`float`, *optional*):
             Level of the intervals of [`bootstrap_interval`] to add for the largest cut-off.
 
@@ -149,10 +147,8 @@ def bootstrap_interval(
             One metric per user, such as `per_user_metrics(ranks)["ndcg@10"]`.
         confidence (`float`, *optional*, defaults to `0.95`):
             Probability mass inside the interval, strictly between 0 and 1.
-        num_resamples (`int`, *optional*, defaults to `1000`):
-            Number of bootstrap samples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling; the same seed gives the same interval.
+        num_resamples, seed (`int`, *optional*, default to `1000` and `0`):
+            Number of bootstrap samples, and seed of the resampling.
 
     Returns:
         `tuple[float, float]`: lower and upper end.
