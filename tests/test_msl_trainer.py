@@ -164,7 +164,7 @@ VARIANTS = {
         "peft_config": LORA, "bf16": True, "gradient_checkpointing": True,
     },
     "fixed temperature": {"temperature": 1.0},
-    "padding-free": {"padding_free": True, "max_length": None},
+    "padding-free": {"padding_free": True},
     "packing": {"packing": True, "max_length": 128},
 }  # fmt: skip
 

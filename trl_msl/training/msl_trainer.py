@@ -104,6 +104,8 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         **kwargs: Any,
     ):
         args = self._set_task(task, model, args, kwargs)
+        if args.padding_free and not args.packing:
+            args.max_length = None  # TRL refuses a limit that it does not enforce; the task has enforced it already
         self._supervise_history = args.supervise_history
         self._evaluated: dict[str, float] = {}
         super().__init__(model, args, **kwargs)
