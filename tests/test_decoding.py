@@ -557,10 +557,10 @@ def test_bad_arguments(tokenizer, trie, prompts):
     for nothing in ([], set(), range(0), torch.tensor([], dtype=torch.int64)):
         with pytest.raises(ValueError, match="`allowed` is empty.*pass at least one item"):
             decoder.search(prompts, allowed=nothing)
-    with pytest.raises(ValueError, match=r"`exclude` holds 1 where a list of items belongs .prompt 0.*list of lists"):
+    with pytest.raises(ValueError, match=r"`exclude` holds 1 instead of a list of items .prompt 0.*list of lists"):
         decoder.search(prompts[:3], exclude=[1, 2, 3])
     for flat in (torch.tensor([1, 2, 3]), np.array([1, 2, 3]), range(3), [[1], 2, [3]]):
-        with pytest.raises(ValueError, match="`exclude` holds .* where a list of items belongs"):
+        with pytest.raises(ValueError, match="`exclude` holds .* instead of a list of items"):
             decoder.search(prompts[:3], exclude=flat)
     for strange in ({1, 2, 3}, {"a": [1]}, "abc", 3, torch.tensor(3)):
         with pytest.raises(ValueError, match="`exclude` is .*pass a list that holds a list of items for each prompt"):

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers import TITLES, make_model, make_windows
+from peft import LoraConfig
 from transformers import MambaConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -13,6 +14,7 @@ from trl_msl import (
     MSLTrainer,
     RankingTask,
     RecommendationCallback,
+    TrieDecoder,
     build_rows,
     evaluate_recommendations,
     recommend,
@@ -57,7 +59,7 @@ def test_items_with_the_same_text_follow_each_other_or_count_as_one(model, task,
 
 
 def test_as_many_texts_as_places(model, task, rows):
-    """Items 5 and 6 are written alike, and take one place together."""
+    """Items 5 and 6 have the same text, and share a place."""
     everything = recommend(model, task, rows["prompt"][:], top_k=12).items
     num_checked = 0
     for user, items in enumerate(everything.tolist()):
@@ -129,8 +131,16 @@ def test_bad_arguments(model, task, rows):
         evaluate_recommendations(model, task, rows.remove_columns("item_id"))
     with pytest.raises(ValueError, match="`rows` is empty: pass at least one row"):
         evaluate_recommendations(model, task, rows.select([]))
-    with pytest.raises(ValueError, match="`rows` is empty: pass at least one row"):
-        RecommendationCallback(None, rows.select([]), task)
+    with pytest.raises(ValueError, match=r"`ks` is \(5, 13\), but the catalogue has 12 items: pass smaller cut-offs"):
+        evaluate_recommendations(model, task, rows, ks=(5, 13))
+    # Before the training, not at its first evaluation
+    for kwargs, message in (
+        ({"ks": (13,)}, "`ks`"),
+        ({"match": "title"}, "`match`"),
+        ({"rows": rows.select([])}, "`rows`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RecommendationCallback(None, **{"rows": rows, "task": task, **kwargs})
 
 
 def test_a_model_that_cannot_be_evaluated_is_found_before_the_training(tokenizer, task, rows, tmp_path):
@@ -199,3 +209,32 @@ def test_several_datasets_of_one_evaluation_rank_once(
     assert len(calls) == 3
     trainer.evaluate(metric_key_prefix="test")  # not an evaluation of the training
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("mode", ["beam", "generate"])
+def test_one_decoder_serves_a_training(mode, tokenizer, task, rows, tmp_path, monkeypatch):
+    made, make = [], TrieDecoder.__init__
+
+    def count(decoder, model, trie):
+        made.append(model)
+        make(decoder, model, trie)
+
+    monkeypatch.setattr(TrieDecoder, "__init__", count)
+    args = MSLConfig(
+        tmp_path, max_steps=2, learning_rate=0.1, report_to="none", use_cpu=True, bf16=False, eval_strategy="steps",
+        eval_steps=1, save_strategy="no",
+    )  # fmt: skip
+    kwargs = {"peft_config": LoraConfig(task_type="CAUSAL_LM"), "train_dataset": rows, "eval_dataset": rows}
+    trainer = MSLTrainer(make_model(tokenizer), args, task=task, **kwargs)
+    trainer.add_callback(RecommendationCallback(trainer, rows, ks=(5,), mode=mode))
+    untrained = trainer.evaluate()["eval_ndcg@5"]  # without a training
+    is_made = mode != "generate"
+    assert made == [trainer.model] * is_made
+    trainer.train()
+    found = trainer.evaluate()["eval_ndcg@5"]
+    assert made == [trainer.model] * 2 * is_made
+    assert found == evaluate_recommendations(trainer.model, task, rows, ks=(5,), mode=mode)["ndcg@5"] != untrained
+    trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+    made.clear()
+    assert trainer.evaluate()["eval_ndcg@5"] == found
+    assert made == [trainer.model] * is_made

@@ -90,7 +90,7 @@ def test_batches_prompts_lengths_and_wrapping_do_not_matter(mode, model, task, t
     wrapped = get_peft_model(make_model(tokenizer), LoraConfig(task_type="CAUSAL_LM"))
     adapter = recommend(wrapped, task, prompts, top_k=4, mode=mode)  # a new adapter changes nothing
     encoded = [np.array(ids) for ids in task.encode_prompts(prompts)]
-    ids = recommend(model, task, encoded if mode == "exact" else [row.tolist() for row in encoded], 4, mode)
+    ids = recommend(model, task, encoded, top_k=4, mode=mode)
     for other in (single, adapter, ids):
         assert np.array_equal(whole.items, other.items)
         np.testing.assert_allclose(whole.scores, other.scores, atol=1e-4)
@@ -144,7 +144,7 @@ def test_a_decoder_made_before_is_used(model, task, tokenizer, prompts, monkeypa
         assert np.array_equal(found.items, expected.items)
         assert np.array_equal(found.scores, expected.scores)
     for other in ({"model": make_model(tokenizer), "task": task}, {"model": model, "task": replace(task, trie=None)}):
-        with pytest.raises(ValueError, match="`decoder` was made of another model or trie"):
+        with pytest.raises(ValueError, match="`decoder` has another model or trie"):
             recommend(**other, prompts=prompts, decoder=decoder)
 
 
@@ -161,6 +161,8 @@ def test_bad_arguments(model, task, tokenizer, prompts):
         recommend(model, task, prompts, top_k=13)
     with pytest.raises(ValueError, match="`prompts` is empty"):
         recommend(model, task, [])
+    with pytest.raises(ValueError, match="`prompts` is a text, .*: pass a list of prompts"):
+        recommend(model, task, prompts[0])
     with pytest.raises(ValueError, match="`mode` is 'greedy': it must be one of 'exact', 'beam', 'generate'"):
         recommend(model, task, prompts, mode="greedy")
     with pytest.raises(ValueError, match="`num_beams` is 20, but exact search has none: pass mode='beam'"):
@@ -175,8 +177,11 @@ def test_bad_arguments(model, task, tokenizer, prompts):
         recommend(model, task, prompts, allowed=[[1], [2]])
     with pytest.raises(ValueError, match="`allowed` is empty"):
         recommend(model, task, prompts, allowed=[])
-    with pytest.raises(ValueError, match="`prompts` has no token for user 0"):
-        recommend(model, task, [[], [1]])
+    for mode in ("exact", "generate"):
+        with pytest.raises(ValueError, match="`prompts` has no token for user 0"):
+            recommend(model, task, [[], [1]], mode=mode)
+        with pytest.raises(ValueError, match="`batch_size` is 0: it must be at least 1"):
+            recommend(model, task, prompts, mode=mode, batch_size=0)
     for mode in ("beam", "generate"):
         with pytest.raises(ValueError, match="`max_expansions` is 5, but only exact search"):
             recommend(model, task, prompts, mode=mode, max_expansions=5)

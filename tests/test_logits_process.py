@@ -119,6 +119,7 @@ def test_state_is_read_from_the_sequences(trie, tokenizer):
     assert torch.equal(overwritten, once)
     order = torch.randperm(len(rows))
     assert torch.equal(processor(rows[order], scores[order]), once[order])
+    torch.testing.assert_close(processor(rows, scores.bfloat16()).float(), once, rtol=0.02, atol=0.02)
     for row in range(len(rows)):
         assert torch.equal(processor(rows[row : row + 1], scores[row : row + 1])[0], once[row])
 

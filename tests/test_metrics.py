@@ -52,12 +52,12 @@ class TestRanksOfTargets:
         [
             ([[1, 2], [3, 3]], [1, 3], r"item twice in 1 rows \(the first: row 1, \[3, 3\]\)"),
             ([[1, 2, -1, 1]], [1], "item twice"),
-            ([[1, 2]], [1, 2], "targets has 2 entries but recommended has 1 rows"),
-            ([[1, 2], [3, -1]], [1, -1], r"targets has 1 negative entries \(the first in row 1\)"),
-            ([[1, -2]], [1], "recommended holds -2"),
-            ([1, 2], [1, 2], r"recommended must be a 2-dimensional array of integers, got shape \(2,\)"),
-            ([[1.0, 2.0]], [1], "recommended must be .* integers, got .* float64"),
-            ([[1, 2]], [True], "targets must be .* integers, got .* bool"),
+            ([[1, 2]], [1, 2], "`targets` has 2 entries for 1 rows of `recommended`"),
+            ([[1, 2], [3, -1]], [1, -1], r"`targets` has 1 negative entries \(the first in row 1\)"),
+            ([[1, -2]], [1], "`recommended` holds -2"),
+            ([1, 2], [1, 2], r"`recommended` has shape \(2,\) of int64: pass a 2-dimensional array of integers"),
+            ([[1.0, 2.0]], [1], "`recommended` has .* float64: pass .* integers"),
+            ([[1, 2]], [True], "`targets` has .* bool: pass .* integers"),
             (np.empty((2, 0), dtype=int), [1, 1], "at least one item per user"),
         ],
     )
@@ -131,13 +131,13 @@ class TestRankingMetrics:
     @pytest.mark.parametrize(
         ("ranks", "ks", "match"),
         [
-            ([], (5,), "ranks is empty"),
-            ([0, -2], (5,), "ranks must be -1 .* got -2"),
-            ([0.0], (5,), "ranks must be .* integers, got .* float64"),
-            ([[0]], (5,), r"ranks must be a 1-dimensional .* got shape \(1, 1\)"),
-            ([0], (), r"ks must hold cut-offs of at least 1, got \(\)"),
-            ([0], (5, 0), r"ks must hold cut-offs of at least 1, got \(5, 0\)"),
-            ([0], 5, r"ks must be a 1-dimensional array of integers, got shape \(\)"),
+            ([], (5,), "`ranks` is empty"),
+            ([0, -2], (5,), "`ranks` holds -2: pass 0-based ranks"),
+            ([0.0], (5,), "`ranks` has .* float64: pass .* integers"),
+            ([[0]], (5,), r"`ranks` has shape \(1, 1\) .* pass a 1-dimensional"),
+            ([0], (), r"`ks` is \(\): pass cut-offs of at least 1"),
+            ([0], (5, 0), r"`ks` is \(5, 0\): pass cut-offs of at least 1"),
+            ([0], 5, r"`ks` has shape \(\) .* pass a 1-dimensional array"),
         ],
     )
     def test_errors(self, ranks, ks, match):
@@ -172,11 +172,11 @@ class TestBootstrapInterval:
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [
-            ({"values": []}, r"values must be a non-empty .* got shape \(0,\)"),
-            ({"values": [[1.0]]}, r"values must be .* one-dimensional .* got shape \(1, 1\)"),
-            ({"values": [1.0, math.nan]}, "values must be .* finite"),
-            ({"values": [1.0], "confidence": 95}, "confidence must lie strictly between 0 and 1, got 95"),
-            ({"values": [1.0], "num_resamples": 0}, "num_resamples must be at least 1, got 0"),
+            ({"values": []}, r"`values` has shape \(0,\): pass a non-empty"),
+            ({"values": [[1.0]]}, r"`values` has shape \(1, 1\): pass .* one-dimensional"),
+            ({"values": [1.0, math.nan]}, "`values` .* finite"),
+            ({"values": [1.0], "confidence": 95}, "`confidence` is 95: it must lie strictly between 0 and 1"),
+            ({"values": [1.0], "num_resamples": 0}, "`num_resamples` is 0: it must be at least 1"),
         ],
     )
     def test_errors(self, arguments, match):
@@ -193,9 +193,9 @@ class TestCoverage:
     @pytest.mark.parametrize(
         ("recommended", "num_items", "match"),
         [
-            ([[0, 4]], 4, "recommended holds item 4 but num_items is 4"),
-            ([[0]], 0, "num_items must be at least 1, got 0"),
-            ([[-3]], 4, "recommended holds -3"),
+            ([[0, 4]], 4, "`recommended` holds item 4, but `num_items` is 4"),
+            ([[0]], 0, "`num_items` is 0: it must be at least 1"),
+            ([[-3]], 4, "`recommended` holds -3"),
         ],
     )
     def test_errors(self, recommended, num_items, match):

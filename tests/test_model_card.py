@@ -128,8 +128,10 @@ def test_a_base_model_on_the_hub(tmp_path, task, monkeypatch):
     args = MSLConfig(tmp_path / "out", hub_model_id="somebody/recommender", **ARGS)
     trainer = MSLTrainer(model, args, task=task, train_dataset=rows.to_iterable_dataset())
     assert not isinstance(trainer.train_dataset, Dataset)  # whose length is unknown
+    trainer.log({"recall@10": 0.5})  # of another callback
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "## Evaluation" not in card.text
     assert "fine-tuned from [somebody/base](https://huggingface.co/somebody/base)" in card.text
     assert (card.data.base_model, card.data.model_name) == ("somebody/base", "out")
     assert "hf_jobs" in card.data.tags and "training rows" not in card.text.split("## Data")[1].split("##")[0]

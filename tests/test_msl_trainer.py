@@ -164,7 +164,7 @@ VARIANTS = {
         "peft_config": LORA, "bf16": True, "gradient_checkpointing": True,
     },
     "fixed temperature": {"temperature": 1.0},
-    "padding-free": {"padding_free": True, "max_length": None},
+    "padding-free": {"padding_free": True},
     "packing": {"packing": True, "max_length": 128},
 }  # fmt: skip
 
@@ -232,6 +232,13 @@ def test_eval_loss_does_not_depend_on_the_batch_size(train, rows):
         trainer.args.per_device_eval_batch_size = size
         losses[size] = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     assert list(losses.values()) == pytest.approx([losses[80]] * 4, rel=1e-5)
+
+
+def test_the_loss_of_a_batch_outside_an_evaluation(train):
+    trainer = train(max_steps=1, per_device_train_batch_size=8, train_sampling_strategy="sequential", temperature=1.0)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
+    trainer.model.eval().load_state_dict(make_model(trainer.processing_class).state_dict())
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(logged(trainer, "loss")[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("normalize", ["trie", "vocab"])
@@ -374,11 +381,11 @@ def test_bad_arguments_are_found_before_training(tmp_path, rows, tokenizer, task
         given = {"args": MSLConfig(str(tmp_path), **COMMON), "task": task, "train_dataset": rows, **kwargs}
         return MSLTrainer(make_model(tokenizer), **given)
 
-    with pytest.raises(ValueError, match="`args` must be of class `MSLConfig`, not `SFTConfig`"):
+    with pytest.raises(ValueError, match="`args` is a `SFTConfig`: pass a `MSLConfig`"):
         trainer(args=SFTConfig(str(tmp_path), **COMMON))
     with pytest.raises(ValueError, match="`task` is a NoneType"):
         trainer(task=None)
-    with pytest.raises(ValueError, match="`task` has items that are all written alike"):
+    with pytest.raises(ValueError, match="`task` has only items with the same text"):
         trainer(task=RankingTask(ItemCatalog(["a", "b"], ["Dune", "Dune"]), tokenizer, task.prompt_template))
     with pytest.raises(ValueError, match="`processing_class` has another vocabulary"):
         trainer(processing_class=train_tokenizer(["Dune"], vocab_size=300))
@@ -399,9 +406,9 @@ def test_bad_arguments_are_found_before_training(tmp_path, rows, tokenizer, task
         trainer(train_dataset=Dataset.from_list([{"input_ids": [1, 2]}]))
     kwargs = {"batched": True, "remove_columns": rows.column_names}
     tokens = rows.map(tokenize_rows, fn_kwargs={"task": task, "labels": "tokens"}, **kwargs)
-    with pytest.raises(ValueError, match=r"\d+ label\(s\) that are no node of the task's trie"):
+    with pytest.raises(ValueError, match=r"\d+ label\(s\) that are not nodes of their tokens in the task's trie"):
         trainer(train_dataset=tokens)
-    with pytest.raises(ValueError, match="that are no node of the task's trie"):
+    with pytest.raises(ValueError, match="that are not nodes of their tokens in the task's trie"):
         trainer(
             train_dataset=tokens.to_iterable_dataset(), args=MSLConfig(str(tmp_path), max_steps=1, **COMMON)
         ).train()
@@ -462,7 +469,7 @@ def test_drawn_negatives_train_and_evaluate_over_all(train, rows, tokenizer):
         ({"normalize": "vocab", "temperature": 1.0, "num_negatives": 2}, "takes no `num_negatives`"),
         ({"normalize": "vocab", "temperature": 2.0, "log_lml_parts": True}, "only with `temperature` = 1"),
         ({"num_negatives": 2.5, "temperature": 1.0}, "`num_negatives` is 2.5"),
-        ({"num_negatives": 2, "temperature": 1.0, "log_lml_parts": True}, "`log_lml_parts` is of all valid tokens"),
+        ({"num_negatives": 2, "temperature": 1.0, "log_lml_parts": True}, "`log_lml_parts` needs all valid tokens"),
     ],
 )
 def test_losses_that_do_not_go_together(options, message):

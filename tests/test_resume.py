@@ -97,5 +97,5 @@ def test_a_task_that_is_cut_off_is_an_error(tmp_path, tokenizer, catalog, task, 
 def test_no_complete_checkpoint(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3')
-    with pytest.raises(ValueError, match="has no checkpoint written to its end"):
+    with pytest.raises(ValueError, match="has no complete checkpoint"):
         last_complete_checkpoint(tmp_path)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import random
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from trl_msl.data import encode_prompts
 from trl_msl.softmax_dpo import DataCollatorForSoftmaxPreference, tokenize_preferences
 from trl_msl.softmax_dpo.collator import segment_mask
 from trl_msl.softmax_dpo.preferences import gather_rejected
+from trl_msl.softmax_dpo.trainer import can_share
 from trl_msl.training import softmax_dpo_loss
 from trl_msl.trie import ItemTrie
 
@@ -288,6 +290,10 @@ def test_a_model_that_can_not_run_a_tree(tmp_path, task, tokenizer, caplog):
     trainer = make_trainer(tmp_path, model, rows, task, max_steps=1, ref_model=reference)
     assert not trainer.data_collator.share_prompt
     assert "Each completion is run with a prompt of its own" in caplog.text
+    for tried, shares in ((make_model(tokenizer), True), (model, False)):
+        tried.train().base_model.get_input_embeddings().eval()
+        assert can_share(tried, max_length=None) == shares
+        assert tried.training and not tried.base_model.get_input_embeddings().training
 
 
 def test_learned_positions(tmp_path, task, tokenizer):
@@ -324,6 +330,15 @@ def test_precomputed_references_of_one_form_are_not_taken_for_another(tmp_path, 
     # Rows with more rejected items come along, and the training goes on with its own
     trainer.evaluate(make_preferences(task, num_rejected=6, num_rows=8), metric_key_prefix="other")
     trainer.train()
+
+
+def test_a_reference_with_an_adapter(tmp_path, task, tokenizer):
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    reference, rows, found = get_peft_model(make_model(tokenizer), config), make_preferences(task), []
+    for ref_model in (copy.deepcopy(reference).merge_and_unload(), reference):
+        trainer = make_trainer(tmp_path, make_model(tokenizer), rows, task, ref_model=ref_model)
+        found.append(trainer.compute_ref_log_probs(trainer.ref_model, first_batch(trainer))[1])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
 def test_policy_and_reference_of_other_attention(tmp_path, task, tokenizer):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Exact search, beam search and item scores of one batch of users. All state is in the arguments, so that several threads
-may search at once.
+Exact search, beam search and item scores for one batch of users. All state is in the arguments, so several threads may
+search at once.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def beam_search_batch(
             cache.select(~is_done)
         rows, nodes, steps = beams.continuations()
         log_probs = torch.zeros(len(rows), device=rows.device)
-        # A forced token has a probability of 1 among the valid ones, but not in the vocabulary
+        # A forced token has a probability of 1 among the valid ones, but not over the vocabulary
         read = beams.is_choosing if normalize == "trie" else beams.is_alive
         if read.any():
             if rounds == 1:
@@ -92,7 +92,7 @@ def score_batch(project: Project, cache: TreeCache, items: list[Tensor]) -> list
     levels = [leaves]
     while (levels[-1] > 0).any():
         levels.append(tree.parent[levels[-1]].long().clamp(min=0))
-    # Every node at which some item of a user takes a choice, by user and from the root down
+    # Every node with a choice above some item of a user, by user and from the root down
     keys = torch.cat([users[:0], *(users * tree.num_nodes + nodes for nodes in levels[1:])]).unique()
     row, nodes = keys // tree.num_nodes, keys % tree.num_nodes
     hidden = cache.root_hidden.new_empty(len(keys), cache.root_hidden.shape[-1])
@@ -122,7 +122,7 @@ def score_root(project: Project, cache: TreeCache, normalize: str) -> Tensor:
 
 
 def _write(output: DecodingOutput, users: Tensor, state: Frontier | Beams, is_done: Tensor) -> None:
-    """Write what has been found for the users that are done into their rows of `output`."""
+    """Write the results of the users that are done into their rows of `output`."""
     done = users[state.users[is_done].cpu()]
     keys = state.best_items(output.items.shape[1])[is_done]
     output.items[done] = key_items(keys).cpu()

@@ -37,7 +37,7 @@ class Beams:
         finished_nodes, finished_scores (`torch.Tensor` of shape `(num_users, num_beams)`, int64 and fp32):
             Finished items by their node, and scores; best first, `-inf` where there is none.
         expansions, rounds (`torch.Tensor` of shape `(num_users,)`, int64):
-            Number of positions whose next tokens were scored, and how many times some were.
+            Number of positions whose next tokens were scored, and number of rounds in which some were.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Beams:
         self.rounds = torch.zeros_like(self.users)
         if tree.num_children[0] > 0:
             self.scores[:, 0] = root_scores
-        else:  # all items are the same tokens
+        else:  # all items have the same tokens
             self.finished_scores[:, 0] = root_scores / self.length**length_penalty
 
     @property
@@ -87,8 +87,8 @@ class Beams:
         All tokens by which some beam can be extended.
 
         Returns:
-            `tuple` of three int64 `torch.Tensor` of shape `(total,)`: place of the beam, counting through all
-            users' beams, node and index in the node's chain of the token.
+            `tuple` of three int64 `torch.Tensor` of shape `(total,)`: place of the beam among all users' beams, and
+            the token's node and index in the node's chain.
         """
         tree, choosing = self.tree, self.is_choosing.reshape(-1)
         nodes, steps = self.nodes.reshape(-1), self.steps.reshape(-1)
@@ -104,10 +104,8 @@ class Beams:
         Extend the beams by the best tokens.
 
         Args:
-            rows, nodes, steps (`torch.Tensor` of shape `(total,)`, int64):
-                From [`~Beams.continuations`].
-            log_probs (`torch.Tensor` of shape `(total,)`, fp32):
-                Log-probability of each token after its beam.
+            rows, nodes, steps, log_probs (`torch.Tensor` of shape `(total,)`):
+                What [`~Beams.continuations`] returns, and the log-probability of each token after its beam, fp32.
         """
         num_users, num_beams = self.nodes.shape
         users = rows // num_beams

@@ -34,13 +34,13 @@ def generate_items(
     batch_size: int = 16,
 ) -> tuple[DecodingOutput, int]:
     """
-    Items that beam search by `model.generate` finds.
+    Find items by beam search with `model.generate`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model, PEFT-wrapped or not.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, for the padding token.
+            The model's tokenizer, for the padding token.
         trie ([`ItemTrie`]):
             Trie of the catalogue.
         prompts (`list[list[int]]`):
@@ -49,10 +49,10 @@ def generate_items(
             As for [`TrieDecoder.beam_search`].
 
     Returns:
-        `tuple` of the [`DecodingOutput`], and the number of decoded sequences that are not an item.
+        `tuple` of the [`DecodingOutput`], and the number of decoded sequences that are not items.
 
     Raises:
-        `ValueError`: if there are fewer beams than `top_k`, or items do not end with a token of their own.
+        `ValueError`: if there are fewer beams than `top_k`, or items without an end token of their own.
     """
     num_beams = num_beams or top_k
     if num_beams < top_k:
@@ -92,9 +92,9 @@ def generate_items(
 @contextlib.contextmanager
 def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
     """
-    Evaluation mode, no gradient, a cache, and none of the model's own generation settings: `generate` takes from them
-    whatever a config leaves unset, and a repetition penalty or top-k breaks constrained search silently. One thread at
-    a time, as another one would take the empty settings for the model's own.
+    Evaluation mode, no gradient, a cache, and none of the model's generation settings: `generate` takes from them what
+    a config leaves unset, and a repetition penalty or top-k silently breaks constrained search. One thread at a time,
+    as another one would take the empty settings for the model's own.
     """
     base = model.get_base_model() if is_peft_model(model) else model
     with _GENERATING:
@@ -120,14 +120,14 @@ def _generate(
 
     Returns:
         `tuple` of three `torch.Tensor`: the tokens written, int64 of shape `(rows, length)`; the score of each row,
-        fp32 of shape `(rows,)`; and whether it is a beam of the search, bool of shape `(rows,)`. Where there are fewer
-        items than beams, `generate` fills up with repeats and unfinished rows.
+        fp32 of shape `(rows,)`; and whether it is a beam of the search, bool of shape `(rows,)`: where there are fewer
+        items than beams, `generate` adds repeats and unfinished rows.
     """
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[pad_token] * (longest - len(p)) + p for p in prompts], device=model.device)
     attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     processors = [TrieLogitsProcessor(trie, longest, normalize, inplace=True)]
-    if config.num_beams == 1:  # greedy search hands over logits, beam search log-probabilities
+    if config.num_beams == 1:  # greedy search passes logits, beam search log-probabilities
         processors.insert(0, LogitNormalization())
     output = model.generate(
         input_ids=input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=processors
@@ -137,8 +137,8 @@ def _generate(
         steps = torch.stack(output.scores, dim=1).gather(-1, written.unsqueeze(-1)).squeeze(-1)
         scores = steps.nan_to_num(neginf=0.0).sum(dim=1)  # its padding has no score
         return written, scores, torch.ones_like(scores, dtype=torch.bool)
-    # Rows that fill up have -1e9 added to their score, before or after it is divided by the length, so that no
-    # threshold tells them apart: a beam's score is the sum of its tokens' log-probabilities
+    # The added rows have -1e9 in their score, before or after it is divided by the length, so no threshold tells them
+    # apart. But a beam's score is the sum of its tokens' log-probabilities
     beams = output.beam_indices  # -1 past the end of a row
     steps = [log_probs[beam, token] for log_probs, beam, token in zip(output.scores, beams.T, written.T)]
     expected = torch.stack(steps, dim=1).masked_fill(beams < 0, 0.0).sum(dim=1)
@@ -150,7 +150,7 @@ def _generate(
 def _expand_leaves(
     trie: ItemTrie, nodes: torch.Tensor, scores: torch.Tensor, top_k: int
 ) -> Iterator[tuple[list[int], list[float]]]:
-    """Per user, the items at the leaves found, best first, ties and shared leaves by index; filled up by -1, -inf."""
+    """Each user's items at the leaves found, best first, ties and shared leaves by index; padded with -1 and -inf."""
     for user_nodes, user_scores in zip(nodes.tolist(), scores.tolist()):
         items = [(-s, item) for node, s in zip(user_nodes, user_scores) if node >= 0 for item in trie.items(node)]
         items = sorted(items)[:top_k]
@@ -164,7 +164,7 @@ def _end_tokens(trie: ItemTrie) -> list[int]:
     inner_nodes = torch.arange(1, trie.num_nodes)[~trie.is_leaf(torch.arange(1, trie.num_nodes))]
     if not trie.is_leaf(trie.item_nodes.long()).all() or torch.isin(trie.tokens(inner_nodes), end_tokens).any():
         raise ValueError(
-            "`trie` has items that do not end with a token of their own, so `generate` can't tell when one is "
-            "finished: append an end token to every sequence, as `ItemCatalog.build_trie` does."
+            "`trie` has items without an end token of their own, so `generate` can't tell when one is finished: "
+            "append an end token to every sequence, as `ItemCatalog.build_trie` does."
         )
     return end_tokens.tolist()

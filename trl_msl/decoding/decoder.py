@@ -26,10 +26,10 @@ from ..model import (
     prefill_prefix,
 )
 from ..trie import CompressedTrie, ItemTrie
+from .arguments import Items, read_allowed, read_item_lists, read_prompts
 from .batches import Project, beam_search_batch, score_batch, score_root, search_batch
 from .beams import Beams
 from .frontier import Frontier
-from .item_lists import Items, read_allowed, read_item_lists
 from .output import DecodingOutput
 from .restriction import Allowed, Restriction
 
@@ -38,10 +38,10 @@ class TrieDecoder:
     """
     Ranks the items of a catalogue by their log-probability under a model, restricted to the catalogue.
 
-    A prompt is run through the model once, and what all prompts begin with once for all of them. Nodes of the trie are
-    appended to the same cache, many in one forward, each of which sees its own ancestors only. Chains of forced tokens
-    take one forward, or none at the end of an item. Logits are computed for the tokens that continue some expanded
-    node, in fp32. Memory is bounded by `batch_size`, whatever the size of the catalogue.
+    Each prompt is run through the model once, and the beginning that all prompts share once for all of them. Nodes of
+    the trie are appended to the same cache, many in one forward, and attend only to their own ancestors. A chain of
+    forced tokens takes one forward, or none at the end of an item. Logits are computed in fp32, for the tokens that
+    continue an expanded node. Memory depends on `batch_size`, not on the size of the catalogue.
 
     Making one takes time in proportion to the catalogue, a search does not: make one and keep it. Several threads may
     search with it at once.
@@ -53,9 +53,8 @@ class TrieDecoder:
             Trie of the catalogue, built with the model's tokenizer.
 
     Raises:
-        `ValueError`: if the model can't run a tree of tokens in one forward pass. This is found by running a
-            small tree and comparing its logits with those of the model's own forward: they differ with recurrent
-            layers or FlashAttention, for example.
+        `ValueError`: if the model can't run a tree of tokens in one forward pass, for example with recurrent layers or
+            FlashAttention. A small tree is run, and its logits compared with those of the model's own forward.
 
     Example:
 
@@ -104,18 +103,18 @@ class TrieDecoder:
             top_k (`int`, *optional*, defaults to `10`):
                 Number of items to find. Where a user may get fewer, the rest is `-1` with a score of `-inf`.
             exclude (`Sequence[Sequence[int]]`, *optional*):
-                Item indices that each user must not get, such as the history. Sets, arrays and tensors will do too.
+                Item indices that each user must not get, such as the history, as lists, sets, arrays or tensors.
             allowed (`Sequence[int]`, `torch.Tensor`, [`Allowed`] or `Sequence[Sequence[int]]`, *optional*):
                 Item indices that all users, or each of them, may get, such as what is in stock. The scores stay those
-                of the whole catalogue. To use many items more than once, pass what [`~TrieDecoder.prepare_allowed`]
-                makes of them.
+                of the whole catalogue. Prepare a large list for several searches with
+                [`~TrieDecoder.prepare_allowed`].
             max_expansions (`int`, *optional*, defaults to `1024`):
                 Number of nodes that the search expands for a user before it stops, in which case `exact` may be
-                `False`. If fewer than `top_k` items have been found by then, the best open nodes are followed down by
-                `top_k` beams until there are as many, which expands at most `top_k` nodes more on each level.
+                `False`. If it has found fewer than `top_k` items by then, `top_k` beams continue from the best open
+                nodes until there are enough, which expands at most `top_k` more nodes on each level.
             nodes_per_round (`int`, *optional*, defaults to `16`):
                 Number of nodes of each user that one forward pass expands. A larger number needs fewer passes, but
-                expands more nodes that turn out not to matter.
+                expands more nodes in vain.
             batch_size (`int`, *optional*, defaults to `16`):
                 Number of prompts in a batch.
 
@@ -149,7 +148,7 @@ class TrieDecoder:
     ) -> DecodingOutput:
         """
         Find the items that `model.generate` finds with `num_beams` beams and a [`TrieLogitsProcessor`], with the same
-        scores, for comparison with published results, which were obtained in that way.
+        scores, to compare with published results.
 
         Args:
             prompts, top_k, exclude, allowed, batch_size:
@@ -158,7 +157,7 @@ class TrieDecoder:
                 Beam width, `top_k` by default.
             normalize (`str`, *optional*, defaults to `"trie"`):
                 `"trie"`, log-probabilities among the valid tokens; or `"vocab"`, over the vocabulary, which takes a
-                forward pass and all logits for every token, forced ones too.
+                forward pass and all logits for every token, including forced ones.
             length_penalty (`float`, *optional*, defaults to `0.0`):
                 Scores of finished items are divided by their number of tokens to this power, as `generate` does.
 
@@ -197,8 +196,8 @@ class TrieDecoder:
         items_per_pass: int = 128,
     ) -> list[Tensor]:
         """
-        Log-probability `log P_valid` of given items, for reranking and diagnosis. Prefixes that the items of a user
-        have in common are computed once.
+        Log-probability `log P_valid` of given items, for reranking and diagnosis. Prefixes that items of a user share
+        are computed once.
 
         Args:
             prompts (`Sequence[list[int]]`):
@@ -214,7 +213,7 @@ class TrieDecoder:
             `list` of `torch.Tensor` of shape `(len(items[user]),)`, fp32, on the CPU.
 
         Raises:
-            `ValueError`: if there are not as many lists of items as prompts, or an item is not in the catalogue.
+            `ValueError`: if the numbers of prompts and of lists of items differ, or an item is not in the catalogue.
         """
         prompts = self._check_prompts(prompts, batch_size=batch_size, items_per_pass=items_per_pass)
         items = read_item_lists("items", items, len(prompts), self.trie.num_items)
@@ -234,8 +233,8 @@ class TrieDecoder:
 
     def prepare_allowed(self, items: Items) -> Allowed:
         """
-        Prepare items that all users may get, to be passed as `allowed` to any number of searches. The time it takes is
-        in proportion to the number of items; a search then does no such work.
+        Prepare items that all users may get, to be passed as `allowed` to any number of searches. This takes time in
+        proportion to the number of items, which the searches then save.
 
         Args:
             items (`Sequence[int]`, `set[int]` or `torch.Tensor` of shape `(num_allowed,)`):
@@ -245,11 +244,11 @@ class TrieDecoder:
             [`Allowed`]: The items, for this decoder only.
 
         Raises:
-            `ValueError`: if there is no item, or an index that is not an item's.
+            `ValueError`: if `items` is empty, or holds an index that is not an item's.
         """
         found = read_allowed(items, 1, self.trie.num_items)
         if isinstance(found, list):
-            raise ValueError("`items` holds lists: pass one list of items that all users may get.")
+            raise ValueError("`items` holds lists: pass a single list of the items that all users may get.")
         return Allowed.from_items(self.tree, found)
 
     # ------------------------------------------------------------------ parts
@@ -258,7 +257,7 @@ class TrieDecoder:
         """Users of each batch and the cache of their prompts. Prompts of similar length share a batch."""
         order = sorted(range(len(prompts)), key=lambda user: -len(prompts[user]))
         shared = _common_length(min(prompts), max(prompts)) if len(prompts) > 1 else 0
-        shared = min(shared, len(prompts[order[-1]]) - 1)  # each prompt keeps a token to read on from
+        shared = min(shared, len(prompts[order[-1]]) - 1)  # each prompt keeps a token of its own
         prefix = prefill_prefix(self.backbone, prompts[0][:shared], self.tree.device)
         starts = range(0, len(order), batch_size)
         is_silent = len(starts) < 2 or not PartialState().is_local_main_process
@@ -268,7 +267,7 @@ class TrieDecoder:
 
     @contextlib.contextmanager
     def _ready(self, cast_head: bool = False) -> Iterator[Project]:
-        """Evaluation mode without gradients, and the head as the model has it now, in fp32 if all of it is used."""
+        """Evaluation mode without gradients, and the model's current head, in fp32 if all of it is used."""
         project = head_projection(self.base)
         if cast_head:
             project = functools.partial(project, weight=project.keywords["weight"].float())
@@ -293,22 +292,14 @@ class TrieDecoder:
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], **counts: int) -> list[list[int]]:
         """Raise a `ValueError` for prompts or numbers out of range; return the prompts as lists."""
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}: it must be at least 1.")
-        if len(prompts) == 0:
-            raise ValueError("`prompts` is empty: pass at least one.")
-        prompts = [[int(token) for token in prompt] for prompt in prompts]
-        lengths = list(map(len, prompts))
-        if min(lengths) == 0:
-            raise ValueError(f"`prompts` has no token for user {lengths.index(0)}: pass at least one token each.")
-        check_length(self.backbone, max(lengths), self.trie.depth)
+        prompts = read_prompts(prompts, **counts)
+        check_length(self.backbone, max(map(len, prompts)), self.trie.depth)
         return prompts
 
     def _check_restrictions(
         self, num_users: int, exclude: Sequence[Items] | None, allowed: Allowed | Items | Sequence[Items] | None
     ) -> tuple[list[Tensor] | None, Allowed | list[Tensor] | None]:
-        """Raise a `ValueError` where they don't fit users or catalogue; return them as [`Restriction`] takes them."""
+        """Raise a `ValueError` where they don't fit users or catalogue; return them for a [`Restriction`]."""
         if exclude is not None:
             exclude = read_item_lists("exclude", exclude, num_users, self.trie.num_items)
         if isinstance(allowed, Allowed):
@@ -321,5 +312,5 @@ class TrieDecoder:
 
 
 def _common_length(first: list[int], last: list[int]) -> int:
-    """Length of the common beginning of the first and the last of some sorted prompts, and so of all of them."""
+    """Length of the common beginning of the first and last of sorted prompts, and so of all of them."""
     return next((i for i, (one, other) in enumerate(zip(first, last)) if one != other), len(first))

@@ -15,19 +15,17 @@ class Frontier:
     """
     Open nodes and best items of each user of a batch.
 
-    Where `max_expansions` nodes have been expanded and fewer than `top_k` items found, the user's search finishes by
-    beams: the `top_k` best open nodes are expanded, then the best of their children, and so on. As each leads to an
-    item, that finds as many as there are, up to `top_k`.
+    If `max_expansions` nodes have been expanded and fewer than `top_k` items found, a user's search finishes by beams:
+    the `top_k` best open nodes are expanded, then the best of their children, and so on. As each of them leads to an
+    item, this finds `top_k` items, or all there are.
 
     Args:
         tree ([`CompressedTrie`]):
             Trie of the catalogue.
         restriction ([`Restriction`]):
             Which items each user may get.
-        num_users, top_k (`int`):
-            Number of users of the batch, and of items to find for each.
-        max_expansions (`int`):
-            Number of nodes that may be expanded for each user, best first.
+        num_users, top_k, max_expansions (`int`):
+            Number of users of the batch, of items to find for each, and of nodes that may be expanded for each.
 
     Attributes (a row for each user that still searches):
         users (`torch.Tensor` of shape `(num_users,)`, int64):
@@ -41,7 +39,7 @@ class Frontier:
         is_finishing (`torch.Tensor` of shape `(num_users,)`, bool):
             Whether the search of each user finishes by beams.
         best_dropped (`torch.Tensor` of shape `(num_users,)`, fp32):
-            Best score of the nodes that were not kept, since too few may still be expanded to get to them.
+            Best score of the nodes dropped because the expansions left would not reach them.
     """
 
     def __init__(
@@ -68,15 +66,11 @@ class Frontier:
 
     def add(self, rows: Tensor, nodes: Tensor, scores: Tensor) -> None:
         """
-        Add nodes that were reached: the items that end in them, and the nodes themselves if items may be found below.
+        Add nodes that were reached: the items that end at them, and the nodes themselves if items may be found below.
 
         Args:
-            rows (`torch.Tensor` of shape `(num_reached,)`, int64):
-                Row of each node's user, ascending.
-            nodes (`torch.Tensor` of shape `(num_reached,)`, int64):
-                Nodes.
-            scores (`torch.Tensor` of shape `(num_reached,)`, fp32):
-                Their log-probabilities.
+            rows, nodes, scores (`torch.Tensor` of shape `(num_reached,)`, int64, int64 and fp32):
+                Row of each node's user, ascending; the nodes; and their log-probabilities.
         """
         tree, num_users = self.tree, len(self.users)
         promising = scores >= self.threshold[rows]  # an equal score may win by its index
@@ -102,11 +96,11 @@ class Frontier:
 
     def take(self, num_nodes: int) -> tuple[Tensor, Tensor]:
         """
-        Take out the best open nodes of each user, of those that may lead to one of the K best items.
+        Take out the best open nodes of each user that may lead to one of the K best items.
 
         Args:
             num_nodes (`int`):
-                Maximum number of nodes of a user. Where a search finishes by beams it is `top_k` instead.
+                Maximum number of nodes of a user; `top_k` instead where a search finishes by beams.
 
         Returns:
             `tuple` of two `torch.Tensor` of shape `(num_users, num_taken)`: nodes, int64, `-1` where there is none,
@@ -114,7 +108,7 @@ class Frontier:
         """
         top_k, remaining = self.keys.shape[1], self.max_expansions - self.expansions
         self.is_finishing = self.is_finishing | ((remaining <= 0) & (self.keys[:, -1] == NO_ITEM))
-        # Beams never go back, so nodes that are not among them are given up
+        # Beams never go back, so other nodes are given up
         self._keep(torch.where(self.is_finishing, top_k, self.scores.shape[1]))
         limit = torch.where(self.is_finishing, top_k, remaining.clamp(max=num_nodes))
         taken = self._is_promising & (torch.arange(self.scores.shape[1], device=limit.device) < limit[:, None])

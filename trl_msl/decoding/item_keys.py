@@ -12,8 +12,8 @@ NO_ITEM = torch.iinfo(torch.int64).max
 
 def item_keys(scores: Tensor, items: Tensor) -> Tensor:
     """
-    An item's score and index in one integer, so that smaller keys are better scores, and lower indices where scores
-    are equal. It works as no score is positive, and as the bits of non-negative floats are in the order of the floats.
+    An item's score and index in one integer: smaller keys have better scores, or lower indices where scores are equal.
+    This works because no score is positive, and the bits of non-negative floats sort like the floats.
 
     Args:
         scores (`torch.Tensor`, fp32):
@@ -28,7 +28,7 @@ def item_keys(scores: Tensor, items: Tensor) -> Tensor:
 
 
 def best_keys(keys: Tensor, top_k: int) -> Tensor:
-    """The `top_k` best keys of each row in order, where each row has at least as many."""
+    """The `top_k` best keys of each row in order; each row must have at least as many."""
     return keys.topk(top_k, dim=1, largest=False, sorted=True).values
 
 

@@ -14,11 +14,11 @@ class TrieLogitsProcessor(LogitsProcessor):
     r"""
     [`~transformers.LogitsProcessor`] that restricts `model.generate` to the items of the catalogue.
 
-    Works with greedy search, sampling and beam search, on all rows at once, and keeps no state: where a row stands in
-    the trie is read from `input_ids`, so it can be reused and beams may be reordered.
+    Works with greedy search, sampling and beam search, on all rows at once, and keeps no state: a row's node in the
+    trie is read from `input_ids`, so it can be reused and beams may be reordered.
 
-    Once a row has written a whole item, only its end token is allowed again. A row off the trie (a beam that search
-    makes up where there are fewer items than beams) gets `-inf` everywhere.
+    Once a row has written a whole item, only its end token is allowed again. A row off the trie (a beam that fills up
+    where there are fewer items than beams) gets `-inf` everywhere.
 
     Args:
         trie ([`ItemTrie`]):
@@ -30,9 +30,8 @@ class TrieLogitsProcessor(LogitsProcessor):
             the restricted score that MSL trains (Lemma 4.1 of the paper); or `"vocab"`, unchanged, so that beam search
             sums log-probabilities over the whole vocabulary, as transformers' `PrefixConstrainedLogitsProcessor` does.
         inplace (`bool`, *optional*, defaults to `False`):
-            Whether to overwrite the scores instead of making new ones, which takes most of the time with a
-            large vocabulary. Safe with `generate`, unless it is to return the raw logits of greedy search or sampling
-            (`output_logits=True`).
+            Whether to overwrite the scores instead of making new ones, which takes most of the time with a large
+            vocabulary. Safe with `generate`, except with `output_logits=True` in greedy search or sampling.
 
     Example:
 
@@ -67,7 +66,7 @@ class TrieLogitsProcessor(LogitsProcessor):
             `torch.Tensor` of shape `(num_rows, vocab_size)`: `-inf` except at valid tokens.
 
         Raises:
-            `ValueError`: if no row stands on the trie, which means that `prompt_length` is wrong.
+            `ValueError`: if no row is on the trie, which means that `prompt_length` is wrong.
         """
         trie = self.trie.to(scores.device)
         nodes = self._nodes(trie, input_ids)
@@ -76,13 +75,13 @@ class TrieLogitsProcessor(LogitsProcessor):
         if self.normalize == "trie":
             valid_scores = valid_scores - logsumexp_by_row(valid_scores, rows, len(scores))[rows]
         processed = scores.fill_(-torch.inf) if self.inplace else torch.full_like(scores, -torch.inf)
-        processed[rows, tokens] = valid_scores
+        processed[rows, tokens] = valid_scores.to(scores.dtype)
         finished = trie.is_leaf(nodes)  # it may only repeat its end token, which changes no score
         processed[finished, trie.tokens(nodes[finished])] = 0.0
         return processed
 
     def _nodes(self, trie: ItemTrie, input_ids: Tensor) -> Tensor:
-        """Node that each row stands at: the leaf it has reached, if it has; `-1` off the trie."""
+        """Node that each row has reached: the leaf if it has passed one, `-1` off the trie."""
         if input_ids.shape[1] < self.prompt_length:
             raise ValueError(
                 f"`prompt_length` is {self.prompt_length}, but the sequences have {input_ids.shape[1]} tokens: pass "

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..trie import logsumexp_by_row
 
 
-_MAX_LOGITS = 1 << 23  # number of logits over the trie that are made at a time
-_VOCAB_ROWS = 64  # rows of logits over the whole vocabulary that are made at a time
+_MAX_LOGITS = 1 << 23  # number of logits over the trie computed at a time
+_VOCAB_ROWS = 64  # number of rows of logits over the vocabulary computed at a time
 
 
 def next_token_log_probs(
@@ -25,7 +25,7 @@ def next_token_log_probs(
         project (`Callable`):
             The model's head, from [`head_projection`].
         hidden (`torch.Tensor` of shape `(num_rows, hidden_size)`):
-            Hidden state that each row of tokens comes after.
+            Hidden state that predicts each row's tokens.
         rows, tokens (`torch.Tensor` of shape `(total,)`):
             Row and id of each token, rows ascending.
         normalize (`str`, *optional*, defaults to `"trie"`):
@@ -41,7 +41,7 @@ def next_token_log_probs(
     if normalize == "trie":
         for chosen in _groups(torch.bincount(rows, minlength=len(hidden))):
             here = chosen[rows]
-            # A product with the union of the rows' tokens, from which each row takes its own
+            # A product with the union of the rows' tokens, of which each row takes its own
             union, columns = tokens[here].unique(return_inverse=True)
             logits = project(hidden[chosen], rows=union).to(device)
             log_probs[here] = logits[(chosen.cumsum(0) - 1)[rows[here]], columns]
@@ -59,8 +59,8 @@ def next_token_log_probs(
 
 def _groups(counts: Tensor) -> Iterator[Tensor]:
     """
-    Split rows with `counts` tokens each into groups, given as masks, so that the product of a group's rows with all
-    of its tokens stays small, and rows with few tokens are not multiplied with the tokens of rows with many.
+    Split rows with `counts` tokens each into groups, given as masks, so that the product of a group's rows and all its
+    tokens stays small, and rows with few tokens are not multiplied with the tokens of rows with many.
     """
     if len(counts) * int(counts.sum()) <= _MAX_LOGITS:
         yield torch.ones_like(counts, dtype=torch.bool)

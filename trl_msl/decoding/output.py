@@ -20,7 +20,7 @@ class DecodingOutput:
         scores (`torch.Tensor` of shape `(num_users, top_k)`, fp32):
             Log-probability of each item; `-inf` where there is none.
         exact (`torch.Tensor` of shape `(num_users,)`, bool):
-            Whether these are certainly the best items there are. Beam search can't tell.
+            Whether these are certainly the best items, which beam search can't tell.
         expansions (`torch.Tensor` of shape `(num_users,)`, int64):
             Number of nodes whose children were scored.
         rounds (`torch.Tensor` of shape `(num_users,)`, int64):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,9 @@ from transformers import PreTrainedModel
 
 from ..data import Prompt, RankingTask
 from ..model import check_whole
+from .arguments import Items, read_allowed, read_item_lists, read_prompts
 from .by_generate import generate_items
 from .decoder import TrieDecoder
-from .item_lists import Items, read_allowed, read_item_lists
 from .output import DecodingOutput
 from .restriction import Allowed
 
@@ -33,19 +34,11 @@ class Recommendations:
     Ranked items of some users.
 
     Args:
-        items (`numpy.ndarray` of shape `(num_users, top_k)`, int64):
-            Item indices, best first; `-1` where there is none.
-        scores (`numpy.ndarray` of shape `(num_users, top_k)`, fp32):
-            Log-probability of each item's text; `-inf` where there is none.
-        exact (`numpy.ndarray` of shape `(num_users,)`, bool):
-            Whether these are certainly the best items there are.
-        expansions (`numpy.ndarray` of shape `(num_users,)`, int64):
-            Number of trie nodes whose children were scored; `0` from `generate`.
-        rounds (`numpy.ndarray` of shape `(num_users,)`, int64):
-            Number of forward passes that the user took part in; `0` from `generate`.
+        items, scores, exact, expansions, rounds (`numpy.ndarray`):
+            As in [`DecodingOutput`]. The last two are 0 from `generate`.
         invalid_rate (`float`):
-            Share of decoded sequences that are not an item. Constrained decoding makes none.
-        target_ranks (`numpy.ndarray` of shape `(num_users,)`, fp64, *optional*):
+            Share of decoded sequences that are not items; 0 with constrained decoding.
+        target_ranks (`numpy.ndarray` of shape `(num_users,)`, int64, *optional*):
             From [`evaluate_recommendations`]: rank of each target, as [`ranks_of_targets`] gives it.
     """
 
@@ -77,8 +70,8 @@ def recommend(
     Rank the catalogue's items for each prompt.
 
     Under `accelerate launch` each process takes a share of the prompts, and all get the whole result. Items with the
-    same text share a score and follow each other in catalogue order. To answer one request after the other make a
-    [`TrieDecoder`] once and pass it: making it takes time in proportion to the catalogue, and a check of the model.
+    same text share a score and follow each other in catalogue order. For repeated calls, make a [`TrieDecoder`] once
+    and pass it: making it checks the model, and takes time in proportion to the catalogue.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -90,11 +83,11 @@ def recommend(
         top_k (`int`, *optional*, defaults to `10`):
             Number of items to rank.
         mode (`str`, *optional*, defaults to `"exact"`):
-            `"exact"`, the best items, by [`TrieDecoder.search`]; `"beam"`, those that beam search finds, by
+            `"exact"`, the best items, by [`TrieDecoder.search`]; `"beam"`, those of beam search, by
             [`TrieDecoder.beam_search`]; or `"generate"`, the same by `model.generate`, which is slow, for models that
             [`TrieDecoder`] can't run.
         exclude, allowed (*optional*):
-            Item indices that users must not, and may get, as for [`TrieDecoder.search`]. Not with `"generate"`.
+            Item indices that users must not get or may get, as for [`TrieDecoder.search`]. Not with `"generate"`.
         max_expansions (`int`, *optional*, defaults to `1024`):
             With `"exact"`, the number of trie nodes to expand for a user, as for [`TrieDecoder.search`].
         num_beams (`int`, *optional*):
@@ -102,15 +95,15 @@ def recommend(
         normalize (`str`, *optional*, defaults to `"trie"`):
             With beams, as for [`TrieLogitsProcessor`].
         length_penalty (`float`, *optional*, defaults to `0.0`):
-            With beams, as for `generate`. Its own default of 1.0 favours long titles, whose last tokens are forced and
+            With beams, as for `generate`, whose default of 1.0 favours long titles: their last tokens are forced and
             cost nothing.
         batch_size (`int`, *optional*, defaults to `16`):
             Prompts per process at a time.
         decoder ([`TrieDecoder`], *optional*):
-            Decoder of this model and this task's trie, made before. `"generate"` uses none.
+            Decoder made before from this model and the task's trie. `"generate"` uses none.
 
     Raises:
-        `ValueError`: if `top_k` exceeds the number of items, an argument has no meaning with `mode`, `decoder` is of
+        `ValueError`: if `top_k` exceeds the number of items, an argument has no meaning with `mode`, `decoder` has
             another model or trie, or the model or the trie can't be used with `mode`.
     """
     trie = task.trie
@@ -118,34 +111,39 @@ def recommend(
     _check_mode(mode, beam_arguments, max_expansions, exclude, allowed)
     if not 0 < top_k <= trie.num_items:
         raise ValueError(f"`top_k` is {top_k}: it must lie between 1 and the number of items, {trie.num_items}.")
+    if isinstance(prompts, str):  # whose characters would be taken for prompts
+        raise ValueError(f"`prompts` is a text, {reprlib.repr(prompts)}: pass a list of prompts.")
     if len(prompts) == 0:
         raise ValueError("`prompts` is empty: pass at least one.")
     if decoder is not None and not (decoder.model is model and decoder.trie is trie.to(decoder.trie.device)):
-        raise ValueError("`decoder` was made of another model or trie: make it with `TrieDecoder(model, task.trie)`.")
-    # All processes read all of it, so that all of them raise the same errors
+        raise ValueError("`decoder` has another model or trie: make it with `TrieDecoder(model, task.trie)`.")
+    # All processes read everything, so that they all raise the same errors
     if exclude is not None:
         exclude = read_item_lists("exclude", exclude, len(prompts), trie.num_items)
     if allowed is not None and not isinstance(allowed, Allowed):
         allowed = read_allowed(allowed, len(prompts), trie.num_items)
     process = PartialState()
     is_encoded = not isinstance(prompts[0], str) and not (len(prompts[0]) > 0 and isinstance(prompts[0][0], dict))
-    encoded = prompts if is_encoded else task.encode_prompts(prompts)
+    encoded = read_prompts(prompts if is_encoded else task.encode_prompts(prompts), batch_size=batch_size)
     mine = range(process.process_index, len(encoded), process.num_processes)
     arguments = {"prompts": [encoded[user] for user in mine], "top_k": top_k, "batch_size": batch_size}
+    restrictions = {
+        "exclude": None if exclude is None else [exclude[user] for user in mine],
+        "allowed": [allowed[user] for user in mine] if isinstance(allowed, list) else allowed,
+    }
     num_invalid = 0
     if mode == "generate":
         check_whole(model)
+    elif decoder is None:
+        decoder = TrieDecoder(model, trie)
+    if len(mine) == 0:  # more processes than prompts
+        found = DecodingOutput.empty(0, top_k)
+    elif mode == "generate":
         found, num_invalid = generate_items(model, task.tokenizer, trie, **arguments, **beam_arguments)
+    elif mode == "exact":
+        found = decoder.search(max_expansions=max_expansions, **restrictions, **arguments)
     else:
-        arguments["exclude"] = None if exclude is None else [exclude[user] for user in mine]
-        arguments["allowed"] = [allowed[user] for user in mine] if isinstance(allowed, list) else allowed
-        decoder = TrieDecoder(model, trie) if decoder is None else decoder
-        if len(mine) == 0:  # more processes than prompts
-            found = DecodingOutput.empty(0, top_k)
-        elif mode == "exact":
-            found = decoder.search(max_expansions=max_expansions, **arguments)
-        else:
-            found = decoder.beam_search(**beam_arguments, **arguments)
+        found = decoder.beam_search(**beam_arguments, **restrictions, **arguments)
     results = {name: getattr(found, name).numpy() for name in DecodingOutput.__annotations__}
     if process.num_processes > 1:
         shares = gather_object([results])
@@ -166,13 +164,13 @@ def _check_mode(mode: str, beam_arguments: dict[str, Any], max_expansions: int, 
     if mode == "exact" and given:
         raise ValueError(f"`{given[0]}` is {beam_arguments[given[0]]!r}, but exact search has none: pass mode='beam'.")
     if mode != "exact" and max_expansions != 1024:
-        raise ValueError(f"`max_expansions` is {max_expansions}, but only exact search has a bound: leave it out.")
+        raise ValueError(f"`max_expansions` is {max_expansions}, but only exact search has it: leave it out.")
     if mode == "generate" and not (exclude is None and allowed is None):
         raise ValueError("`exclude` and `allowed` have no effect on `generate`: pass mode='exact' or mode='beam'.")
 
 
 def _report(found: Recommendations, mode: str) -> None:
-    """Warn if some users got fewer items than were asked for, or items that may not be the best."""
+    """Warn if some users got too few items, or items that may not be the best."""
     num_short, num_inexact = int((found.items[:, -1] < 0).sum()), int((~found.exact).sum())
     if num_short:
         remedy = "`exclude` and `allowed` leave no more" if mode == "exact" else "raise `num_beams`"
@@ -180,6 +178,5 @@ def _report(found: Recommendations, mode: str) -> None:
     if mode == "exact" and num_inexact:
         logger.warning(
             "%d of %d users reached `max_expansions` before their items were certain to be the best: raise it.",
-            num_inexact,
-            len(found.items),
-        )
+            num_inexact, len(found.items),
+        )  # fmt: skip

@@ -15,7 +15,7 @@ from ..trie import CompressedTrie, ragged_arange
 @dataclass(frozen=True, eq=False)
 class Allowed:
     """
-    Items that all users may get, sorted once for any number of searches: from [`TrieDecoder.prepare_allowed`].
+    Items that all users may get, sorted once for any number of searches by [`TrieDecoder.prepare_allowed`].
 
     Args:
         tree ([`CompressedTrie`]):
@@ -29,7 +29,7 @@ class Allowed:
 
     @classmethod
     def from_items(cls, tree: CompressedTrie, items: Tensor) -> Allowed:
-        """Of item indices, int64 of shape `(num_items,)`, in any order."""
+        """From item indices, int64 of shape `(num_items,)`, in any order."""
         places = tree.item_place[items.to(tree.device)].long()
         if len(places) <= len(tree.item_order) // 16:
             return cls(tree, places.unique())
@@ -40,8 +40,8 @@ class Allowed:
 
 class Restriction:
     """
-    Which items each user may get. Each node owns a range of items, so how many of those below it are allowed is a
-    difference of two places in a sorted list: nothing is rebuilt, and nothing of the catalogue's size made per user.
+    Which items each user may get. The items below a node are a range, so the number of allowed ones among them is the
+    difference of two places in a sorted list: nothing of the catalogue's size is made for a user.
 
     Args:
         tree ([`CompressedTrie`]):
@@ -60,7 +60,7 @@ class Restriction:
     ):
         self.tree = tree
         self.stride = len(tree.item_order) + 1
-        # All users alike have the first one's keys
+        # What all users may get has the keys of the first one
         self.allowed_stride = 0 if isinstance(allowed, Allowed) else self.stride
         self.allowed = self.excluded = None
         if allowed is not None:
@@ -78,7 +78,7 @@ class Restriction:
 
     def count(self, users: Tensor, start: Tensor, end: Tensor) -> Tensor:
         """
-        Number of items that users may get out of ranges of items.
+        Number of items in ranges of items that users may get.
 
         Args:
             users (`torch.Tensor` of shape `(num_ranges,)`, int64):
@@ -93,7 +93,7 @@ class Restriction:
 
     def first_items(self, users: Tensor, start: Tensor, end: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """
-        The first items of each range that users may get. A text that very many items share costs no more than others.
+        The first items of each range that users may get. A text shared by very many items costs no more than others.
 
         Args:
             users, start, end:
@@ -104,7 +104,7 @@ class Restriction:
         Returns:
             `tuple` of two `torch.Tensor` of shape `(num_found,)`: index of the range, and item, in order.
         """
-        # Of this many at least `limit` are not excluded, if there are as many
+        # Of this many at least `limit` are not excluded, if there are that many
         counts = torch.minimum(self._count_allowed(users, start, end), limit + self._count_excluded(users, start, end))
         index, offset = ragged_arange(counts)
         places = start[index].long() + offset

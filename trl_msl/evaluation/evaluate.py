@@ -38,28 +38,27 @@ def evaluate_recommendations(
         ks (`Sequence[int]`, *optional*, defaults to `(5, 10)`):
             Cut-offs K of HR@K, NDCG@K and MRR@K.
         match (`str`, *optional*, defaults to `"id"`):
-            What counts as a hit: `"id"`, the target itself, where items with the same text take a rank each, in
-            catalogue order; or `"text"`, any item with the target's text, where they take one rank together. (With
-            `exclude`, `allowed` or `mode="generate"` repeats still take places at the end of the list.)
+            What counts as a hit: `"id"`, the target itself, where items with the same text take one rank each, in
+            catalogue order; or `"text"`, any item with the target's text, where they share one rank. (With `exclude`,
+            `allowed` or `mode="generate"`, repeats still take places at the end of the list.)
         confidence (`float`, *optional*, defaults to `0.95`):
             Level of the bootstrap confidence intervals, over rows.
         return_recommendations (`bool`, *optional*, defaults to `False`):
-            Whether to return the recommendations too.
+            Whether to return the recommendations, too.
         **kwargs:
             `mode`, `batch_size` and other arguments of [`recommend`].
 
     Returns:
         `dict` of `hr@K`, `ndcg@K`, `mrr@K`; for the largest K also the ends of their intervals, such as `ndcg@K_low`
-        and `ndcg@K_high`; `coverage`, the share of the catalogue's items, or of its texts with `match="text"`, that
-        was recommended at least once; `exact_rate`, the share of rows whose items are certainly the best;
+        and `ndcg@K_high`; `coverage`, the share of the catalogue's items, or with `match="text"` of its texts, that
+        were recommended at least once; `exact_rate`, the share of rows whose items are certainly the best;
         `invalid_rate`; and `num_rows`. With `return_recommendations`, also the [`Recommendations`].
 
     Raises:
-        `ValueError`: if `rows` is empty or lacks a column, or for the reasons of [`recommend`].
+        `ValueError`: if `rows` is empty or lacks a column, some K exceeds the number of items, or for the reasons of
+            [`recommend`].
     """
-    if match not in ("id", "text"):
-        raise ValueError(f"`match` is {match!r}: it must be 'id' or 'text'.")
-    _check_rows(rows)
+    _check_arguments(task, rows, ks, match)
     targets, top_k = np.array(task.catalog.indices(rows["item_id"])), max(ks)
     prompts = task.ranking_prompts(rows[:])
     if match == "id":
@@ -93,16 +92,16 @@ class RecommendationCallback(TrainerCallback):
 
     Args:
         trainer ([`~transformers.Trainer`]):
-            Trainer that the callback is added to. It may be any, such as TRL's `SFTTrainer` for a comparison.
+            Trainer that the callback is added to: one of this package or any other, such as TRL's `SFTTrainer`.
         rows ([`~datasets.Dataset`]):
             As for [`evaluate_recommendations`].
         task ([`RankingTask`], *optional*):
-            As for [`evaluate_recommendations`]. Defaults to the trainer's, if the trainer is one of this package.
+            As for [`evaluate_recommendations`]. Defaults to that of a trainer of this package.
         **kwargs:
             Passed to [`evaluate_recommendations`].
 
     Raises:
-        `ValueError`: if there is no task, or `rows` is empty or lacks a column.
+        `ValueError`: if there is no task, or for the reasons of [`evaluate_recommendations`].
 
     Example:
 
@@ -116,9 +115,10 @@ class RecommendationCallback(TrainerCallback):
         self.rows = rows
         self.task = getattr(trainer, "task", None) if task is None else task
         if not isinstance(self.task, RankingTask):
-            raise ValueError(f"`task` is missing, and `{type(trainer).__name__}` has none of its own: pass one.")
-        _check_rows(rows)
+            raise ValueError(f"`task` is missing, and `{type(trainer).__name__}` has none: pass one.")
+        _check_arguments(self.task, rows, **kwargs)
         self.kwargs = kwargs
+        self._decoder: TrieDecoder | None = None
         self._metrics: dict[str, float] = {}
         self._measured_at: int | None = None  # step
         self._evaluations: set[str] = set()  # that these metrics were added to
@@ -134,24 +134,34 @@ class RecommendationCallback(TrainerCallback):
                 "`trainer` shards the model over processes (FSDP, ZeRO-3), but decoding needs it whole in each: "
                 "leave `RecommendationCallback` out (recipes: --eval_strategy no) and evaluate the saved model."
             )
-        if self.kwargs.get("mode", "exact") != "generate":
-            TrieDecoder(self._model, self.task.trie)
+        self._decoder = None
+        self._get_decoder()
 
     @property
     def _model(self) -> PreTrainedModel:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
+    def _get_decoder(self) -> TrieDecoder | None:
+        """The decoder of the trainer's model, made once per training, or when the model was replaced or moved."""
+        if self.kwargs.get("mode") == "generate":
+            return None
+        model, made = self._model, self._decoder
+        if made is None or made.model is not model or made.trie.device != model.device:
+            self._decoder = TrieDecoder(model, self.task.trie)
+        return self._decoder
+
     def on_train_end(self, args, state, control, **kwargs):
         self._measured_at = None  # `load_best_model_at_end` has changed the weights
 
     def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs):
-        # The runtime has the prefix of the dataset that was evaluated; not all other names do
+        # The runtime's name has the prefix of the evaluated dataset; not all others have
         evaluations = {name for name in metrics if name.endswith("_runtime")}
         if not all(name.startswith("eval_") for name in evaluations):
             return  # `trainer.evaluate(metric_key_prefix=...)` of something else
-        # Several `eval_dataset`s are evaluated one after the other, and ranked once
+        # Several `eval_dataset`s are evaluated one after another, but the rows are ranked once
         if self._measured_at != state.global_step or not self._evaluations.isdisjoint(evaluations):
-            found = evaluate_recommendations(self._model, self.task, self.rows, **self.kwargs)
+            settings = {"decoder": self._get_decoder(), **self.kwargs}
+            found = evaluate_recommendations(self._model, self.task, self.rows, **settings)
             self._metrics = {f"eval_{name}": value for name, value in found.items()}
             self._measured_at, self._evaluations = state.global_step, set()
             self.trainer.log(dict(self._metrics))
@@ -159,7 +169,13 @@ class RecommendationCallback(TrainerCallback):
         metrics.update(self._metrics)  # the dict from which `Trainer` picks `metric_for_best_model`
 
 
-def _check_rows(rows: Dataset) -> None:
+def _check_arguments(
+    task: RankingTask, rows: Dataset, ks: Sequence[int] = (5, 10), match: str = "id", **kwargs: Any
+) -> None:
+    if match not in ("id", "text"):
+        raise ValueError(f"`match` is {match!r}: it must be 'id' or 'text'.")
+    if max(ks) > len(task.catalog):
+        raise ValueError(f"`ks` is {ks}, but the catalogue has {len(task.catalog)} items: pass smaller cut-offs.")
     if len(rows) == 0:
         raise ValueError("`rows` is empty: pass at least one row.")
     missing = {"prompt", "item_id"} - set(rows.column_names)
@@ -168,7 +184,7 @@ def _check_rows(rows: Dataset) -> None:
 
 
 def _without_repeats(texts: np.ndarray) -> np.ndarray:
-    """Each row's texts without later repeats, those after them moved up, and filled up by -1."""
+    """Each row's texts without later repeats, moved up, and padded with -1."""
     repeats = (texts[:, :, None] == texts[:, None, :]) & np.tri(texts.shape[1], k=-1, dtype=bool)
     texts = np.where(repeats.any(axis=2), -1, texts)
     return np.take_along_axis(texts, np.argsort(texts < 0, axis=1, kind="stable"), axis=1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hit rate, NDCG and MRR from ranks.
 
-Every test case has exactly one relevant item, the target. Its 0-based rank in the recommended list is then all that
-the metrics need: `recommended -> ranks_of_targets -> per_user_metrics -> mean or bootstrap_interval`.
+Each user has exactly one relevant item, the target, whose 0-based rank in the recommended list is all that the metrics
+need: `recommended -> ranks_of_targets -> per_user_metrics -> mean or bootstrap_interval`.
 """
 
 import numpy as np
@@ -11,13 +11,13 @@ from numpy.typing import ArrayLike
 
 def ranks_of_targets(recommended: ArrayLike, targets: ArrayLike) -> np.ndarray:
     """
-    Finds each user's target in the list recommended to that user.
+    Find each user's target in the list recommended to that user.
 
     Args:
         recommended (`np.ndarray` of shape `(num_users, k)`, integer):
             Item indices, best first; `-1` marks a place without an item.
         targets (`np.ndarray` of shape `(num_users,)`, integer):
-            Index of the one relevant item of each user.
+            Index of each user's target.
 
     Returns:
         `np.ndarray` of shape `(num_users,)`, int64: the target's 0-based column, or `-1` where it was not recommended.
@@ -36,20 +36,20 @@ def ranks_of_targets(recommended: ArrayLike, targets: ArrayLike) -> np.ndarray:
     targets = _integers(targets, "targets", ndim=1)
     if len(targets) != len(recommended):
         raise ValueError(
-            f"targets has {len(targets)} entries but recommended has {len(recommended)} rows; pass one target per row."
+            f"`targets` has {len(targets)} entries for {len(recommended)} rows of `recommended`: pass one per row."
         )
     if (targets < 0).any():
         raise ValueError(
-            f"targets has {(targets < 0).sum()} negative entries (the first in row {np.argmax(targets < 0)}), which "
-            "would match empty places; drop users without a target before ranking."
+            f"`targets` has {(targets < 0).sum()} negative entries (the first in row {np.argmax(targets < 0)}), which "
+            "would match empty places: leave out users without a target."
         )
     ordered = np.sort(recommended, axis=1)
     repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
     if repeated.any():
         row = np.argmax(repeated)
         raise ValueError(
-            f"recommended holds an item twice in {repeated.sum()} rows (the first: row {row}, "
-            f"{recommended[row].tolist()}), so later ranks are too low; remove repeats before ranking."
+            f"`recommended` holds an item twice in {repeated.sum()} rows (the first: row {row}, "
+            f"{recommended[row].tolist()}), which would make later ranks too low: remove repeats."
         )
     is_target = recommended == targets[:, None]
     return np.where(is_target.any(axis=1), is_target.argmax(axis=1), -1)
@@ -57,16 +57,16 @@ def ranks_of_targets(recommended: ArrayLike, targets: ArrayLike) -> np.ndarray:
 
 def per_user_metrics(ranks: ArrayLike, ks: tuple[int, ...] = (5, 10)) -> dict[str, np.ndarray]:
     """
-    Computes HR@k, NDCG@k and MRR@k of every user.
+    HR@k, NDCG@k and MRR@k of every user.
 
-    With one relevant item at 0-based rank `r < k`, HR@k (which is Recall@k) is 1, NDCG@k is `1 / log2(r + 2)` and
-    MRR@k is `1 / (r + 1)`; otherwise all three are 0. So `hr >= ndcg >= mrr`, and none falls as `k` grows.
+    With the target at 0-based rank `r < k`, HR@k (which is Recall@k) is 1, NDCG@k is `1 / log2(r + 2)` and MRR@k is
+    `1 / (r + 1)`; otherwise all three are 0. So `hr >= ndcg >= mrr`, and none falls as `k` grows.
 
     Args:
         ranks (`np.ndarray` of shape `(num_users,)`, integer):
-            Ranks as [`ranks_of_targets`] returns them; `-1` is a miss.
+            Ranks from [`ranks_of_targets`]; `-1` is a miss.
         ks (`tuple[int, ...]`, *optional*, defaults to `(5, 10)`):
-            Cut-offs. Ranks do not tell how long the lists were: a `k` beyond their length equals that length.
+            Cut-offs. A `k` beyond the length of the lists, which ranks do not tell, counts as that length.
 
     Returns:
         `dict[str, np.ndarray]`: arrays of shape `(num_users,)`, float64, under `"hr@5"`, `"ndcg@5"`, `"mrr@5"`, ...
@@ -83,11 +83,11 @@ def per_user_metrics(ranks: ArrayLike, ks: tuple[int, ...] = (5, 10)) -> dict[st
     """
     ranks = _integers(ranks, "ranks", ndim=1)
     if (ranks < -1).any():
-        raise ValueError(f"ranks must be -1 (a miss) or a 0-based rank, got {ranks.min()}; use `ranks_of_targets`.")
+        raise ValueError(f"`ranks` holds {ranks.min()}: pass 0-based ranks, and -1 for a miss (`ranks_of_targets`).")
     cutoffs = _integers(ks, "ks", ndim=1)
     if len(cutoffs) == 0 or (cutoffs < 1).any():
-        raise ValueError(f"ks must hold cut-offs of at least 1, got {ks}; pass for example (5, 10).")
-    rank = np.maximum(ranks, 0)  # a miss has no place; `hit` below blanks it
+        raise ValueError(f"`ks` is {ks}: pass cut-offs of at least 1, such as (5, 10).")
+    rank = np.maximum(ranks, 0)  # a miss has no place: `hit` leaves it out
     metrics = {}
     for k in cutoffs.tolist():
         hit = (ranks >= 0) & (ranks < k)
@@ -101,19 +101,17 @@ def ranking_metrics(
     ranks: ArrayLike, ks: tuple[int, ...] = (5, 10), confidence: float | None = None
 ) -> dict[str, float]:
     """
-    Averages [`per_user_metrics`] over the users.
+    Means of [`per_user_metrics`] over the users.
 
     Args:
-        ranks (`np.ndarray` of shape `(num_users,)`, integer):
-            Ranks as [`ranks_of_targets`] returns them; `-1` is a miss and counts as 0.
-        ks (`tuple[int, ...]`, *optional*, defaults to `(5, 10)`):
-            Cut-offs.
+        ranks, ks:
+            As for [`per_user_metrics`].
         confidence (`float`, *optional*):
             Level of the intervals of [`bootstrap_interval`] to add for the largest cut-off.
 
     Returns:
-        `dict[str, float]`: `"hr@5"`, `"ndcg@5"`, `"mrr@5"`, ... for each cut-off; with `confidence` also the ends of
-        intervals, such as `"ndcg@10_low"` and `"ndcg@10_high"`.
+        `dict[str, float]`: `"hr@5"`, `"ndcg@5"`, `"mrr@5"`, ...; with `confidence` also the ends of intervals, such as
+        `"ndcg@10_low"` and `"ndcg@10_high"`.
 
     Example:
 
@@ -126,7 +124,7 @@ def ranking_metrics(
     ```
     """
     if np.size(ranks) == 0:
-        raise ValueError("ranks is empty, so there is no mean; evaluate at least one user.")
+        raise ValueError("`ranks` is empty: pass at least one user's rank.")
     values = per_user_metrics(ranks, ks)
     metrics = {name: float(value.mean()) for name, value in values.items()}
     if confidence is not None:
@@ -139,20 +137,18 @@ def bootstrap_interval(
     values: ArrayLike, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """
-    Percentile bootstrap interval of a mean: resamples users with replacement and cuts both tails of the means.
+    Percentile bootstrap interval of a mean: users are resampled with replacement, and both tails of the means cut off.
 
-    To compare two models on the same users, pass the per-user *differences*: the interval is much tighter than the two
-    separate ones suggest.
+    To compare two models on the same users, pass the per-user *differences*: their interval is much tighter than the
+    two separate ones suggest.
 
     Args:
         values (`np.ndarray` of shape `(num_users,)`):
             One metric per user, such as `per_user_metrics(ranks)["ndcg@10"]`.
         confidence (`float`, *optional*, defaults to `0.95`):
             Probability mass inside the interval, strictly between 0 and 1.
-        num_resamples (`int`, *optional*, defaults to `1000`):
-            Number of bootstrap samples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling; the same seed gives the same interval.
+        num_resamples, seed (`int`, *optional*, default to `1000` and `0`):
+            Number of bootstrap samples, and seed of the resampling.
 
     Returns:
         `tuple[float, float]`: lower and upper end.
@@ -170,15 +166,15 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
         raise ValueError(
-            f"values must be a non-empty one-dimensional array of finite numbers, got shape {values.shape}; pass one "
-            'metric such as `per_user_metrics(ranks)["ndcg@10"]`.'
+            f"`values` has shape {values.shape}: pass a non-empty one-dimensional array of finite numbers, such as "
+            '`per_user_metrics(ranks)["ndcg@10"]`.'
         )
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}; pass for example 0.95.")
+        raise ValueError(f"`confidence` is {confidence}: it must lie strictly between 0 and 1, such as 0.95.")
     if num_resamples < 1:
-        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}; 1000 is customary.")
+        raise ValueError(f"`num_resamples` is {num_resamples}: it must be at least 1, and is usually 1000.")
     rng = np.random.default_rng(seed)
-    per_chunk = max(1, 2**20 // len(values))  # bounds the index matrix to 8 MiB, or to one resample if that is larger
+    per_chunk = max(1, 2**20 // len(values))  # limits the index matrix to 8 MiB, or to one resample if that is larger
     means = np.empty(num_resamples)
     for start in range(0, num_resamples, per_chunk):
         chunk = means[start : start + per_chunk]
@@ -212,11 +208,11 @@ def coverage(recommended: ArrayLike, num_items: int) -> float:
     """
     recommended = _recommended(recommended)
     if num_items < 1:
-        raise ValueError(f"num_items must be at least 1, got {num_items}; pass the size of the catalogue.")
+        raise ValueError(f"`num_items` is {num_items}: it must be at least 1, the size of the catalogue.")
     if recommended.max(initial=-1) >= num_items:
         raise ValueError(
-            f"recommended holds item {recommended.max()} but num_items is {num_items}; pass 0-based indices into the "
-            "same catalogue."
+            f"`recommended` holds item {recommended.max()}, but `num_items` is {num_items}: pass 0-based indices into "
+            "the same catalogue."
         )
     is_recommended = np.zeros(num_items, dtype=bool)
     is_recommended[recommended[recommended >= 0]] = True
@@ -226,20 +222,19 @@ def coverage(recommended: ArrayLike, num_items: int) -> float:
 def _recommended(recommended: ArrayLike) -> np.ndarray:
     recommended = _integers(recommended, "recommended", ndim=2)
     if recommended.shape[1] == 0:
-        raise ValueError(f"recommended has shape {recommended.shape}; recommend at least one item per user.")
+        raise ValueError(f"`recommended` has shape {recommended.shape}: recommend at least one item per user.")
     if recommended.min(initial=-1) < -1:
         raise ValueError(
-            f"recommended holds {recommended.min()}; use 0-based item indices, and -1 for a place without an item."
+            f"`recommended` holds {recommended.min()}: pass 0-based item indices, and -1 for a place without an item."
         )
     return recommended
 
 
 def _integers(values: ArrayLike, name: str, ndim: int) -> np.ndarray:
-    """Returns `values` as int64, and never truncates floats or counts `True` as item 1."""
+    """`values` as int64, unless that would truncate floats or count `True` as item 1."""
     values = np.asarray(values)
     if values.ndim != ndim or (values.dtype.kind not in "iu" and values.size):
         raise ValueError(
-            f"{name} must be a {ndim}-dimensional array of integers, got shape {values.shape} of {values.dtype}; "
-            "convert it first."
+            f"`{name}` has shape {values.shape} of {values.dtype}: pass a {ndim}-dimensional array of integers."
         )
     return values.astype(np.int64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of prompts with several completions each, which can share their prompt."""
+"""Batches of prompts with several completions each, which may share their prompt."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class DataCollatorForSoftmaxPreference:
     """
     Batches of prompts with their completions.
 
-    A *segment* is a completion with the last token of its prompt before it, whose hidden state predicts the
-    completion's first token. With `share_prompt` a row is a prompt (without its last token) followed by its segments,
-    which must not attend to each other (see [`segment_mask`]): N completions cost one prompt. Otherwise each segment
-    has its own row and its own copy of the prompt.
+    A *segment* is the last token of a prompt, whose hidden state predicts a completion's first token, and the
+    completion. With `share_prompt` a row is a prompt without its last token, followed by its segments, which must not
+    attend to each other (see [`segment_mask`]): N completions cost one prompt. Otherwise each segment has its own row
+    and its own copy of the prompt.
 
     Args:
         trie ([`ItemTrie`]):
@@ -31,12 +31,11 @@ class DataCollatorForSoftmaxPreference:
         share_prompt (`bool`, *optional*, defaults to `True`):
             Whether the completions of a prompt share a row.
         skip_forced (`bool`, *optional*, defaults to `False`):
-            Whether to leave out forced tokens at the end of an item, whose log-probability among the valid tokens
-            is 0.
+            Whether to leave out forced tokens at the end of items, whose log-probability among the valid tokens is 0.
         num_rejected (`int`, *optional*, defaults to `0`):
-            Minimum number of columns of rejected completions, so that all batches have the same.
+            Minimum number of columns of rejected completions, so that all batches have the same number.
         pad_to_multiple_of (`int`, *optional*):
-            Pad rows to a length that is a multiple of this number.
+            Pad rows to a multiple of this length.
 
     A call returns, for `num_examples` examples, all of shape `(num_rows, length)` and int64 unless said otherwise:
 
@@ -83,13 +82,13 @@ class DataCollatorForSoftmaxPreference:
         batch["rejected_mask"] = torch.arange(width) < counts[:, None]
         if "ref_chosen_logps" in examples[0]:
             batch["ref_chosen_logps"] = torch.tensor([example["ref_chosen_logps"] for example in examples])
-            # Precomputed with another number of columns, perhaps; those of no completion are masked
+            # Perhaps precomputed with another number of columns; those without a completion are masked
             padded = [(example["ref_rejected_logps"] + [0.0] * width)[:width] for example in examples]
             batch["ref_rejected_logps"] = torch.tensor(padded)
         return batch
 
     def _paths(self, items: list[list[int]]) -> list[list[int]]:
-        """Trie nodes of each item's tokens; with `skip_forced`, up to the last that is not forced."""
+        """Trie nodes of each item's tokens; with `skip_forced`, up to the last one that is a choice."""
         trie = self.trie.to("cpu")
         paths = trie.paths(trie.find(items))
         lengths = (paths >= 0).sum(dim=1)
@@ -117,14 +116,14 @@ def _row(shared: list[int], segments: list[tuple[list[int], list[int], int]]) ->
 
 def segment_mask(segments: Tensor) -> Tensor:
     """
-    Which positions attend to which: to earlier ones of their own segment, and of the part that all segments share.
+    Which positions attend to which: to themselves, and to earlier ones of their own segment and of the shared prompt.
 
     Args:
         segments (`torch.Tensor` of shape `(num_rows, length)`, int64):
-            As [`DataCollatorForSoftmaxPreference`] makes them.
+            From [`DataCollatorForSoftmaxPreference`].
 
     Returns:
-        `torch.Tensor` of shape `(num_rows, length, length)`, bool, queries by keys. Padding attends to itself.
+        `torch.Tensor` of shape `(num_rows, length, length)`, bool, queries by keys.
     """
     same = segments[:, :, None] == segments[:, None, :]
     is_shared = (segments == 0)[:, None, :]

@@ -21,13 +21,12 @@ class SoftmaxDPOConfig(DPOConfig):
         learning_rate (`float`, *optional*, defaults to `1e-5`):
             Initial learning rate; 1e-5 in the paper, 1e-6 in [`~trl.DPOConfig`].
         normalize (`str`, *optional*, defaults to `"trie"`):
-            Tokens over which a completion's probability is normalised: `"trie"`, those that continue some item of the
-            catalogue, as in ranking; or `"vocab"`, the whole vocabulary, as published.
+            What a completion's probability is normalised over: `"trie"`, the tokens that continue some item, as in
+            ranking; or `"vocab"`, the whole vocabulary, as published.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
             As for [`MSLConfig`].
         max_length (`int`, *optional*):
-            Maximum number of tokens of a prompt and an item together. Defaults to that of the [`RankingTask`], where
-            it is set; a different value here is an error.
+            As for [`MSLConfig`].
     """
 
     beta: float = field(
@@ -41,14 +40,14 @@ class SoftmaxDPOConfig(DPOConfig):
     normalize: str = field(
         default="trie",
         metadata={
-            "help": "Tokens over which a completion's probability is normalised: those that continue some item "
-            "('trie'), or the whole vocabulary ('vocab'), as published.",
+            "help": "What a completion's probability is normalised over: the tokens that continue some item ('trie'), "
+            "or the whole vocabulary ('vocab'), as published.",
             "choices": ["trie", "vocab"],
         },
     )
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Whether to log losses that are not numbers as the mean of those before them."},
+        metadata={"help": "Whether NaN and infinite losses are left out of the logged mean."},
     )
     max_length: int | None = field(
         default=None,
@@ -61,7 +60,7 @@ class SoftmaxDPOConfig(DPOConfig):
             raise ValueError(f"`normalize` is {self.normalize!r}: it must be 'trie' or 'vocab'.")
         if not self.beta > 0:
             raise ValueError(f"`beta` is {self.beta}: it must be positive.")
-        # Options of DPO that this loss does not have, and would silently ignore
+        # Options of DPO that this loss would silently ignore
         fixed = {
             "loss_type": ["sigmoid"],
             "loss_weights": None,

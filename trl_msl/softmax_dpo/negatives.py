@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ def draw_negatives(
     seed: int = 0,
 ) -> list[list[int]]:
     """
-    Draw the rejected items of each row: never the target, an item of the history or one with the same text as these,
-    and no text twice.
+    Draw the rejected items of each row: never the target, an item of the history or one with the same text as any of
+    these, and no text twice.
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -43,7 +43,7 @@ def draw_negatives(
             How to draw: `"uniform"`, all items with the same probability; `"popular"`, in proportion to `popularity`;
             `"near"`, the items that share most of the target's first tokens, at random among equals.
         num_negatives (`int`, *optional*, defaults to `3`):
-            How many for each row.
+            Number of items for each row.
         popularity (`Sequence[float]` of length `num_items`, *optional*):
             Weight of each item, for `"popular"`, such as [`count_interactions`] returns. Items of weight 0 are never
             drawn.
@@ -54,7 +54,7 @@ def draw_negatives(
         `list[list[int]]`: item indices of each row. A warning counts the rows with fewer than `num_negatives`.
 
     Raises:
-        `ValueError`: if an argument is out of range, or some row has no item left to draw.
+        `ValueError`: if an argument is out of range, or a row has no item left to draw.
     """
     if source not in SOURCES:
         raise ValueError(f"`source` is {source!r}: it must be one of {', '.join(map(repr, SOURCES))}.")
@@ -67,12 +67,12 @@ def draw_negatives(
     if weights.shape != (len(catalog),) or not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
         raise ValueError(f"`popularity` must hold {len(catalog)} finite numbers, none negative and not all 0.")
     rng = np.random.default_rng(seed)
-    draw = _NearItems(trie, rng) if source == "near" else _WeightedItems(trie, weights, rng)
+    draw = _NearItems(trie, rng) if source == "near" else _WeightedItems(weights, rng)
+    leaves, drawn = trie.item_nodes.tolist(), []
     targets, histories = catalog.indices(rows["item_id"][:]), rows["history_ids"][:]
-    drawn = [
-        draw(target, catalog.indices(history), num_negatives)
-        for target, history in zip(targets, tqdm(histories, desc="Drawing negatives", disable=len(targets) < 10_000))
-    ]
+    for target, ids in zip(targets, tqdm(histories, desc="Drawing negatives", disable=len(targets) < 10_000)):
+        taken = {leaves[item] for item in (target, *catalog.indices(ids))}
+        drawn.append(_choose(draw(target, taken, num_negatives), leaves, taken, num_negatives))
     _check_drawn(drawn, num_negatives)
     return drawn
 
@@ -81,7 +81,7 @@ def model_negatives(
     model: PreTrainedModel, task: RankingTask, rows: Dataset, num_negatives: int = 3, **kwargs: Any
 ) -> list[list[int]]:
     """
-    The model's own mistakes: of the items that [`draw_negatives`] may draw, those that it ranks highest.
+    The model's own mistakes: the items that it ranks highest, of those that [`draw_negatives`] may draw.
 
     Args:
         model, task, kwargs:
@@ -89,14 +89,14 @@ def model_negatives(
         rows ([`~datasets.Dataset`]):
             Rows with `prompt`, `item_id` and `history_ids`, as [`build_rows`] makes them.
         num_negatives (`int`, *optional*, defaults to `3`):
-            How many for each row.
+            Number of items for each row.
 
     Returns:
-        `list[list[int]]`: item indices of each row, the highest first. A warning counts the rows with fewer than
+        `list[list[int]]`: item indices of each row, best first. A warning counts the rows with fewer than
         `num_negatives`.
 
     Raises:
-        `ValueError`: if some row has no item left, or for the reasons of [`recommend`].
+        `ValueError`: if a row has no item left, or for the reasons of [`recommend`].
     """
     catalog, same_text = task.catalog, _SameText(task.trie)
     targets = catalog.indices(rows["item_id"][:])
@@ -124,8 +124,8 @@ def _check_drawn(drawn: list[list[int]], num_negatives: int) -> None:
     none = [row for row, items in enumerate(drawn) if not items]
     if none:
         raise ValueError(
-            f"`rows`: {len(none)} of {len(drawn)} have no item left to reject, the first is row {none[0]}. Leave "
-            "these rows out, or draw from another source."
+            f"`rows`: {len(none)} of {len(drawn)} have no item left to reject, the first of them row {none[0]}. "
+            "Leave these rows out, or draw from another source."
         )
     num_short = sum(len(items) < num_negatives for items in drawn)
     if num_short:
@@ -149,24 +149,19 @@ class _SameText:
 class _WeightedItems:
     """Draws items by weight, without replacement."""
 
-    def __init__(self, trie: ItemTrie, weights: np.ndarray, rng: np.random.Generator):
-        self.leaves = trie.item_nodes.cpu().numpy()
+    def __init__(self, weights: np.ndarray, rng: np.random.Generator):
         self.weights = weights
         self.cumulated = weights.cumsum()
         self.rng = rng
 
-    def __call__(self, target: int, history: list[int], count: int) -> list[int]:
-        taken = {self.leaves[item] for item in (target, *history)}
-        found: list[int] = []
-        num_tries = 2 * (count + len(taken))
-        points = self.rng.random(num_tries) * self.cumulated[-1]
-        _take(np.searchsorted(self.cumulated, points, side="right"), self.leaves, taken, found, count)
-        if len(found) < count:  # few are left: go through all items, in a random order by weight
-            with np.errstate(divide="ignore"):
-                keys = np.log(self.rng.random(len(self.weights))) / self.weights
-            order = np.argsort(-keys, kind="stable")
-            _take(order[self.weights[order] > 0], self.leaves, taken, found, count)
-        return found
+    def __call__(self, target: int, taken: set[int], count: int) -> Iterator[np.ndarray]:
+        points = self.rng.random(2 * (count + len(taken))) * self.cumulated[-1]
+        yield np.searchsorted(self.cumulated, points, side="right")
+        # Few are left: all items, in a random order by weight
+        with np.errstate(divide="ignore"):
+            keys = np.log(self.rng.random(len(self.weights))) / self.weights
+        order = np.argsort(-keys, kind="stable")
+        yield order[self.weights[order] > 0]
 
 
 class _NearItems:
@@ -178,29 +173,28 @@ class _NearItems:
         self.node_of, self.parent, self.start, self.end, self.order, self.place = (
             getattr(tree, name).numpy() for name in names
         )
-        self.leaves = trie.item_nodes.cpu().numpy()
         self.rng = rng
 
-    def __call__(self, target: int, history: list[int], count: int) -> list[int]:
-        taken = {self.leaves[item] for item in (target, *history)}
-        found: list[int] = []
+    def __call__(self, target: int, taken: set[int], count: int) -> Iterator[np.ndarray]:
         node, seen = int(self.node_of[target]), (int(self.place[target]), int(self.place[target]) + 1)
-        while node >= 0 and len(found) < count:
+        while node >= 0:
             start, end = int(self.start[node]), int(self.end[node])
             size = (seen[0] - start) + (end - seen[1])
-            # A sample where there are many, large enough although some are taken or have the same text
+            # Of many items a sample, large enough even if some are taken or have the same text
             picked = self.rng.choice(size, min(size, 4 * count + 2 * len(taken) + 64), replace=False)
             places = start + picked + np.where(picked >= seen[0] - start, seen[1] - seen[0], 0)
-            _take(self.order[places.astype(np.int64)], self.leaves, taken, found, count)
+            yield self.order[places.astype(np.int64)]
             node, seen = int(self.parent[node]), (start, end)
-        return found
 
 
-def _take(items: np.ndarray, leaves: np.ndarray, taken: set[int], found: list[int], count: int) -> None:
-    """Append items whose text is not taken to `found`, until it has `count`."""
-    for item in items.tolist():
-        if len(found) == count:
-            return
-        if leaves[item] not in taken:
-            taken.add(leaves[item])
-            found.append(item)
+def _choose(candidates: Iterator[np.ndarray], leaves: list[int], taken: set[int], count: int) -> list[int]:
+    """The first `count` candidates whose texts are not `taken`, to which they are added; no more are drawn then."""
+    found: list[int] = []
+    for items in candidates:
+        for item in items.tolist():
+            if leaves[item] not in taken:
+                taken.add(leaves[item])
+                found.append(item)
+                if len(found) == count:
+                    return found
+    return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preference rows with several rejected items: making them, and their tokens."""
+"""Preference rows with several rejected items, and their tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..data import RankingTask, check_columns, completion_text
 
 def build_preferences(rows: Dataset, task: RankingTask, negatives: Sequence[Sequence[int]]) -> Dataset:
     """
-    Make preference rows with several rejected items each. They have TRL's form, except that `rejected` is a list.
+    Make preference rows with several rejected items each: TRL's form, except that `rejected` is a list.
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -61,8 +61,8 @@ def split_pairs(preferences: Dataset) -> Dataset:
 
 def gather_rejected(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """
-    Put the columns `rejected1` ... `rejectedN` of S-DPO's data into one column `rejected`, a list without missing
-    values. Other datasets are returned unchanged.
+    Gather the columns `rejected1` ... `rejectedN` of S-DPO's data into lists without missing values, in one column
+    `rejected`. Other datasets are returned unchanged.
     """
     columns = get_dataset_column_names(dataset)
     numbers = {name: name.removeprefix("rejected") for name in columns if name.startswith("rejected")}
@@ -161,6 +161,6 @@ def check_preferences(batch: dict[str, list], task: RankingTask, dataset_name: s
 
 
 def _as_list(rejected: Any, conversational: bool) -> list:
-    """A single rejected completion, as TRL's own rows have it, as a list of one."""
+    """The rejected completions of a row, which may be a single one as in TRL's own rows."""
     is_single = isinstance(rejected, str) or (conversational and len(rejected) > 0 and isinstance(rejected[0], dict))
     return [rejected] if is_single else list(rejected)

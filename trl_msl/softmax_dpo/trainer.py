@@ -18,7 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import global_then_local_main_first, use_adapter
 
 from ..data import RankingTask
-from ..model import check_tree_attention, sliding_window
+from ..model import check_tree_attention, evaluating, sliding_window
 from ..training import SparseHeadOptions, TaskTrainerMixin, add_sparse_lm_head, masked_softmax_loss, softmax_dpo_loss
 from .collator import DataCollatorForSoftmaxPreference, segment_mask
 from .config import SoftmaxDPOConfig
@@ -33,18 +33,18 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
     Trainer for Direct Preference Optimization with several rejected completions for each prompt, from the paper [On
     Softmax Direct Preference Optimization for Recommendation](https://huggingface.co/papers/2406.09215) (S-DPO).
 
-    TRL's `SDPOTrainer` is another method, Self-Distillation Policy Optimization.
+    (TRL's `SDPOTrainer` is another method, Self-Distillation Policy Optimization.)
 
     It differs from [`~trl.DPOTrainer`] in four ways only:
 
-    - `rejected` is a list of items, or one item; or there are columns `rejected1` ... `rejectedN`;
+    - `rejected` is one item or a list of items; or there are columns `rejected1` ... `rejectedN`;
     - the loss is [`softmax_dpo_loss`], which for one rejected item is DPO's;
-    - an item's log-probability is taken among the tokens that continue some item of the catalogue
+    - an item's log-probability is taken over the tokens that continue some item of the catalogue
       (`normalize="trie"`), through the sparse LM head, or over the whole vocabulary (`"vocab"`), as published;
     - the items of a prompt share it if the model can run a tree of tokens: N items cost one prompt.
 
-    The reference model is chosen as in TRL: the model before the training, by switching its adapter off or to a copy
-    (`peft_config=`, or a `PeftModel`); its precomputed log-probabilities (`precompute_ref_log_probs=True`); or
+    The reference model is chosen as in TRL: the model before the training, with its adapter disabled or replaced by a
+    copy (`peft_config=`, or a `PeftModel`); its precomputed log-probabilities (`precompute_ref_log_probs=True`); or
     `ref_model`.
 
     It logs TRL's `num_tokens`, `rewards/chosen`, `rewards/rejected` and `logps/rejected` (means over the rejected
@@ -122,16 +122,17 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
     def _set_up(self) -> None:
         """
         Add the LM heads and replace TRL's collator, once both models are known: after TRL's `__init__`, or at its end
-        if it precomputes reference log-probabilities there.
+        where it precomputes reference log-probabilities.
         """
         if isinstance(self.data_collator, DataCollatorForSoftmaxPreference):
             return
-        models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
+        models = [self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
+        is_prompted = any(is_peft_model(model) and model.active_peft_config.is_prompt_learning for model in models)
+        models = [model.get_base_model() if is_peft_model(model) else model for model in models]
         for model in models:
             add_sparse_lm_head(model, self.trie)
-        is_prompted = is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning
         self.data_collator = DataCollatorForSoftmaxPreference(
             self.trie,
             self._tokenizer.pad_token_id,
@@ -210,41 +211,32 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         log_probs = self._log_probs(model, inputs)
-        chosen, rejected, mask = log_probs[:, 0], log_probs[:, 1:], inputs["rejected_mask"]
         if self.precompute_ref_logps:
             ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
             ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
-        losses = softmax_dpo_loss(chosen_ratios, rejected_ratios, self.beta, mask)
+        ratios = log_probs - torch.cat([ref_chosen.unsqueeze(1), ref_rejected], dim=1)
+        losses = softmax_dpo_loss(ratios[:, 0], ratios[:, 1:], self.beta, inputs["rejected_mask"])
         loss = losses.mean()
-        self._store_metrics(inputs, losses, chosen, rejected, chosen_ratios, rejected_ratios)
+        self._store_metrics(inputs, losses, log_probs, ratios)
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
 
     @torch.no_grad()
-    def _store_metrics(
-        self,
-        inputs: dict[str, Tensor],
-        losses: Tensor,
-        chosen: Tensor,
-        rejected: Tensor,
-        chosen_ratios: Tensor,
-        rejected_ratios: Tensor,
-    ) -> None:
+    def _store_metrics(self, inputs: dict[str, Tensor], losses: Tensor, log_probs: Tensor, ratios: Tensor) -> None:
         """Means over the examples of all ranks, to be logged by `log`."""
         mask = inputs["rejected_mask"]
-        best_rejected = rejected_ratios.masked_fill(~mask, -torch.inf).amax(dim=1)
+        best_rejected = ratios[:, 1:].masked_fill(~mask, -torch.inf).amax(dim=1)
         sums = {
-            "examples": torch.tensor(len(chosen)),
+            "examples": torch.tensor(len(ratios)),
             "loss": losses.sum(),
             "tokens": (inputs["segments"] >= 0).sum() if self.model.training else torch.tensor(0),
-            "rewards/chosen": self.beta * chosen_ratios.sum(),
-            "rewards/rejected": self.beta * _mean(rejected_ratios, mask).sum(),
-            "rewards/accuracies": (chosen_ratios > best_rejected).sum(),
-            "logps/chosen": chosen.sum(),
-            "logps/rejected": _mean(rejected, mask).sum(),
+            "rewards/chosen": self.beta * ratios[:, 0].sum(),
+            "rewards/rejected": self.beta * _mean(ratios[:, 1:], mask).sum(),
+            "rewards/accuracies": (ratios[:, 0] > best_rejected).sum(),
+            "logps/chosen": log_probs[:, 0].sum(),
+            "logps/rejected": _mean(log_probs[:, 1:], mask).sum(),
         }
-        values = torch.stack([value.to(chosen.device, torch.float32) for value in sums.values()])
+        values = torch.stack([value.to(ratios.device, torch.float32) for value in sums.values()])
         sums = dict(zip(sums, self.accelerator.reduce(values, "sum").tolist()))
         metrics = self._metrics["train" if self.model.training else "eval"]
         if self.model.training:
@@ -263,23 +255,18 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def can_share(model: PreTrainedModel, max_length: int | None) -> bool:
-    """Whether the completions of a prompt can share it: tries it, and logs a warning if not."""
+    """Whether the completions of a prompt can share it, found out by trying; logs a warning if not."""
     window = sliding_window(model.config.get_text_config())
     if window is not None and (max_length is None or max_length > window):
         logger.warning(
             "Each completion is run with a prompt of its own: some layers attend to %d tokens, `max_length` is %s.",
-            window,
-            max_length,
-        )
+            window, max_length,
+        )  # fmt: skip
         return False
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             check_tree_attention(model)
     except ValueError as error:
         logger.warning("Each completion is run with a prompt of its own: %s", error)
         return False
-    finally:
-        model.train(was_training)
     return True

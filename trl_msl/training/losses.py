@@ -22,7 +22,7 @@ def masked_softmax_loss(
 
     $$ -\tau \log \frac{\exp(f_y / \tau)}{\sum_{z \text{ valid}} \exp(f_z / \tau)} $$
 
-    The factor τ keeps the gradient's scale when τ changes. Where a single token is valid the loss and its gradient
+    The factor τ keeps the gradient's scale when τ changes. Where a single token is valid, the loss and its gradient
     are exactly zero, so such positions can be left out.
 
     Args:
@@ -35,7 +35,7 @@ def masked_softmax_loss(
         temperature (`float` or scalar `torch.Tensor`, *optional*, defaults to `1.0`):
             τ. No gradient flows into it.
         negative_scale (`torch.Tensor` of shape `(num_positions,)`, *optional*):
-            Factor α on the wrong tokens' terms of the sum, for positions where only some of them are there: the scaled
+            Factor α on the wrong tokens' terms of the sum, for positions with only a sample of them: the scaled
             cross-entropy (SCE) of [Xu et al.](https://huggingface.co/papers/2408.14238).
 
     Returns:
@@ -67,8 +67,8 @@ def masked_softmax_loss(
 
 def temperature_statistics(logits: Tensor, valid_mask: Tensor, targets: Tensor) -> Tensor:
     """
-    Sums over positions, from which [`adaptive_temperature`] computes the temperature. Those of micro-batches and ranks
-    add up.
+    Sums over positions, from which [`adaptive_temperature`] computes the temperature. They add up over micro-batches
+    and ranks.
 
     Args:
         logits, valid_mask, targets:
@@ -77,14 +77,14 @@ def temperature_statistics(logits: Tensor, valid_mask: Tensor, targets: Tensor) 
     Returns:
         `torch.Tensor` of shape `(6,)`: the number of positions, and the sums over them of the target's logit, of the
         mean, the mean square and the variance of the valid logits, and of the logarithm of their number. Detached;
-        float64, so that a large offset which all logits have in common does not cost precision.
+        float64, so that a large offset common to all logits costs no precision.
     """
     wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
     logits = logits.detach()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     num_valid = valid_mask.sum(dim=-1)
     target_logits = logits.gather(-1, targets.unsqueeze(-1))
-    # Relative to the target's logit there is no large offset: only the results of rows need the wider type
+    # Relative to the target's logit there is no large offset: only the rows' results need the wider type
     relative = (logits - target_logits) * valid_mask
     relative_mean = relative.sum(dim=-1) / num_valid
     deviation = (relative - relative_mean.unsqueeze(-1)) * valid_mask
@@ -107,8 +107,7 @@ def adaptive_temperature(statistics: Tensor, eta: float = 0.25, num_items: float
        \tau = \frac{d + \sqrt{\max(d^2 - 2 \sigma^2 C, 0)}}{2C} $$
 
     **Erratum.** The paper prints a minus before the root (Eq. 11-12). That root of the quadratic tends to 0 as
-    σ → 0, where the exact answer is `d / C`: the plus root. The authors' released code has the plus, as does this
-    function.
+    σ → 0, where the exact answer is `d / C`: the plus root. The authors' released code has the plus, too.
 
     Where `C ≤ 0` even the uniform distribution gives the target more than η: the answer is `inf`, to be clamped.
 
@@ -118,9 +117,9 @@ def adaptive_temperature(statistics: Tensor, eta: float = 0.25, num_items: float
         eta (`float`, *optional*, defaults to `0.25`):
             η, the probability that the target should have.
         num_items (`float` or `torch.Tensor`, *optional*):
-            If `None`, each position is to have probability η, and the valid logits of all positions are pooled: the
-            released code, which takes the positions where items begin to differ. Otherwise the number of items that
-            the positions belong to: each *item*, the product over its positions, is to have probability η (Eq. 12).
+            If `None`, each position is to have probability η, and the valid logits of all positions are pooled, as in
+            the released code, for the positions where items begin to differ. Otherwise the number of items that the
+            positions belong to: each *item*, the product over its positions, is to have probability η (Eq. 12).
 
     Returns:
         scalar `torch.Tensor`.
@@ -128,16 +127,10 @@ def adaptive_temperature(statistics: Tensor, eta: float = 0.25, num_items: float
     if not 0 < eta < 1:
         raise ValueError(f"`eta` is {eta}: it must lie between 0 and 1.")
     count, target, mean, mean_square, variance, log_num_valid = statistics
+    divisor = count if num_items is None else num_items
+    difference, variance, c = (target - mean) / divisor, variance / divisor, log_num_valid / divisor + math.log(eta)
     if num_items is None:
-        difference, log_num_valid = (target - mean) / count, log_num_valid / count
         variance = mean_square / count - (mean / count).square()
-    else:
-        difference, variance, log_num_valid = (
-            (target - mean) / num_items,
-            variance / num_items,
-            log_num_valid / num_items,
-        )
-    c = log_num_valid + math.log(eta)
     root = (difference.square() - 2 * variance * c).clamp(min=0).sqrt()
     return torch.where(c > 0, (difference + root) / (2 * c), math.inf)
 
@@ -162,7 +155,7 @@ def softmax_dpo_loss(
         beta (`float`):
             β, how strongly to keep to the reference model.
         rejected_mask (`torch.Tensor` of shape `(num_prompts, num_rejected)`, bool, *optional*):
-            Which rejected completions there are. Defaults to all; each prompt must have one.
+            Which rejected completions exist, at least one for each prompt. Defaults to all.
 
     Returns:
         `torch.Tensor` of shape `(num_prompts,)`.
@@ -173,7 +166,7 @@ def softmax_dpo_loss(
     >>> import torch
     >>> from trl_msl.training import softmax_dpo_loss
 
-    >>> softmax_dpo_loss(torch.tensor([0.0]), torch.tensor([[0.0, 0.0, 0.0]]), beta=1.0)  # log 4: one of four alike
+    >>> softmax_dpo_loss(torch.tensor([0.0]), torch.tensor([[0.0, 0.0, 0.0]]), beta=1.0)  # log 4: one of four equals
     tensor([1.3863])
 
     ```

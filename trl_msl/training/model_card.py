@@ -37,7 +37,7 @@ def make_model_card(
     metrics: dict[str, float],
 ) -> ModelCard:
     """
-    A model card with a usage example that runs, what the model recommends, its data, ranking metrics and procedure.
+    A model card with a usage example, what the model recommends, its data, ranking metrics and training procedure.
 
     Args:
         metadata ([`~huggingface_hub.ModelCardData`]):
@@ -47,13 +47,13 @@ def make_model_card(
         model_id (`str`):
             Repository or folder of the model.
         base (`str`):
-            Repository or folder of the model that the training began with; empty where it has none.
+            Repository or folder of the model that the training began with; empty if unknown.
         method, paper (`str`, `dict[str, str]`):
             Name of the training method, and `title`, `id` and `citation` of its paper.
         num_rows (`int`, *optional*):
             Number of training rows, where it is known.
         metrics (`dict[str, float]`):
-            Entry of the trainer's log; what [`RecommendationCallback`] measured is shown, nothing otherwise.
+            Entry of the trainer's log, of which the measurements of [`RecommendationCallback`] are shown.
     """
     published = f"[{base}](https://huggingface.co/{base})" if metadata.base_model else f"`{Path(base).name}`"
     history = ", ".join(repr(item) for item in task.catalog.ids[:2])
@@ -84,9 +84,9 @@ def make_model_card(
 
 
 def _evaluation(metrics: dict[str, float]) -> list[str]:
-    measured = [name for name in metrics if "@" in name and not name.endswith(("_low", "_high"))]
-    if not measured:
+    if "eval_num_rows" not in metrics:
         return []
+    measured = [name for name in metrics if "@" in name and not name.endswith(("_low", "_high"))]
     lines = [f"## Evaluation\n\nOn {metrics['eval_num_rows']:,} validation rows, over the whole catalogue:\n"]
     lines += ["| metric | value | 95% interval |", "|---|---|---|"]
     for name in measured:
@@ -97,7 +97,7 @@ def _evaluation(metrics: dict[str, float]) -> list[str]:
 
 
 def _runs() -> list[str]:
-    """Links to the run where a tracker follows it."""
+    """Links to the run in each active tracker."""
     urls = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
     if is_wandb_available():
         import wandb
@@ -110,7 +110,7 @@ def card_tags(tags: list[str]) -> list[str]:
     """Tags of a model, completed as TRL does."""
     if "JOB_ID" in os.environ:
         tags = [*tags, "hf_jobs"]
-    if url := get_trackio_space_url():  # in the place of the tag that lacks the run's address
+    if url := get_trackio_space_url():  # replaces the tag without the run's address
         tags = [*(tag for tag in tags if not tag.startswith("trackio:")), f"trackio:{url}"]
     return sorted({"generated_from_trainer", *tags})
 

@@ -34,28 +34,28 @@ class MSLConfig(SFTConfig):
             Positions that the estimate is made from: `"first"`, where items begin to differ, as in the released code;
             or `"all"`, the product over an item's tokens, as in Eq. 12 of the paper.
         normalize (`str`, *optional*, defaults to `"trie"`):
-            What a target's probability is normalised over: `"trie"`, the tokens that continue some item (MSL), or
-            `"vocab"`, the whole vocabulary. The latter is the usual language modeling loss (LML), as of
-            [`~trl.SFTTrainer`], with a fixed `temperature` (1 for the usual one).
+            What a target's probability is normalised over: `"trie"`, the tokens that continue some item (MSL); or
+            `"vocab"`, the whole vocabulary, which at `temperature=1` is the language modeling loss (LML) of
+            [`~trl.SFTTrainer`].
         supervise_history (`bool`, *optional*, defaults to `False`):
-            Whether each item of the history but the first is a target of the training, too, given the ones before it,
-            in the same forward. Needs rows with a `history` and a `prompt_template` with `separate_items`.
+            Whether each item of the history but the first is also a training target, given the ones before it, in the
+            same forward. Needs rows with a `history` and a `prompt_template` with `separate_items`.
         num_negatives (`int`, *optional*):
-            Where more than so many wrong tokens are valid, draw so many of them at random, uniformly with replacement
-            (a token that comes twice counts once), in place of all. Not with the adaptive temperature.
+            Number of wrong tokens to draw where more are valid, uniformly with replacement (a token drawn twice counts
+            once). Defaults to all of them, as the adaptive temperature requires.
         negative_scale (`float`, *optional*, defaults to `1.0`):
-            Factor on the sum over the negatives that were drawn, as in the scaled cross-entropy (SCE) of
+            Factor on the sum over drawn negatives, as in the scaled cross-entropy (SCE) of
             [Xu et al.](https://huggingface.co/papers/2408.14238).
         log_lml_parts (`bool`, *optional*, defaults to `False`):
             Whether to log the language modeling loss (LML) of the titles and its two parts (Eq. 2-4): `lml1`, minus
             the log-probability of the valid tokens, and `lml2`, the masked softmax loss at τ = 1. Costs a projection
-            on the whole vocabulary, without gradient, at each step.
+            onto the whole vocabulary, without gradient, at each step.
         max_length (`int`, *optional*):
-            Most tokens of a prompt and an item together. Defaults to that of the [`RankingTask`], where it is set; a
-            different value here is an error.
+            Maximum number of tokens of a prompt and an item together. Defaults to that of the [`RankingTask`], where
+            it is set; a different value here is an error.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
-            Whether to log losses that are not numbers as the mean of those before them, as
-            [`~transformers.TrainingArguments`] does by default: a diverged run would log a loss of 0.
+            Whether NaN and infinite losses are left out of the logged mean. They are by default in
+            [`~transformers.TrainingArguments`], where a diverged run logs a loss of 0.
     """
 
     # `None` stands in the annotation only because the argument parser takes `float | str | None` as a string
@@ -105,30 +105,30 @@ class MSLConfig(SFTConfig):
     )
     supervise_history: bool = field(
         default=False,
-        metadata={"help": "Whether each item of the history is a target, too, given the ones before it."},
+        metadata={"help": "Whether each item of the history is also a target, given the ones before it."},
     )
     num_negatives: int | None = field(
         default=None,
-        metadata={"help": "Number of wrong valid tokens to draw where there are more, in place of all."},
+        metadata={"help": "Number of wrong tokens to draw where more are valid. Defaults to all of them."},
     )
     negative_scale: float = field(
         default=1.0,
-        metadata={"help": "Factor on the sum over the negatives that were drawn (scaled cross-entropy)."},
+        metadata={"help": "Factor on the sum over drawn negatives (scaled cross-entropy)."},
     )
     log_lml_parts: bool = field(
         default=False,
         metadata={
-            "help": "Whether to log the language modeling loss and its two parts, at the cost of a projection on the "
-            "whole vocabulary at each step."
+            "help": "Whether to log the language modeling loss and its two parts, at the cost of a projection onto "
+            "the whole vocabulary at each step."
         },
     )
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Whether to log losses that are not numbers as the mean of those before them."},
+        metadata={"help": "Whether NaN and infinite losses are left out of the logged mean."},
     )
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of a prompt and an item together. Defaults to that of the task."},
+        metadata={"help": "Maximum number of tokens of a prompt and an item. Defaults to that of the task."},
     )
 
     def __post_init__(self):
@@ -145,16 +145,13 @@ class MSLConfig(SFTConfig):
             raise ValueError(f"`temperature_eta` is {self.temperature_eta}: it must lie between 0 and 1.")
         if not 0 < self.temperature_ema <= 1:
             raise ValueError(f"`temperature_ema` is {self.temperature_ema}: it must be above 0 and at most 1.")
-        if self.temperature_positions not in ("first", "all"):
-            raise ValueError(
-                f"`temperature_positions` is {self.temperature_positions!r}: it must be 'first' or 'all'."
-            )
+        for name, (one, other) in {"temperature_positions": ("first", "all"), "normalize": ("trie", "vocab")}.items():
+            if getattr(self, name) not in (one, other):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: it must be {one!r} or {other!r}.")
         self._check_loss()
         self._reject_unsupported()
 
     def _check_loss(self) -> None:
-        if self.normalize not in ("trie", "vocab"):
-            raise ValueError(f"`normalize` is {self.normalize!r}: it must be 'trie' or 'vocab'.")
         if self.num_negatives is not None and not (isinstance(self.num_negatives, int) and self.num_negatives > 0):
             raise ValueError(
                 f"`num_negatives` is {self.num_negatives!r}: it must be a whole number above 0, or `None` for all."
@@ -166,23 +163,20 @@ class MSLConfig(SFTConfig):
             for name, value in (("normalize", self.normalize != "trie"), ("num_negatives", self.num_negatives)):
                 if value:
                     raise ValueError(
-                        f"`temperature` = 'adaptive' is estimated from all valid tokens, and `{name}` = "
-                        f"{getattr(self, name)!r} takes others: pass a number, such as 1.0."
+                        f"`temperature` = 'adaptive' is estimated from all valid tokens, which `{name}` = "
+                        f"{getattr(self, name)!r} does not use: pass a number, such as 1.0."
                     )
         if self.normalize == "vocab" and (self.num_negatives or (self.log_lml_parts and self.temperature != 1)):
             raise ValueError(
                 "`normalize` = 'vocab' takes no `num_negatives`, and `log_lml_parts` only with `temperature` = 1."
             )
         if self.num_negatives and self.log_lml_parts:
-            raise ValueError("`log_lml_parts` is of all valid tokens: leave it out with `num_negatives`.")
+            raise ValueError("`log_lml_parts` needs all valid tokens: leave it or `num_negatives` out.")
 
     def _reject_unsupported(self) -> None:
-        """Options of SFT that would change, or silently not change, what the loss means."""
+        """Raise for options of SFT that would change the loss's meaning, or have no effect on it."""
         reasons = {
-            "loss_type": (
-                self.loss_type in ("nll", "chunked_nll"),
-                "the loss is the masked softmax loss: leave it out",
-            ),
+            "loss_type": (self.loss_type in ("nll", "chunked_nll"), "this trainer has its own loss: leave it out"),
             "label_smoothing_factor": (self.label_smoothing_factor == 0, "it is not defined for this loss: use 0"),
             "completion_only_loss": (self.completion_only_loss is not False, "only items are supervised: use True"),
             "assistant_only_loss": (not self.assistant_only_loss, "use conversational prompt/completion rows"),

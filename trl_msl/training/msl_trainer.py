@@ -25,7 +25,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
     Trainer for Masked Softmax Loss (MSL), from the paper [MSL: Not All Tokens Are What You Need for Tuning LLM as a
     Recommender](https://huggingface.co/papers/2504.04178).
 
-    It differs from [`~trl.SFTTrainer`] in three ways, and in nothing else:
+    It differs from [`~trl.SFTTrainer`] in three ways only:
 
     - rows are tokenised by [`tokenize_rows`]: the labels are nodes of the catalogue's trie;
     - the model gets a sparse LM head ([`add_sparse_lm_head`]), which computes only the logits of valid tokens, only
@@ -34,12 +34,12 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
       τ moves, so does the scale of the training loss; `eval_loss` is taken at τ = 1 and stays comparable. With
       `normalize="vocab"` it is the usual loss instead, over the vocabulary, of every token of a title.
 
-    With `supervise_history` that is so for every item of a history, in training; evaluation is of the targets alone.
+    With `supervise_history`, every item of a history is supervised in training, and only the targets in evaluation.
 
-    Logged besides TRL's `num_tokens`: `temperature`; over positions where several tokens are valid,
-    `valid_token_accuracy`, how often the right token has the highest logit among the valid ones, and
-    `target_probability`, its mean probability among them (τ = 1; in training with `num_negatives` among those drawn);
-    with `log_lml_parts=True`, `lml`, `lml1` and `lml2` per title token.
+    It logs TRL's `num_tokens`; `temperature`; over positions where several tokens are valid, `valid_token_accuracy`,
+    how often the right token has the highest logit among the valid ones, and `target_probability`, its mean
+    probability among them (τ = 1; in training with `num_negatives`, among those drawn); and with
+    `log_lml_parts=True`, `lml`, `lml1` and `lml2` per title token.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -104,6 +104,10 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         **kwargs: Any,
     ):
         args = self._set_task(task, model, args, kwargs)
+        if args.padding_free and not args.packing:
+            args.max_length = None  # TRL refuses a limit that it does not enforce; the task has enforced it already
+        self._supervise_history = args.supervise_history
+        self._evaluated: dict[str, float] = {}
         super().__init__(model, args, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("`train_dataset` holds images, which `MSLTrainer` does not support: leave them out.")
@@ -134,7 +138,8 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         formatting_func,
         dataset_name,
     ):
-        supervise_history = args.supervise_history and dataset_name == "train"
+        # TRL prepares the training rows first. The name doesn't tell: a dataset to evaluate may be called "train", too
+        supervise_history, self._supervise_history = self._supervise_history, False
         columns = self._column_names(dataset, dataset_name)
         if "input_ids" not in columns:
             dataset = self._map_rows(dataset, tokenize_rows, dataset_name, args, supervise_history=supervise_history)
@@ -150,14 +155,14 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _check_supervision(self, dataset: Dataset) -> None:
-        """Raise if rows that the user tokenised have no targets but their last items."""
+        """Raise if rows that the user tokenised supervise only their last items."""
         num_targets, trie = 0, self.trie.to("cpu")
         for batch in dataset.select_columns(["labels"]).iter(batch_size=10_000):
             nodes = torch.from_numpy(np.concatenate(batch["labels"]))
             num_targets += int((trie.parents(nodes[nodes != -100]) == trie.first_branching_node).sum())
         if num_targets <= len(dataset) and not have_single_items(_prompts(dataset), self.task):
             raise ValueError(
-                f"`supervise_history`, but the {len(dataset)} tokenised rows of the train dataset have "
+                f"`supervise_history` is True, but the {len(dataset)} tokenised rows of the train dataset have only "
                 f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
             )
 
@@ -179,7 +184,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        # Evaluated at τ = 1, where the loss is what ranks, and comparable while τ moves; and over all valid tokens
+        # Evaluated over all valid tokens at τ = 1, as in ranking, and comparable while τ moves
         temperature = self.temperature if self.model.training else 1.0
         over_vocab = self.args.normalize == "vocab"
         options = SparseHeadOptions(
@@ -191,12 +196,11 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         if over_vocab:
             losses = output.vocab_losses
         else:
-            scale = (
-                None if output.is_sampled is None else torch.where(output.is_sampled, self.args.negative_scale, 1.0)
-            )
+            sampled = output.is_sampled
+            scale = None if sampled is None else torch.where(sampled, self.args.negative_scale, 1.0)
             losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets, temperature, scale)
         num_items = len(losses) if num_items_in_batch is None else num_items_in_batch
-        # Clamped so that a batch without branching positions gives a finite zero rather than `0 / 0`
+        # Clamped, so that a batch without branching positions gives 0 rather than `0 / 0`
         loss = losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1)
         # As in TRL: `num_items_in_batch` counts the positions of every rank, and DDP averages the gradients
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -213,7 +217,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         self._evaluated = {"loss": 0.0, "losses": 0, "aux_loss": 0.0, "batches": 0}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if f"{metric_key_prefix}_loss" in output.metrics:
-            # The mean over all positions. `Trainer` weights each batch's mean by its rows, so that it would depend on
+            # The mean over all positions: `Trainer` weights each batch's mean by its rows, so its mean would depend on
             # the batch size
             total = self._evaluated
             loss = total["loss"] / max(total["losses"], 1)
@@ -224,7 +228,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
 
     @torch.no_grad()
     def _store_metrics(self, inputs: dict[str, Any], output: SparseCausalLMOutput, losses: Tensor) -> None:
-        """Sums over the positions of all ranks: their means are logged by `log`, and `losses` make `eval_loss`."""
+        """Sum over the positions of all ranks, for the means that `log` logs and for `eval_loss`."""
         restricted = masked_softmax_loss(output.logits, output.valid_mask, output.targets)
         best = output.logits.masked_fill(~output.valid_mask, -torch.inf)
         num_correct = (best.argmax(dim=-1) == output.targets).sum() if len(restricted) else restricted.sum()
@@ -269,7 +273,7 @@ def _prompts(dataset: Dataset) -> Iterator[list[int]]:
 
 
 def _check_tokenized(batch: dict[str, list], task: RankingTask, dataset_name: str) -> dict[str, list]:
-    """Rows that the user tokenised: labels must be nodes of this trie, and no title may be cut."""
+    """Check rows that the user tokenised: labels must be nodes of the task's trie, and no title may be cut."""
     ids, nodes = (torch.from_numpy(np.concatenate(batch[name])) for name in ("input_ids", "labels"))
     is_last = torch.zeros(len(nodes), dtype=torch.bool)
     is_last[np.cumsum([len(row) for row in batch["labels"]]) - 1] = True
@@ -277,18 +281,18 @@ def _check_tokenized(batch: dict[str, list], task: RankingTask, dataset_name: st
     ids, nodes, is_last = ids[labelled], nodes[labelled], is_last[labelled]
     trie, max_length = task.trie.to("cpu"), task.max_length
     on_trie = (nodes > 0) & (nodes < trie.num_nodes)
-    # Behind an item of the history something else may stand where it should end
+    # After an item of the history another token may stand in place of its end
     is_right = (trie.tokens(nodes * on_trie) == ids) | (torch.isin(nodes, trie.item_nodes) & ~is_last)
     num_wrong = int((~on_trie | ~is_right).sum())
     if num_wrong:
         raise ValueError(
-            f"The {dataset_name} dataset has {num_wrong} label(s) that are no node of the task's trie with the token "
-            "that stands there: map `tokenize_rows` with this very task."
+            f"The {dataset_name} dataset has {num_wrong} label(s) that are not nodes of their tokens in the task's "
+            "trie: map `tokenize_rows` with the same task."
         )
     too_long = sum(max_length is not None and len(row) > max_length for row in batch["input_ids"])
     if too_long:
         raise ValueError(
             f"`max_length` = {max_length}: {too_long} row(s) of the {dataset_name} dataset are longer, and would "
-            "lose the end of their title. Map `tokenize_rows` with this very task."
+            "lose the end of their title. Map `tokenize_rows` with the same task."
         )
     return batch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sparse LM head: only the logits that the catalogue asks for, computed inside the model's forward."""
+"""The sparse LM head: only the logits of valid tokens, computed inside the model's forward."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class SparseHeadOptions:
         valid_logits (`bool`, *optional*, defaults to `True`):
             Logits of the valid tokens at the branching positions.
         num_negatives (`int`, *optional*):
-            Draw this many of the wrong tokens, with replacement, at positions that have more.
+            Number of wrong tokens to draw, with replacement, at positions that have more.
         vocab_losses (`bool`, *optional*, defaults to `False`):
             Language modeling loss, over the whole vocabulary, of every supervised position.
         vocab_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of these losses, as [`masked_softmax_loss`] has it.
+            Temperature of these losses, as in [`masked_softmax_loss`].
     """
 
     valid_logits: bool = True
@@ -54,15 +54,15 @@ class SparseCausalLMOutput(ModelOutput):
         logits (`torch.Tensor` of shape `(num_positions, num_tokens)`, fp32, *optional*):
             Logits at the branching positions.
         valid_mask (`torch.Tensor` of shape `(num_positions, num_tokens)`, bool, *optional*):
-            Which tokens are valid at which position; with `num_negatives`, which of them take part.
+            Which tokens are valid at which position; with `num_negatives`, only the target and the draws.
         targets (`torch.Tensor` of shape `(num_positions,)`, int64, *optional*):
             Column of the right token.
         parents (`torch.Tensor` of shape `(num_positions,)`, int64, *optional*):
-            Trie node at which each position chooses.
+            Trie node whose children each position chooses from.
         is_sampled (`torch.Tensor` of shape `(num_positions,)`, bool, *optional*):
-            With `num_negatives`: where `valid_mask` has only the target and the draws.
+            With `num_negatives`: the positions at which some valid tokens were left out.
         vocab_losses (`torch.Tensor` of shape `(num_supervised,)`, fp32, *optional*):
-            Language modeling loss of every supervised position, forced ones too.
+            Language modeling loss of every supervised position, including forced ones.
         aux_loss (`torch.Tensor`, *optional*):
             MoE load-balancing loss, when called with `output_router_logits=True`.
     """
@@ -83,9 +83,9 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
 
     The forward runs the backbone and projects the hidden states at branching positions onto the rows of the head that
     are valid somewhere in the batch: a few positions times a few hundred tokens instead of every token times the
-    vocabulary. Without `sparse_lm_head` the forward is the original one, so generation is unchanged. It happens
-    inside the forward so that the hooks of DDP, FSDP and ZeRO-3 are armed, as in TRL's `add_fused_lm_head`. A
-    `copy.deepcopy` of the model runs its own weights.
+    vocabulary. Without `sparse_lm_head` it is the original forward, so generation is unchanged. The head is inside the
+    forward so that the hooks of DDP, FSDP and ZeRO-3 run, as in TRL's `add_fused_lm_head`. A `copy.deepcopy` of the
+    model runs its own weights.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -94,8 +94,8 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             Trie of the catalogue, whose nodes are the labels.
 
     Raises:
-        `ValueError`: if rows of the head's weight, its bias, a scale and a cap are not all there is to the logits of
-            the trie's tokens, as [`check_head`] finds out.
+        `ValueError`: if the logits of the trie's tokens depend on more than rows of the head's weight, its bias, a
+            scale and a cap, as [`check_head`] finds out.
     """
     check_head(model, trie)
     original_forward = _unbound_forward(model)
@@ -121,7 +121,7 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
 
 
 def _unbound_forward(model: PreTrainedModel) -> Callable:
-    """The model's forward as a function of the model, whichever library has wrapped it."""
+    """The model's forward as a function of the model, also where a library has wrapped it."""
     forward = model.forward
     if getattr(forward, "__self__", None) is model:
         return forward.__func__
@@ -133,7 +133,7 @@ def _unbound_forward(model: PreTrainedModel) -> Callable:
 def _sparse_forward(
     model: PreTrainedModel, trie: ItemTrie, nodes: Tensor, options: SparseHeadOptions, *args: Any, **kwargs: Any
 ) -> SparseCausalLMOutput:
-    """The backbone, called with the arguments given, and what `options` ask for where `nodes` aren't -100."""
+    """Run the backbone, and compute what `options` ask for where `nodes` are not -100."""
     # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
     backbone_outputs = backbone(model)(*args, **{**kwargs, "use_cache": False})
     project = head_projection(model)
@@ -183,13 +183,13 @@ def _sparse_output(
 def _draw_tokens(trie: ItemTrie, nodes: Tensor, num_negatives: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     Valid tokens before `nodes` as pairs of position and token; where more than `num_negatives` of them are wrong, the
-    right one and that many draws of the others. And which positions those are.
+    right one and that many draws of the others. And whether each position is one of these.
     """
     num_valid = trie.num_valid_tokens(nodes)
     is_sampled = num_valid - 1 > num_negatives
     (few,), (many,) = (mask.nonzero(as_tuple=True) for mask in (~is_sampled, is_sampled))
     rows, tokens = trie.valid_tokens(trie.parents(nodes[few]))
-    # Siblings are numbered in a row: a draw that is not below the target's place means the one after it
+    # Siblings have consecutive numbers: a draw at or after the target's place stands for the next one
     first, target = trie.first_child[trie.parents(nodes[many])], nodes[many]
     draws = torch.rand(len(many), num_negatives, device=nodes.device) * (num_valid[many] - 1).unsqueeze(-1)
     drawn = first.unsqueeze(-1) + draws.long().clamp(max=(num_valid[many] - 2).unsqueeze(-1))
@@ -204,12 +204,12 @@ def _draw_tokens(trie: ItemTrie, nodes: Tensor, num_negatives: int) -> tuple[Ten
 
 def _vocab_losses(tokens: Tensor, hidden: Tensor, project, temperature: float, chunk_size: int = 256) -> Tensor:
     """
-    Language modeling loss, with a temperature as MSL has it, of each supervised position. The logits are computed for
-    a few positions at a time, and again in the backward pass, so that they are never all in memory.
+    Language modeling loss of each supervised position, with a temperature as in MSL. The logits are computed for a few
+    positions at a time, and again in the backward pass, so that they are never all in memory.
     """
 
     def chunk_losses(states: Tensor, targets: Tensor) -> Tensor:
-        # Gathered for each chunk (ZeRO-3), since the backward pass computes it again
+        # Gathered for each chunk (ZeRO-3), since the backward pass recomputes it
         with maybe_gather_lm_head_ctx(project.keywords["weight"], project.keywords["bias"]):
             logits = project(states, rows=slice(None)) / temperature
         return temperature * torch.nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -30,8 +30,8 @@ class TaskTrainerMixin:
     """For a [`~transformers.Trainer`] of TRL, which stands after it among the bases."""
 
     _config_class: type[TrainingArguments]
-    _unsupported: dict[str, str]  # arguments of TRL's trainer that have no meaning here, and why
-    _missing_metrics: dict[str, str] = {}  # metrics that TRL's trainer logs and this one does not, and what to use
+    _unsupported: dict[str, str]  # arguments of TRL's trainer that have no meaning here, and the remedy
+    _missing_metrics: dict[str, str]  # metrics that TRL's trainer logs and this one does not, and what to use
     _has_diverged = False
 
     def _set_task(
@@ -46,14 +46,14 @@ class TaskTrainerMixin:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '')}")
         if not isinstance(args, config_class):
-            raise ValueError(f"`args` must be of class `{config_class.__name__}`, not `{type(args).__name__}`.")
+            raise ValueError(f"`args` is a `{type(args).__name__}`: pass a `{config_class.__name__}`.")
         for name, reason in self._unsupported.items():
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"`{name}` is not supported by `{type(self).__name__}`: {reason}.")
         if not isinstance(task, RankingTask):
             raise ValueError(f"`task` is a {type(task).__name__}: pass a `RankingTask`.")
         if task.trie.first_branching_node < 0:
-            raise ValueError(f"`task` has items that are all written alike ({task.trie}): there is nothing to learn.")
+            raise ValueError(f"`task` has only items with the same text ({task.trie}): add others to its catalogue.")
         best = (args.metric_for_best_model or "").removeprefix("eval_")
         if best in self._missing_metrics:
             raise ValueError(
@@ -67,8 +67,8 @@ class TaskTrainerMixin:
             raise ValueError("`processing_class` has another vocabulary than the task's tokenizer: leave it out.")
         if args.max_length not in (None, task.max_length):
             raise ValueError(
-                f"`max_length` is {args.max_length} in `args` and {task.max_length} in `task`, by which rows are made "
-                "and ranked: set it in the task, and leave it out of `args`."
+                f"`max_length` is {args.max_length} in `args` and {task.max_length} in `task`: set it in the task, "
+                "and leave it out of `args`."
             )
         if isinstance(kwargs.get("train_dataset"), Dataset | IterableDataset):  # TRL reads its first row
             self._column_names(kwargs["train_dataset"], "train")
@@ -120,7 +120,7 @@ class TaskTrainerMixin:
         return dataset
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A run resumed from its last step has nothing left to do, but `Trainer` takes a step before it looks
+        # A run resumed from its last step has nothing left to do, but `Trainer` would take one more step
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -137,8 +137,8 @@ class TaskTrainerMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """
-        As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last checkpoint in `output_dir`
-        that was written to its end, so that a run may be killed at any moment.
+        As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last complete checkpoint in
+        `output_dir`, so that a run may be killed at any moment.
         """
         self._has_diverged = False
         if resume_from_checkpoint is True:
@@ -156,7 +156,7 @@ class TaskTrainerMixin:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """As TRL's, from a template for recommenders: see [`make_model_card`]."""
+        """Write the model card of a recommender: see [`make_model_card`]."""
         if not self.is_world_process_zero():
             return
         base = get_config_model_id(self.model.config) or ""
@@ -169,7 +169,7 @@ class TaskTrainerMixin:
             model_name=model_name or Path(model_id).name,
             tags=card_tags([*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]),
         )
-        evaluations = [entry for entry in self.state.log_history if any("@" in name for name in entry)]
+        evaluations = [entry for entry in self.state.log_history if "eval_num_rows" in entry]
         best = [entry for entry in evaluations if entry["step"] == self.state.best_global_step]
         metrics = (best or evaluations or [{}])[-1]
         num_rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
@@ -189,19 +189,21 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
         try:
             state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
         except (OSError, TypeError, ValueError):
-            logger.warning("%s was not written to its end: it is left out.", path)
+            logger.warning("%s is incomplete and is ignored.", path)
         else:
             steps[state.global_step] = path
     if not steps:
-        raise ValueError(f"`resume_from_checkpoint`: {str(output_dir)!r} has no checkpoint written to its end.")
+        raise ValueError(
+            f"`resume_from_checkpoint` is True, but {str(output_dir)!r} has no complete checkpoint: leave it out."
+        )
     last = str(steps[max(steps)])
     warn_of_missing_state(last)
     return last
 
 
 def warn_of_missing_state(checkpoint: str | Path) -> None:
-    """Warn if a checkpoint lacks state, without which a resumed run ends differently: `Trainer` does not."""
-    # FSDP and DeepSpeed write the optimizer under names of their own, DeepSpeed together with the schedule
+    """Warn if a checkpoint lacks state without which a resumed run ends differently; `Trainer` does not."""
+    # FSDP and DeepSpeed save the optimizer under other names, DeepSpeed together with the schedule
     expected = {
         "the optimizer's state": ("optimizer*", "global_step*"),
         "the learning rate's schedule": ("scheduler.pt", "global_step*"),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
@@ -19,51 +21,31 @@ class TemperatureCallback(TrainerCallback, ExportableState):
     Holds the temperature τ of the loss and, if it is adaptive (ATS), updates it after each optimizer step from all of
     the step's micro-batches, on all ranks. Stored in `trainer_state.json`.
 
-    Each step uses the τ that the steps before it left, so that gradient accumulation changes nothing. The released
-    code uses each micro-batch's estimate at once; with a moving average of weight 0.05 that differs little.
+    Each step uses the τ of the steps before it, so that gradient accumulation changes nothing. The released code uses
+    each micro-batch's estimate at once; with a moving average of weight 0.05 that differs little.
 
     Args:
-        temperature, eta, init, min, max, ema, warmup_steps, positions:
-            As the parameters `temperature` and `temperature_*` of [`MSLConfig`].
+        **settings:
+            `temperature` and all `temperature_*` of an [`MSLConfig`].
     """
 
-    def __init__(
-        self,
-        temperature: float | str,
-        eta: float,
-        init: float,
-        min: float,
-        max: float,
-        ema: float,
-        warmup_steps: int,
-        positions: str,
-    ):
-        self.settings = {
-            "temperature": temperature,
-            "eta": eta,
-            "init": init,
-            "min": min,
-            "max": max,
-            "ema": ema,
-            "warmup_steps": warmup_steps,
-            "positions": positions,
-        }
-        self.adaptive = temperature == "adaptive"
-        self.value: float = init if self.adaptive else temperature
+    def __init__(self, **settings: Any):
+        self.settings = settings
+        self.adaptive = settings["temperature"] == "adaptive"
+        self.value: float = settings["temperature_init" if self.adaptive else "temperature"]
         self._observed: Tensor | None = None
 
     @classmethod
     def from_config(cls, config: MSLConfig) -> TemperatureCallback:
         """Callback with the settings of an [`MSLConfig`]."""
-        names = ("eta", "init", "min", "max", "ema", "warmup_steps", "positions")
-        return cls(config.temperature, **{name: getattr(config, f"temperature_{name}") for name in names})
+        return cls(**{name: value for name, value in vars(config).items() if name.startswith("temperature")})
 
     def observe(self, output: SparseCausalLMOutput, first_branching_node: int) -> None:
         """Add the statistics of one micro-batch."""
         if not self.adaptive:
             return
         first = output.parents == first_branching_node
-        rows = first if self.settings["positions"] == "first" else torch.ones_like(first)
+        rows = first if self.settings["temperature_positions"] == "first" else torch.ones_like(first)
         statistics = temperature_statistics(output.logits[rows], output.valid_mask[rows], output.targets[rows])
         # Every item passes the first branching node once: their number counts items
         observed = torch.cat([statistics, first.sum().view(1)])
@@ -74,7 +56,7 @@ class TemperatureCallback(TrainerCallback, ExportableState):
         if not self.adaptive:
             return
         if state.global_step == 0:
-            self.value = self.settings["init"]
+            self.value = self.settings["temperature_init"]
         # Not left to `restore_callback_states_from_checkpoint`, which is off by default
         elif type(self).__name__ in state.stateful_callbacks:
             self.value = state.stateful_callbacks[type(self).__name__]["attributes"]["value"]
@@ -82,18 +64,18 @@ class TemperatureCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):
         if self._observed is None:
             return
+        settings = self.settings
         *statistics, num_items = reduce(self._observed, "sum").cpu()  # a collective: every rank takes part
         self._observed = None
-        if num_items == 0 or state.global_step <= self.settings["warmup_steps"]:
+        if num_items == 0 or state.global_step <= settings["temperature_warmup_steps"]:
             return
-        pooled = self.settings["positions"] == "first"
-        estimate = adaptive_temperature(
-            torch.stack(statistics), self.settings["eta"], num_items=None if pooled else num_items
-        )
+        pooled = settings["temperature_positions"] == "first"
+        statistics, num_items = torch.stack(statistics), None if pooled else num_items
+        estimate = adaptive_temperature(statistics, settings["temperature_eta"], num_items)
         if estimate.isnan():  # logits overflowed: fp16's scaler skips such a step, too
             return
-        estimate = float(estimate.clamp(self.settings["min"], self.settings["max"]))
-        self.value += self.settings["ema"] * (estimate - self.value)
+        estimate = float(estimate.clamp(settings["temperature_min"], settings["temperature_max"]))
+        self.value += settings["temperature_ema"] * (estimate - self.value)
 
     def state(self) -> dict:
         return {"args": self.settings, "attributes": {"value": self.value}}

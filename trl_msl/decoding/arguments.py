@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Item indices as users pass them: checked, and as tensors."""
+"""Prompts and item indices as users pass them: checked, and as lists or tensors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,24 @@ from torch import Tensor
 Items = Sequence[int] | Set[int] | np.ndarray | Tensor  # item indices
 
 
+def read_prompts(prompts: Sequence[Sequence[int]], **counts: int) -> list[list[int]]:
+    """
+    Token ids of prompts as lists.
+
+    Raises:
+        `ValueError`: if there is no prompt, one is empty, or some number in `counts` is below 1.
+    """
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}: it must be at least 1.")
+    if len(prompts) == 0:
+        raise ValueError("`prompts` is empty: pass at least one.")
+    for user, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"`prompts` has no token for user {user}: pass at least one token each.")
+    return [[int(token) for token in prompt] for prompt in prompts]
+
+
 def read_item_lists(name: str, rows: Sequence[Items], num_users: int, num_items: int) -> list[Tensor]:
     """
     Item indices of each user as tensors.
@@ -26,20 +44,20 @@ def read_item_lists(name: str, rows: Sequence[Items], num_users: int, num_items:
         rows (`Sequence` of lists, ranges, sets, arrays or tensors):
             Item indices of each user.
         num_users, num_items (`int`):
-            Number of lists there must be, and of items of the catalogue.
+            Number of lists required, and of items in the catalogue.
 
     Returns:
         `list` of `torch.Tensor` of shape `(len(row),)`, int64; a tensor stays on its device.
 
     Raises:
-        `ValueError`: if there is not a list for each user, or one holds anything but indices of items.
+        `ValueError`: if there isn't a list for each user, or one holds anything but item indices.
     """
     if not _is_list(rows, is_outer=True):
         raise ValueError(f"`{name}` is {reprlib.repr(rows)}: pass a list that holds a list of items for each prompt.")
     for user, row in enumerate(rows):
         if not _is_list(row):
             raise ValueError(
-                f"`{name}` holds {reprlib.repr(row)} where a list of items belongs (prompt {user}): pass a list of "
+                f"`{name}` holds {reprlib.repr(row)} instead of a list of items (prompt {user}): pass a list of "
                 "lists, one for each prompt."
             )
     if len(rows) != num_users:
@@ -56,7 +74,7 @@ def read_allowed(allowed: Items | Sequence[Items], num_users: int, num_items: in
         tensors, one for each user.
 
     Raises:
-        `ValueError`: if there is no item, or an index that is not an item's.
+        `ValueError`: if there is no item, or anything but item indices.
     """
     if not _is_list(allowed, is_outer=True) and not isinstance(allowed, Set):
         raise ValueError(f"`allowed` is {reprlib.repr(allowed)}: pass a list of items, or one for each prompt.")
@@ -69,7 +87,7 @@ def read_allowed(allowed: Items | Sequence[Items], num_users: int, num_items: in
 
 
 def _is_list(values: Any, is_outer: bool = False) -> bool:
-    """Whether these are items, or of the outer ones, lists of items in an order."""
+    """Whether these are a list of items or, `is_outer`, an ordered one that may hold lists of items."""
     if isinstance(values, Tensor | np.ndarray):
         return values.ndim > 0 if is_outer else values.ndim == 1
     is_other = isinstance(values, str | bytes | Mapping) or (is_outer and isinstance(values, Set))
