@@ -44,7 +44,8 @@ def train(name: str, resume: bool = False, loss: dict | None = None, **kwargs) -
         out / name, max_steps=4, save_steps=2, logging_steps=1, report_to="none", bf16=False, use_cpu=True,
         learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0, train_sampling_strategy="sequential",
         per_device_train_batch_size=8 // num_processes, temperature_min=0.1, temperature_ema=0.3,
-        dataloader_pin_memory=False, adam_epsilon=1.0,  # or a gradient of nearly 0 would count by its sign alone
+        per_device_eval_batch_size=2, dataloader_pin_memory=False,
+        adam_epsilon=1.0,  # or a gradient of nearly 0 would count by its sign alone
         **(loss or {}),
     )  # fmt: skip
     trainer = MSLTrainer(str(folder / "base"), config, task=task, train_dataset=rows, **kwargs)
@@ -57,6 +58,7 @@ def train(name: str, resume: bool = False, loss: dict | None = None, **kwargs) -
         "temperature": trainer.temperature,
         "sharded": is_sharded(trainer.model),
         "num_head_values": trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings().weight.numel(),
+        "eval_loss": trainer.evaluate(rows.select(range(7)))["eval_loss"],  # 2 processes, 2 rows each: one is repeated
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
     (out / name / f"rank{trainer.args.process_index}.json").write_text(json.dumps(report))

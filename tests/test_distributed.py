@@ -53,6 +53,7 @@ def test_two_processes_train_as_one(kind, folder):
         assert (first["num_head_values"] == 0) == (kind == "zero3")  # in one piece nowhere: sharding is not just said
         assert first["temperature"] == second["temperature"] == pytest.approx(one["temperature"], abs=1e-4)
         assert first["num_saved"] >= 2 and second["num_saved"] == 0  # one writes
+        assert first["eval_loss"] == second["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
         assert len(first["log"]) == len(one["log"]) == 4
         for entry, other in zip(one["log"], first["log"]):
             for measure in ("loss", "grad_norm", "temperature", "target_probability"):

@@ -184,6 +184,8 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
+        if not self.model.training:
+            inputs = self._without_repeated_rows(inputs)
         # Evaluated over all valid tokens at τ = 1, as in ranking, and comparable while τ moves
         temperature = self.temperature if self.model.training else 1.0
         over_vocab = self.args.normalize == "vocab"
@@ -212,6 +214,19 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             self._temperature_callback.observe(output, self.trie.first_branching_node)
         self._store_metrics(inputs, output, losses.detach())
         return (loss, output) if return_outputs else loss
+
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """
+        Inputs without the labels of rows that accelerate repeats to fill the last batch of an evaluation by several
+        processes: `gather_for_metrics` drops such rows, and sums over ranks would count them twice.
+        """
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or "labels" not in inputs or not state.end_of_dataloader:
+            return inputs
+        labels = inputs["labels"].clone()
+        if state.remainder > 0:  # rows of all ranks in the last batch, rank by rank
+            labels[max(0, state.remainder - self.accelerator.process_index * len(labels)) :] = -100
+        return {**inputs, "labels": labels}
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._evaluated = {"loss": 0.0, "losses": 0, "aux_loss": 0.0, "batches": 0}
