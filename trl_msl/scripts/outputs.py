@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What commands write: JSON, tables, the plot of a training, recommendations to read."""
 
+import atexit
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +134,16 @@ def describe_recommendations(rows: Dataset, catalog: ItemCatalog, found: Recomme
 
 
 def finish() -> None:
-    """Wait for the other processes: they would be aborted if one left while they still communicate."""
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
+    """
+    End a command that several processes ran. They wait for each other, as one would be aborted if another left while
+    they still communicate; and leave without tearing down the interpreter, which threads of the process group or of
+    Arrow, where still alive, abort now and then.
+    """
+    process = PartialState()
+    process.wait_for_everyone()
+    process.destroy_process_group()
+    if process.num_processes > 1:
+        atexit._run_exitfuncs()  # of loggers, for example
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
