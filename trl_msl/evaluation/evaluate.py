@@ -132,7 +132,7 @@ class RecommendationCallback(TrainerCallback):
         if is_sharded(self._model):
             raise ValueError(
                 "`trainer` shards the model over processes (FSDP, ZeRO-3), but decoding needs it whole in each: "
-                "leave `RecommendationCallback` out (recipes: --eval_strategy no) and evaluate the saved model."
+                "leave `RecommendationCallback` out (commands: --eval_strategy no) and evaluate the saved model."
             )
         self._decoder = None
         self._get_decoder()

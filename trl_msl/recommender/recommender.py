@@ -292,7 +292,7 @@ class Recommender:
                 "recommend: allow others too, or restore some of them with `update(restore=...)`."
             )
         if not available:
-            raise ValueError("`allowed` is empty: leave it out to allow the whole catalogue.")
+            raise ValueError("`allowed` is empty: pass at least one item.")
         if allowed is not None and len(available) < len(indices):
             logger.warning("%d of %d `allowed` items are withdrawn.", len(indices) - len(available), len(indices))
         return available
