@@ -276,8 +276,8 @@ def test_interactions_on_the_command_line(tmp_path, base_model, capsys):
     shown = capsys.readouterr().out
     errors = [finding.seen for finding in findings if finding.status == "error"]
     notes = [finding.seen for finding in findings if finding.status == "note"]
-    assert [error.split(",")[0] for error in errors] == ["`texts`: 1 of 12 items have an empty text", "1 item ids"]
-    assert len(notes) == 3 and "' 1 '" in notes[0] and notes[1].startswith("1 item ids") and "repeat" in notes[2]
+    assert [error.split(",")[0] for error in errors] == ["`texts`: 1 of 12 items have an empty text", "1 item id(s)"]
+    assert len(notes) == 3 and "' 1 '" in notes[0] and notes[1].startswith("1 item id(s)") and "repeat" in notes[2]
     assert f" {len(errors)} errors" in shown and "train 19, validation 3, test 2" in shown
     assert shown.count("Interactions and ids") == 3
     assert (
