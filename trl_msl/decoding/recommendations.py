@@ -173,8 +173,8 @@ def _report(found: Recommendations, mode: str) -> None:
     """Warn if some users got too few items, or items that may not be the best."""
     num_short, num_inexact = int((found.items[:, -1] < 0).sum()), int((~found.exact).sum())
     if num_short:
-        remedy = "`exclude` and `allowed` leave no more" if mode == "exact" else "raise `num_beams`"
-        logger.warning("%d of %d users got fewer than `top_k` items: %s.", num_short, len(found.items), remedy)
+        reason = "no others were left" if mode == "exact" else "raise `num_beams`"
+        logger.warning("%d of %d users got fewer items than were asked for: %s.", num_short, len(found.items), reason)
     if mode == "exact" and num_inexact:
         logger.warning(
             "%d of %d users reached `max_expansions` before their items were certain to be the best: raise it.",
