@@ -182,6 +182,9 @@ def test_bad_arguments(model, task, tokenizer, prompts):
             recommend(model, task, [[], [1]], mode=mode)
         with pytest.raises(ValueError, match="`batch_size` is 0: it must be at least 1"):
             recommend(model, task, prompts, mode=mode, batch_size=0)
+        for token in (-1, model.config.vocab_size):
+            with pytest.raises(ValueError, match=f"`prompts` has token {token} for user 1, but `model` has tokens 0"):
+                recommend(model, task, [[1], [2, token]], mode=mode)
     for mode in ("beam", "generate"):
         with pytest.raises(ValueError, match="`max_expansions` is 5, but only exact search"):
             recommend(model, task, prompts, mode=mode, max_expansions=5)

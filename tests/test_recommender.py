@@ -232,8 +232,12 @@ def test_items_withdrawn_and_restored(folder, catalog, caplog):
     assert updated.update(restore=["b3"], withdraw=["b1"]).task.withdrawn == {"b1", "b7"}
     with pytest.raises(ValueError, match="`restore` holds 1 .* not withdrawn, such as .'b1'"):
         updated.update(restore=["b1"])
-    with pytest.raises(ValueError, match="1 id.* not in the catalogue"):
+    with pytest.raises(ValueError, match="`restore` holds 1 .* not withdrawn, such as .'b99'"):
+        updated.update(restore=["b99"])
+    with pytest.raises(ValueError, match=r"`withdraw` holds 1 id\(s\) of 1 that are not in the catalogue"):
         updated.update(withdraw=["b99"])
+    with pytest.raises(ValueError, match=r"`allowed` holds 1 id\(s\) of 2 that are not in the catalogue"):
+        updated.recommend(HISTORIES, allowed=["b99", "b1"])
     with pytest.raises(ValueError, match="`withdraw` is 'b1', whose characters could be ids"):
         updated.update(withdraw="b1")
     with pytest.raises(ValueError, match="`withdraw` and `restore` both hold 1 id.*'b3'"):

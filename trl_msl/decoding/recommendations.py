@@ -124,7 +124,8 @@ def recommend(
         allowed = read_allowed(allowed, len(prompts), trie.num_items)
     process = PartialState()
     is_encoded = not isinstance(prompts[0], str) and not (len(prompts[0]) > 0 and isinstance(prompts[0][0], dict))
-    encoded = read_prompts(prompts if is_encoded else task.encode_prompts(prompts), batch_size=batch_size)
+    encoded = prompts if is_encoded else task.encode_prompts(prompts)
+    encoded = read_prompts(encoded, model, batch_size=batch_size)
     mine = range(process.process_index, len(encoded), process.num_processes)
     arguments = {"prompts": [encoded[user] for user in mine], "top_k": top_k, "batch_size": batch_size}
     restrictions = {

@@ -292,7 +292,7 @@ class Recommender:
             return allowed.indices
         if allowed is None and not withdrawn:
             return None
-        indices = range(len(catalog)) if allowed is None else catalog.indices(allowed)
+        indices = range(len(catalog)) if allowed is None else catalog.indices(allowed, "allowed")
         available = [index for index in indices if catalog.ids[index] not in withdrawn]
         if indices and not available:
             raise ValueError(
