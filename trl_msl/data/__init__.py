@@ -9,7 +9,7 @@ from .item_tokens import encode_items, texts_with_special_tokens
 from .options import DataArguments, read_data, read_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
 from .rows import build_rows, check_columns, completion_text, have_single_items, tokenize_rows
-from .tables import read_table
+from .tables import ids_as_strings, read_table
 from .task import RankingTask
 from .task_files import TASK_FILE, TASK_FILES
 
@@ -33,6 +33,7 @@ __all__ = [
     "generate_transitions",
     "generate_windows",
     "have_single_items",
+    "ids_as_strings",
     "k_core",
     "read_data",
     "read_interactions",
