@@ -79,8 +79,8 @@ class OptionParser(TrlParser):
         if "learning_rate" not in self.names:  # a command that trains nothing
             config = self._without_training(config)
         for names in (self.known, self.names):  # a typo before an option of other commands
-            for name in config.keys() - names:
-                self.error(self._describe_unknown(f"--{name}"))
+            if unknown := [name for name in config if name not in names]:
+                self.error(self._describe_unknown(f"--{unknown[0]}"))
         for action in self._actions:
             if action.dest in config and config[action.dest] is not None:
                 config[action.dest] = self._config_value(action, config[action.dest])
