@@ -25,8 +25,8 @@ def build_rows(windows: Dataset, task: RankingTask) -> Dataset:
             The items, and how a history becomes a prompt.
 
     Returns:
-        [`~datasets.Dataset`] with `prompt`, `completion`, `history` (the items as written, so that a prompt that is
-        too long can be shortened), `history_ids` and `item_id` (the target).
+        [`~datasets.Dataset`] with `prompt`, `completion`, `history` (the items in the prompt as written, so that one
+        that is too long can be shortened), `history_ids` (all of them) and `item_id` (the target).
 
     Raises:
         `ValueError`: if an item is not in the catalogue, or a window has no history.
@@ -40,12 +40,13 @@ def build_rows(windows: Dataset, task: RankingTask) -> Dataset:
         indices = [catalog.indices(ids) for ids in batch["item_ids"]]
         texts = [[catalog.completions[index] for index in window] for window in indices]
         targets = [window[-1] for window in texts]
+        histories = [task.shown(window[:-1]) for window in texts]
         return {
-            "prompt": [template.render(window[:-1]) for window in texts],
+            "prompt": [template.render(history) for history in histories],
             "completion": (
                 [[{"role": "assistant", "content": text}] for text in targets] if template.conversational else targets
             ),
-            "history": [window[:-1] for window in texts],
+            "history": histories,
             "history_ids": [[str(item) for item in ids[:-1]] for ids in batch["item_ids"]],
             "item_id": [str(ids[-1]) for ids in batch["item_ids"]],
         }

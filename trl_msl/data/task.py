@@ -45,6 +45,9 @@ class RankingTask:
         max_length (`int`, *optional*, defaults to `1024`):
             Maximum number of tokens of a prompt and an item together; longer prompts lose the oldest items of their
             history. `None` for no limit.
+        max_history (`int`, *optional*):
+            Maximum number of items of a history in a prompt, the last ones. The training commands set it to that of
+            the longest history that the model is trained with, so that serving does not ask about longer ones.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template, e.g. `{"enable_thinking": False}`.
         decoding (`dict[str, Any]`, *optional*):
@@ -73,6 +76,7 @@ class RankingTask:
     tokenizer: PreTrainedTokenizerBase
     prompt_template: PromptTemplate
     max_length: int | None = 1024
+    max_history: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     decoding: dict[str, Any] = field(default_factory=lambda: {"mode": "exact"})
     num_trained: int | None = None
@@ -92,6 +96,8 @@ class RankingTask:
             ) from error
         if self.max_length is not None and not is_whole(self.max_length, 1, 1 << 31):
             raise ValueError(f"`max_length` is {self.max_length!r}: it must be a number of tokens, or `None`.")
+        if self.max_history is not None and not is_whole(self.max_history, 1, 1 << 31):
+            raise ValueError(f"`max_history` is {self.max_history!r}: it must be a number of items, or `None`.")
         is_built = self.trie is None
         if is_built:
             trie = self.catalog.build_trie(self.tokenizer, self.conversational, self.chat_template_kwargs)
@@ -164,6 +170,10 @@ class RankingTask:
                 "or chat template has been changed since. Make the `RankingTask` again."
             )
         return sequences
+
+    def shown(self, history: list[Any]) -> list[Any]:
+        """The items of a history that a prompt shows: the last `max_history`."""
+        return history if self.max_history is None else history[-self.max_history :]
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """

@@ -25,7 +25,7 @@ from .prompts import PromptTemplate, encode_prompts
 TASK_FILE = "recommender.json"
 TASK_FILES = [TASK_FILE, ITEMS_FILE, TRIE_FILE]
 _FORMAT = 3
-_SETTINGS = ("max_length", "chat_template_kwargs", "decoding", "num_trained")
+_SETTINGS = ("max_length", "max_history", "chat_template_kwargs", "decoding", "num_trained")
 _PACKAGES = ("trl_msl", "trl", "transformers", "peft", "datasets", "torch", "marisa-trie")
 
 
@@ -111,6 +111,7 @@ def _check_types(content: Any) -> None:
         "num_items": int,
         "prompt_template": dict,
         "max_length": int | None,
+        "max_history": int | None,
         "chat_template_kwargs": dict | None,
         "decoding": dict,
         "num_trained": int | None,
@@ -118,6 +119,7 @@ def _check_types(content: Any) -> None:
         "tokenizer_fingerprint": str,
         "sha256": dict,
     }
+    content.setdefault("max_history", None)  # files of earlier versions do not have it
     if missing := expected.keys() - content.keys():
         raise ValueError(f"it lacks {sorted(missing)}")
     for name, kind in expected.items():

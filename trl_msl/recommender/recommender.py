@@ -203,7 +203,7 @@ class Recommender:
             raise ValueError(f"`k` is {k}: it must lie between 1 and the number of items, {len(catalog)}.")
         _check_histories(histories)
         indices = self._indices(histories)
-        written = [[catalog.completions[index] for index in history] for history in indices]
+        written = [[catalog.completions[index] for index in self.task.shown(history)] for history in indices]
         rows = {"prompt": [template.render(history) for history in written], "history": written}
         settings = ({} if "mode" in kwargs else self.task.decoding) | kwargs
         if settings.get("mode") == "generate":
