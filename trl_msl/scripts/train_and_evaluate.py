@@ -109,7 +109,7 @@ def train_and_evaluate(
 
 
 class _OptionsCallback(TrainerCallback):
-    """Writes `data.json` as the training begins: its checkpoints may be all that is left, and a refused one has none."""
+    """Writes `data.json` when the training begins, as its checkpoints may be all that is left of it."""
 
     def __init__(self, data_args: DataArguments):
         self.data_args = data_args
