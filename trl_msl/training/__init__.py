@@ -2,7 +2,7 @@
 """Masked softmax loss: pure functions, the sparse head, the trainer."""
 
 from .losses import adaptive_temperature, masked_softmax_loss, softmax_dpo_loss, temperature_statistics
-from .msl_config import MSLConfig
+from .msl_config import MSLConfig, TrainingConfigMixin
 from .msl_trainer import MSLTrainer
 from .resuming import ResumableTrainerMixin, differences, last_complete_checkpoint, warn_of_missing_state
 from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
@@ -18,6 +18,7 @@ __all__ = [
     "SparseHeadOptions",
     "TaskTrainerMixin",
     "TemperatureCallback",
+    "TrainingConfigMixin",
     "adaptive_temperature",
     "add_sparse_lm_head",
     "differences",
