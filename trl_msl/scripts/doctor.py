@@ -15,7 +15,7 @@ import logging
 import sys
 import textwrap
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 
 from datasets import DatasetDict
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..data import DataArguments, ItemCatalog, read_data
 from ..doctor import Finding, diagnose
 from .command_line import command
+from .console import name_options
 from .loading import make_task
 
 
@@ -52,6 +53,9 @@ class DoctorArguments:
     max_rows: int = field(default=1000, metadata={"help": "Number of rows to tokenise."})
 
 
+OPTIONS = [option.name for kind in (DoctorArguments, DataArguments) for option in fields(kind)]
+
+
 def main(args: DoctorArguments, data_args: DataArguments) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     model = None
@@ -75,33 +79,41 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
 
 def read(args: DataArguments) -> tuple[tuple[ItemCatalog, DatasetDict] | None, list[Finding]]:
     """The data, or `None`, and what was found while reading it: where a policy stops it, it goes on with another."""
-    data, findings = None, []
+    data, findings, said = None, [], set()
 
     def take(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
         if record.name.endswith("cleaning"):  # the catalogue's warnings have lines of their own in the table
-            findings.append(Finding("Interactions and ids", "note", record.getMessage()))
-        return record.levelno < logging.WARNING
+            findings.append(Finding("Interactions and ids", "note", message))
+        is_new = message not in said
+        said.add(message)
+        return is_new and record.levelno < logging.WARNING
 
-    loggers = [logging.getLogger(f"trl_msl.data.{name}") for name in ("catalog", "cleaning")]
+    loggers = [logging.getLogger(f"trl_msl.data.{name}") for name in ("catalog", "cleaning", "options")]
     for logger in loggers:
         logger.addFilter(take)
-    for policies in ({}, {"empty_texts": "keep"}, {"empty_texts": "keep", "unknown_items": "drop"}):
+    policies = {"empty_texts": "keep", "unknown_items": "drop"}
+    while data is None:
         try:
-            data = read_data(replace(args, **policies))
-            break
+            data = read_data(args)
         except ValueError as error:
             findings.append(Finding("Reading the data", "error", str(error)))
+            remedy = next((name for name in policies if f"{name}=" in str(error)), None)
+            if remedy is None:
+                break
+            args = replace(args, **{remedy: policies.pop(remedy)})
     for logger in loggers:
         logger.removeFilter(take)
     return data, list(dict.fromkeys(findings))
 
 
 def format_findings(findings: list[Finding]) -> str:
-    """A table: status, what was checked, what was seen, what to do."""
+    """A table: status, what was checked, what was seen, what to do, with arguments as options."""
     lines = [_format_row("", "WHAT", "SEEN ON YOUR DATA", "WHAT TO DO")]
     for found in findings:
         status = "ERROR" if found.status == "error" else found.status
-        lines.append(_format_row(status, found.what, found.seen, found.advice))
+        texts = (name_options(text, OPTIONS) for text in (found.what, found.seen, found.advice))
+        lines.append(_format_row(status, *texts))
     counts = Counter(finding.status for finding in findings)
     lines.append(f"{len(findings)} findings: {counts['error']} errors, {counts['note']} notes.")
     return "\n".join(lines)
