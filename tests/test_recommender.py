@@ -13,6 +13,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from helpers import TITLES, make_model, make_windows
 from launching import run
 from peft import LoraConfig
@@ -114,6 +115,24 @@ def test_histories_by_text_and_without_what_the_user_has_had(folder, catalog):
     assert len(by_id.ids[2]) == 10  # "A History of Tea" is there twice, and the user has had one of them
     stock = recommender.recommend(HISTORIES, k=12, allowed=["b1", "b2", "b3"])
     assert [set(ids) for ids in stock.ids] == [{"b1", "b2"}, {"b1", "b2", "b3"}, {"b1", "b2", "b3"}]
+
+
+def test_the_prompt_shows_as_many_items_as_in_training(folder, tmp_path, tokenizer):
+    recommender = Recommender.from_pretrained(folder)
+    short = replace(recommender.task, max_history=2)
+    short.save_pretrained(tmp_path)
+    assert RankingTask.from_pretrained(tmp_path, tokenizer).max_history == 2
+    history = ["b0", "b3", "b8", "b4"]
+    rows = build_rows(Dataset.from_list([{"item_ids": [*history, "b5"]}, {"item_ids": ["b1", "b2"]}]), short)
+    assert rows["history_ids"][:] == [history, ["b1"]]
+    assert [len(items) for items in rows["history"]] == [2, 1]
+    found = Recommender(recommender.model, short).recommend([history], k=5)
+    assert not set(found.ids[0]) & set(history)
+    # The prompt has the last two, and the others are excluded all the same
+    others = [item for item in short.catalog.ids if item not in history[:2]]
+    check_same(found, recommender.recommend([history[2:]], k=5, allowed=others))
+    with pytest.raises(ValueError, match="`max_history` is 0"):
+        replace(short, max_history=0)
 
 
 def test_save_merged_and_load(folder, tmp_path):

@@ -97,7 +97,7 @@ def prepare(
         base, resumes = Path(model_args.model_name_or_path), config.resume_from_checkpoint is not None
         write_base_model(base, data.catalog, data_args.prompt_template, scratch_args, config.seed, resumes)
     tokenizer = load_tokenizer(model_args, config.trust_remote_code)
-    return data, make_task(tokenizer, data_args, data.catalog, config.max_length)
+    return data, make_task(tokenizer, data, config.max_length)
 
 
 def run_loss(

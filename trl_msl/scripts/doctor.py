@@ -25,7 +25,7 @@ from ..data import DataArguments, ItemCatalog, read_data
 from ..doctor import Finding, diagnose
 from .command_line import command
 from .console import name_options
-from .loading import make_task
+from .loading import Data, make_task
 
 
 WIDTHS = (30, 40, 44)  # of the columns
@@ -67,7 +67,7 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
         return 1
     catalog, windows = data
     try:
-        task = make_task(tokenizer, data_args, catalog, args.max_length)
+        task = make_task(tokenizer, Data(catalog, windows, data_args), args.max_length)
     except ValueError as error:
         advice = "The trie of items can't be built before this is fixed."
         findings.append(Finding("Tokens of the items", "error", str(error), advice))

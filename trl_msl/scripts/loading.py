@@ -109,13 +109,16 @@ def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool = False) -> 
     )
 
 
-def make_task(
-    tokenizer: PreTrainedTokenizerBase, args: DataArguments, catalog: ItemCatalog, max_length: int | None = None
-) -> RankingTask:
-    """The task that the options describe."""
-    kwargs = {} if max_length is None else {"max_length": max_length}
+def make_task(tokenizer: PreTrainedTokenizerBase, data: Data, max_length: int | None = None) -> RankingTask:
+    """The task that the options describe, with prompts of at most as many items as in training."""
+    windows = data.windows.get("train")
     return RankingTask(
-        catalog, tokenizer, args.prompt_template, chat_template_kwargs=args.chat_template_kwargs, **kwargs
+        data.catalog,
+        tokenizer,
+        data.args.prompt_template,
+        max_history=None if windows is None else max(map(len, windows["item_ids"])) - 1,
+        chat_template_kwargs=data.args.chat_template_kwargs,
+        **({} if max_length is None else {"max_length": max_length}),
     )
 
 

@@ -53,7 +53,7 @@ def main(args: DecodingArguments, data_args: DataArguments, config: MSLConfig, m
         )
     data = load_data(data_args)
     tokenizer = load_tokenizer(model_args, config.trust_remote_code)
-    task = make_task(tokenizer, data_args, data.catalog, config.max_length)
+    task = make_task(tokenizer, data, config.max_length)
     trainer = make_trainer(task, data, config, model_args)
     train_and_evaluate(trainer, task, data, args, "MSL", {"arguments": reported(config)})
     finish()

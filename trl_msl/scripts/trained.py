@@ -91,7 +91,7 @@ def load_trained(
     if not (task_folder / TASK_FILE).is_file():
         logger.warning("%s has no catalogue and prompt of its own: those of the data options are used.", name)
         data = load_data(args)
-        return data, make_task(tokenizer, args, data.catalog, max_length)
+        return data, make_task(tokenizer, data, max_length)
     task = RankingTask.from_pretrained(task_folder, tokenizer)
     _check_options(task, data_args, max_length, name)
     source = args.items or (f"{args.data_dir}/id2name4Rec.json" if args.data_dir else None)
