@@ -127,7 +127,7 @@ def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> N
             marker = "o" if len(line) <= 40 else None  # a line of one point is invisible without
             axis.plot(steps, values, label=name if line else None, marker=marker, markersize=4)
         axis.set(xlabel="step", ylabel=panels[key])
-        axis.locator_params(axis="x", integer=True)
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

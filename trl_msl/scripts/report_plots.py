@@ -210,7 +210,7 @@ def plot_gradients(measured: dict[str, list[dict[str, float]]], styles: Styles, 
                 points = [(entry["step"], entry[key + end]) for entry in entries]
                 axis.plot(*zip(*points), label=name, markersize=4, **styles[name])
             axis.set(xlabel="step" if row else None)
-            axis.locator_params(axis="x", integer=True)
+            axis.locator_params(axis="x", integer=True, min_n_ticks=1)
             axis.set_title(f"{label}, {title}", fontsize=10)
             axis.grid(alpha=0.3)
     if any(entry["lml1_grad_norm"] and entry["lml2_grad_norm"] for entries in measured.values() for entry in entries):
