@@ -20,7 +20,7 @@ TABLE = (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8").split("| ro
 ROWS = dict(re.findall(r"`--run_name (\S+?)((?: \S+)*)`", TABLE))  # the options of each
 SMALL = [
     "--train_file", "train.csv", "--num_train_epochs", "1", "--per_device_train_batch_size", "8",
-    "--logging_steps", "1", "--bf16", "false", "--use_cpu", "--scratch_hidden_size", "32", "--scratch_num_layers", "1",
+    "--logging_steps", "1", "--scratch_hidden_size", "32", "--scratch_num_layers", "1",
 ]  # fmt: skip
 
 

@@ -373,6 +373,7 @@ METADATA = {b"trl_msl_template": b"{text}"}
         (table(id=["1"], text=["x"]), None, "it has no template"),
         (table(id=["1"], text=["x"]), {b"trl_msl_template": b"\xff"}, "does not hold a readable"),
         (table(id=["1"], text=["x"]), {b"trl_msl_template": b"{item}"}, "exactly once"),
+        (table(id=["1"], text=["x"]), {**METADATA, b"trl_msl_html_entities": b"?"}, "`html_entities` is '.'"),
         (table(id=["1"], title=["x"]), METADATA, "text"),
         (table(id=[1], text=["x"]), METADATA, "both strings, but has id: int64"),
         (table(id=[["1"]], text=["x"]), METADATA, "both strings"),

@@ -3,6 +3,8 @@ import copy
 import json
 import logging
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -42,6 +44,30 @@ def test_policies_and_counts(caplog):
     for found in ("1 of 4 texts hold HTML entities", "1 of 4 items have an empty text", "repeat another item's text"):
         assert found in caplog.text
     assert ItemCatalog(ids, texts, empty_texts="keep").texts == texts
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_entities_of_added_items_are_decoded_where_those_of_the_catalogue_were(saved, tmp_path):
+    new = ItemCatalog(["1"], ["Tea &amp; &amp;lt;"])
+    for policy, texts in (
+        ("decode", ["Salt & &lt;", "Tea & &lt;"]),
+        ("keep", ["Salt &amp; &amp;lt;", "Tea &amp; &amp;lt;"]),
+    ):
+        catalog = ItemCatalog(["0"], ["Salt &amp; &amp;lt;"], html_entities=policy)
+        if saved:
+            catalog.save_pretrained(tmp_path)
+            catalog = ItemCatalog.from_pretrained(tmp_path)
+        extended = catalog.extend(new)
+        assert (extended.texts, extended.html_entities) == (texts, policy)
+    decoded = ItemCatalog(["2"], ["&amp;lt;"], html_entities="decode")
+    assert ItemCatalog(["0"], ["a"], html_entities="decode").extend(decoded).texts[-1] == "&lt;"  # not twice
+
+
+def test_a_catalogue_of_an_earlier_version(tmp_path):
+    schema = pa.schema({"id": pa.string(), "text": pa.string()}, {"trl_msl_template": "{text}"})
+    pq.write_table(pa.table([["1"], ["Salt &amp; Tea"]], schema=schema), tmp_path / "items.parquet")
+    catalog = ItemCatalog.from_pretrained(tmp_path)
+    assert (catalog.texts, catalog.html_entities) == (["Salt &amp; Tea"], "keep")
 
 
 @pytest.mark.parametrize(

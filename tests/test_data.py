@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import logging
+import shutil
 from dataclasses import replace
 from datetime import date
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from helpers import make_windows
+from helpers import TITLES, make_windows
 
 from trl_msl import ItemCatalog, PromptTemplate, RankingTask, build_rows, tokenize_rows
 from trl_msl.data import DataArguments, encode_items, encode_prompts, fit_prompts, read_data
@@ -283,6 +285,17 @@ def test_arguments_that_could_not_be_saved_and_loaded_are_refused_by_the_task(ar
         replace(task, **argument)
 
 
+LOG = [(user, (3 * user + step * step) % len(TITLES), 10 * step + user) for user in range(24) for step in range(6)]
+
+
+@pytest.fixture
+def log(tmp_path):
+    """An interaction log in which no user and no item is rare."""
+    path = tmp_path / "log.csv"
+    pd.DataFrame(LOG, columns=["user_id", "item_id", "timestamp"]).to_csv(path, index=False)
+    return str(path)
+
+
 def test_read_data_keeps_the_first_users(folder):
     _, whole = read_data(DataArguments(data_dir=str(folder)))
     _, some = read_data(DataArguments(data_dir=str(folder), max_validation_users=3, max_test_users=100))
@@ -291,6 +304,23 @@ def test_read_data_keeps_the_first_users(folder):
     assert some["train"].to_list() == whole["train"].to_list() and some["test"].to_list() == whole["test"].to_list()
     with pytest.raises(ValueError, match="`max_test_users` is 0: it must be at least 1"):
         DataArguments(max_test_users=0)
+
+
+def test_a_trained_models_catalogue_needs_no_items(folder, log, tmp_path):
+    catalog = ItemCatalog(range(len(TITLES)), TITLES)
+    shutil.copy(folder / "test.csv", tmp_path)
+    args = DataArguments(data_dir=str(tmp_path), max_validation_users=2, max_test_users=3)
+    found, windows = read_data(args, catalog)
+    assert found is catalog and windows.num_rows == {"test": 3}
+    (tmp_path / "test.csv").unlink()
+    with pytest.raises(ValueError, match="test.csv cannot be read"):
+        read_data(args, catalog)
+    found, windows = read_data(DataArguments(interactions=log), catalog)
+    assert found is catalog and list(windows) == ["train", "validation", "test"]
+    with pytest.raises(ValueError, match="`items` is missing"):
+        read_data(DataArguments(interactions=log))
+    with pytest.raises(ValueError, match="`data_dir` and `interactions` are both missing"):
+        read_data(DataArguments(), catalog)
 
 
 @pytest.mark.parametrize(

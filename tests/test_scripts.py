@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import ROOT
 from helpers import TITLES, make_model
 from launching import FEW_STEPS, PROMPT, run
@@ -17,8 +19,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import ModelConfig
 
-from trl_msl import ItemCatalog, RankingTask, Recommender
+from trl_msl import ItemCatalog, MSLConfig, RankingTask, Recommender, SoftmaxDPOConfig
 from trl_msl.data import DataArguments
+from trl_msl.experiments import pretrain
 from trl_msl.scripts import cli, doctor, merge, train, update_catalog
 from trl_msl.scripts.command_line import with_generated_data
 from trl_msl.scripts.loading import checkpoint_to_resume, load_data, load_task
@@ -57,6 +60,27 @@ class TestCommandLine:
         options = ["--data_dir", str(tmp_path / "nowhere"), "--model_name_or_path", str(base_model)]
         assert cli.main(["doctor", *options]) == 1
         assert "ERROR Reading the data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [MSLConfig, SoftmaxDPOConfig, pretrain.PretrainingConfig])
+class TestWithoutAccelerator:
+    """Configs as the docs and `recipes/configs` have them, on a machine with nothing but a CPU."""
+
+    @pytest.fixture(autouse=True)
+    def no_accelerator(self, monkeypatch):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+
+    def test_runs_on_the_cpu(self, kind, tmp_path, recwarn):
+        config = kind(str(tmp_path), learning_rate=1e-4)
+        assert (config.use_cpu, config.bf16, config.device.type) == (True, False, "cpu")
+        assert config.gradient_checkpointing  # as TRL has it, without the warning that its name is old
+        assert not config.dataloader_pin_memory and not list(recwarn)
+        again = replace(config, gradient_checkpointing=False, activation_checkpointing=False)
+        assert again.use_cpu and not again.bf16 and not again.gradient_checkpointing
+
+    def test_bf16_as_given(self, kind, tmp_path):
+        config = kind(str(tmp_path), bf16=True, gradient_checkpointing=False)
+        assert config.use_cpu and config.bf16 and not config.gradient_checkpointing
 
 
 def test_doctor_takes_chat_template_kwargs_once(folder, base_model, capsys):

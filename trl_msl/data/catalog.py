@@ -45,7 +45,8 @@ class ItemCatalog:
         duplicate_texts (`str`, *optional*, defaults to `"share"`):
             What to do with texts that occur several times: `"share"` (with a warning) or `"error"`.
         html_entities (`str`, *optional*, defaults to `"keep"`):
-            What to do with entities such as `&amp;`: `"keep"` (with a warning) or `"decode"`.
+            What to do with entities such as `&amp;`: `"keep"` (with a warning) or `"decode"`. Also done
+            to items that are added later.
 
     Raises:
         `ValueError`: if there are no items, an id is neither string nor integer, ids repeat, a text is not a string or
@@ -109,7 +110,8 @@ class ItemCatalog:
                 f"`texts` holds {len(broken)} value(s) with a lone surrogate (half a character), such as item "
                 f"{broken[0]!r}. Fix them, by text.encode(errors='replace').decode() for example."
             )
-        self.texts = self._with_empty_texts(self._with_html_entities(texts, html_entities), empty_texts)
+        self.html_entities = html_entities
+        self.texts = self._with_empty_texts(self._with_html_entities(texts), empty_texts)
         self._report_duplicates(duplicate_texts)
 
     # ------------------------------------------------------------------ reading
@@ -142,7 +144,8 @@ class ItemCatalog:
 
     def extend(self, items: ItemCatalog) -> ItemCatalog:
         """
-        This catalogue with further items after its own, written in its own template.
+        This catalogue with further items after its own, written in its own template, and with HTML entities decoded
+        if they are in this one.
 
         Raises:
             `ValueError`: if an id is there already.
@@ -152,13 +155,17 @@ class ItemCatalog:
                 f"`items` holds {len(known)} id(s) that are in the catalogue already, such as {known[:3]}: an id "
                 "stands for one text. Leave them out, or give a changed item a new id."
             )
-        return ItemCatalog(self.ids + items.ids, self.texts + items.texts, template=self.template, empty_texts="keep")
+        decode = self.html_entities == "decode" != items.html_entities  # once: `&amp;lt;` is meant to become `&lt;`
+        texts = self.texts + ([html.unescape(text) for text in items.texts] if decode else items.texts)
+        extended = ItemCatalog(self.ids + items.ids, texts, template=self.template, empty_texts="keep")
+        extended.html_entities = self.html_entities
+        return extended
 
     # ------------------------------------------------------------------ storage
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write the items to `items.parquet` in a folder, whole or not at all; the template is its metadata."""
-        write_items(Path(save_directory), self.ids, self.texts, self.template)
+        """Write `items.parquet`, whole or not at all; the template and `html_entities` are its metadata."""
+        write_items(Path(save_directory), self.ids, self.texts, self.template, self.html_entities)
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> ItemCatalog:
@@ -169,13 +176,16 @@ class ItemCatalog:
             `ValueError`: if the file is missing or can't be read.
         """
         try:
-            ids, texts, template = read_items_file(Path(save_directory))
+            ids, texts, template, html_entities = read_items_file(Path(save_directory))
+            _check_choice("html_entities", html_entities, ("keep", "decode"))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(
                 f"`save_directory` = {str(save_directory)!r} does not hold a readable {ITEMS_FILE} ({error}). Save it "
                 "again with `ItemCatalog.save_pretrained`."
             ) from error
-        return cls(ids, texts, template=template, empty_texts="keep")
+        catalog = cls(ids, texts, template=template, empty_texts="keep")
+        catalog.html_entities = html_entities  # not applied again
+        return catalog
 
     # ------------------------------------------------------------------ items
 
@@ -250,13 +260,13 @@ class ItemCatalog:
 
     # ------------------------------------------------------------------ policies
 
-    def _with_html_entities(self, texts: Sequence[str], policy: str) -> list[str]:
+    def _with_html_entities(self, texts: Sequence[str]) -> list[str]:
         decoded = [html.unescape(text) for text in texts]
         self._num_entities = sum(before != after for before, after in zip(texts, decoded))
         if self._num_entities:
-            done = "decoded" if policy == "decode" else "kept as they are: consider html_entities='decode'"
+            done = "decoded" if self.html_entities == "decode" else "kept as they are: consider html_entities='decode'"
             logger.warning("%d of %d texts hold HTML entities (%s).", self._num_entities, len(self), done)
-        return decoded if policy == "decode" else list(texts)
+        return decoded if self.html_entities == "decode" else list(texts)
 
     def _with_empty_texts(self, texts: list[str], policy: str) -> list[str]:
         empty = [item for item, text in zip(self.ids, texts) if not text.strip()]

@@ -26,7 +26,10 @@ Source = str | Path | Dataset | pd.DataFrame
 
 
 def read_windows(
-    data_dir: str | Path, train_file: str = "train.csv", test_file: str = "test.csv", validation_fraction: float = 0.1
+    data_dir: str | Path,
+    train_file: str | None = "train.csv",
+    test_file: str = "test.csv",
+    validation_fraction: float = 0.1,
 ) -> DatasetDict:
     """
     Read CSV files of windows, whose `item_ids` are lists such as `"[12, 7, 31]"`: the format of the authors of MSL.
@@ -36,7 +39,7 @@ def read_windows(
         data_dir (`str` or `Path`):
             Folder with both files.
         train_file (`str`, *optional*, defaults to `"train.csv"`):
-            File with the train and validation windows.
+            File with the train and validation windows; `None` for `test` alone.
         test_file (`str`, *optional*, defaults to `"test.csv"`):
             File with the test windows.
         validation_fraction (`float`, *optional*, defaults to `0.1`):
@@ -44,8 +47,10 @@ def read_windows(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"`validation_fraction` is {validation_fraction}: it must lie between 0 and 1, such as 0.1.")
-    windows = _read_window_file(Path(data_dir) / train_file)
-    splits = _cut_by_time(windows, {"train": 1 - validation_fraction, "validation": validation_fraction})
+    splits = DatasetDict()
+    if train_file is not None:
+        windows = _read_window_file(Path(data_dir) / train_file)
+        splits = _cut_by_time(windows, {"train": 1 - validation_fraction, "validation": validation_fraction})
     return DatasetDict(splits, test=_read_window_file(Path(data_dir) / test_file))
 
 

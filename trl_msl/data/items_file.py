@@ -14,21 +14,23 @@ from ..trie import check_regular, replacing
 
 ITEMS_FILE = "items.parquet"
 _TEMPLATE_KEY = b"trl_msl_template"
+_ENTITIES_KEY = b"trl_msl_html_entities"
 _COLUMNS = ["id", "text"]
 _MAX_SMALL, _MAX_RATIO = 64 << 20, 100  # titles compress by less than 10
 
 
-def write_items(folder: Path, ids: list[str], texts: list[str], template: str) -> None:
-    """Write items, with the template as metadata."""
-    schema = pa.schema([(name, pa.string()) for name in _COLUMNS], {_TEMPLATE_KEY: template})
+def write_items(folder: Path, ids: list[str], texts: list[str], template: str, html_entities: str) -> None:
+    """Write items, with the template and what was done with HTML entities as metadata."""
+    metadata = {_TEMPLATE_KEY: template, _ENTITIES_KEY: html_entities}
+    schema = pa.schema([(name, pa.string()) for name in _COLUMNS], metadata)
     with replacing(folder / ITEMS_FILE) as temporary:
         pq.write_table(pa.table([ids, texts], schema=schema), temporary)
 
 
-def read_items_file(folder: Path) -> tuple[list[str], list[str], str]:
+def read_items_file(folder: Path) -> tuple[list[str], list[str], str, str]:
     """
-    Ids, texts and template that `write_items` wrote. Memory stays in proportion to the size of the file, unless the
-    sizes in its metadata are false.
+    What `write_items` wrote; files of earlier versions do not have `html_entities`, which is then `"keep"`. Memory
+    stays in proportion to the size of the file, unless the sizes in its metadata are false.
 
     Raises:
         `ValueError`, `OSError` or `pyarrow.ArrowException`: if the file can't be read.
@@ -65,4 +67,4 @@ def read_items_file(folder: Path) -> tuple[list[str], list[str], str]:
                 column.validate(full=True)  # a text that is not UTF-8, for example
                 values += column.to_pylist()
     ids, texts = columns.values()
-    return ids, texts, schema.metadata[_TEMPLATE_KEY].decode()
+    return ids, texts, schema.metadata[_TEMPLATE_KEY].decode(), schema.metadata.get(_ENTITIES_KEY, b"keep").decode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import DatasetDict
 
@@ -39,6 +40,12 @@ class DataArguments:
             How it is written into prompts and completions.
         empty_texts, html_entities (`str`, *optional*):
             As for [`ItemCatalog`].
+        unknown_items (`str`, *optional*, defaults to `"error"`):
+            What to do with interactions with items that the catalogue lacks: `"error"`, or `"drop"` them. In a folder,
+            `"drop"` shortens the histories that hold such items, and drops windows without a target or a history.
+        drop_duplicates (`bool`, *optional*, defaults to `False`):
+            Whether to drop interactions of the log that repeat the user, item and time of another. They are counted
+            in any case.
         prompt_words (`list[str]`, *optional*, defaults to `["item", "items", "interacted with"]`):
             Singular, plural and verb of the paper's prompt: `book books read`.
         prompt_text (`str`, *optional*):
@@ -66,6 +73,10 @@ class DataArguments:
     item_template: str = field(default='"{text}"', metadata={"help": "How an item is written."})
     empty_texts: str = field(default="error", metadata={"help": "Items without text: 'error', 'keep' or 'id'."})
     html_entities: str = field(default="keep", metadata={"help": "HTML entities in texts: 'keep' or 'decode'."})
+    unknown_items: str = field(
+        default="error", metadata={"help": "Interactions with items not in `items`.", "choices": ["error", "drop"]}
+    )
+    drop_duplicates: bool = field(default=False, metadata={"help": "Whether to drop repeated interactions."})
     prompt_words: list[str] = field(
         default_factory=lambda: ["item", "items", "interacted with"],
         metadata={"help": "Singular, plural and verb of the paper's prompt, such as: book books read."},
@@ -80,10 +91,10 @@ class DataArguments:
     def __post_init__(self):
         if self.data_dir and self.interactions:
             raise ValueError("`data_dir` and `interactions` are both given: pass only one of them.")
-        if bool(self.interactions) != bool(self.items):
-            raise ValueError("`interactions` and `items` belong together: pass both, or neither.")
         if self.item_text not in ("text", "id"):
             raise ValueError(f"`item_text` is {self.item_text!r}: it must be 'text' or 'id'.")
+        if self.unknown_items not in ("error", "drop"):
+            raise ValueError(f"`unknown_items` is {self.unknown_items!r}: it must be 'error' or 'drop'.")
         if isinstance(self.chat_template_kwargs, str):  # a YAML file may hold the dictionary itself
             try:
                 self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
@@ -105,33 +116,54 @@ class DataArguments:
         return PromptTemplate(self.prompt_text or PromptTemplate.from_paper(*self.prompt_words).text, **form)
 
 
-def read_data(args: DataArguments) -> tuple[ItemCatalog, DatasetDict]:
+def read_data(args: DataArguments, catalog: ItemCatalog | None = None) -> tuple[ItemCatalog, DatasetDict]:
     """
     The catalogue that `args` name, and their windows of interactions in splits that follow each other in time:
     `train`, `validation` and `test`. With `data_dir`, `train` and `validation` together are the train file, unless
     `max_validation_users` is given.
 
+    Args:
+        args ([`DataArguments`]):
+            What to read.
+        catalog ([`ItemCatalog`], *optional*):
+            That of a trained model, which is then returned: the items that `args` name are not read, and of `data_dir`
+            only `test.csv` must be there.
+
     Raises:
-        `ValueError`: if no data is named, or it can't be read.
+        `ValueError`: if no data is named, it can't be read, or it does not fit the catalogue.
     """
+    if not (args.data_dir or args.interactions):
+        raise ValueError("`data_dir` and `interactions` are both missing: pass one of them.")
+    train_file = args.train_file
+    if catalog is None:
+        catalog = _read_catalog(args)
+    elif args.data_dir and not (Path(args.data_dir) / train_file).exists():
+        train_file = None
+    if args.data_dir:
+        windows = read_windows(args.data_dir, train_file=train_file)
+    else:
+        columns = (args.user_column, args.item_column, args.timestamp_column)
+        log = k_core(read_interactions(args.interactions, *columns), args.min_interactions)
+        windows = split_by_time(sliding_windows(log))
+    for split, most in (("validation", args.max_validation_users), ("test", args.max_test_users)):
+        if most is not None and split in windows:
+            windows[split] = windows[split].select(range(min(most, len(windows[split]))))
+    return catalog, windows
+
+
+def _read_catalog(args: DataArguments) -> ItemCatalog:
+    """The items that the options name."""
     empty_texts = "keep" if args.item_text == "id" else args.empty_texts  # texts are not used
     policies = {"template": args.item_template, "empty_texts": empty_texts, "html_entities": args.html_entities}
     if args.data_dir:
         catalog = ItemCatalog.from_json(f"{args.data_dir}/id2name4Rec.json", **policies)
-        windows = read_windows(args.data_dir, train_file=args.train_file)
-    elif args.interactions:
+    elif args.items:
         catalog = read_items(args.items, args.item_column, args.text_column, **policies)
-        columns = (args.user_column, args.item_column, args.timestamp_column)
-        log = k_core(read_interactions(args.interactions, *columns), args.min_interactions)
-        windows = split_by_time(sliding_windows(log))
     else:
-        raise ValueError("`data_dir` and `interactions` are both missing: pass one of them.")
+        raise ValueError("`items` is missing: pass the file with the ids and titles of the items of `interactions`.")
     if args.item_text == "id":
         catalog = ItemCatalog(catalog.ids, catalog.ids, template=args.item_template)
-    for split, most in (("validation", args.max_validation_users), ("test", args.max_test_users)):
-        if most is not None:
-            windows[split] = windows[split].select(range(min(most, len(windows[split]))))
-    return catalog, windows
+    return catalog
 
 
 def read_items(source: str, item_column: str = "item_id", text_column: str = "title", **policies: str) -> ItemCatalog:

@@ -14,6 +14,8 @@ trl-msl train --model_name_or_path outputs/book/base --data_dir data/Book --empt
 With `--num_train_epochs 0` the weights stay random: the same start for runs from scratch.
 """
 
+from dataclasses import dataclass
+
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -23,10 +25,16 @@ from ..data import DataArguments, PromptTemplate, encode_items, fit_prompts
 from ..scripts.command_line import command
 from ..scripts.loading import Data, checkpoint_to_resume, load_data
 from ..scripts.outputs import finish
+from ..training import TrainingConfigMixin
 from .from_scratch import ScratchArguments, make_base_model
 
 
-def main(data_args: DataArguments, scratch_args: ScratchArguments, config: SFTConfig) -> None:
+@dataclass
+class PretrainingConfig(TrainingConfigMixin, SFTConfig):
+    """TRL's config, which also runs without an accelerator."""
+
+
+def main(data_args: DataArguments, scratch_args: ScratchArguments, config: PretrainingConfig) -> None:
     data, template = load_data(data_args), data_args.prompt_template
     histories = read_histories(data)
     texts = [*data.catalog.completions, *(template.separator.join(items) for items in histories)]

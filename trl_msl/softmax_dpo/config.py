@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from ..training import TrainingConfigMixin
+
 
 @dataclass
-class SoftmaxDPOConfig(DPOConfig):
+class SoftmaxDPOConfig(TrainingConfigMixin, DPOConfig):
     """
     Configuration class for the [`SoftmaxDPOTrainer`].
 

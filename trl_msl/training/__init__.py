@@ -2,7 +2,7 @@
 """Masked softmax loss: pure functions, the sparse head, the trainer."""
 
 from .losses import adaptive_temperature, masked_softmax_loss, softmax_dpo_loss, temperature_statistics
-from .msl_config import MSLConfig
+from .msl_config import MSLConfig, TrainingConfigMixin
 from .msl_trainer import MSLTrainer
 from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
 from .task_trainer import TaskTrainerMixin, last_complete_checkpoint, warn_of_missing_state
@@ -16,6 +16,7 @@ __all__ = [
     "SparseHeadOptions",
     "TaskTrainerMixin",
     "TemperatureCallback",
+    "TrainingConfigMixin",
     "adaptive_temperature",
     "add_sparse_lm_head",
     "last_complete_checkpoint",
