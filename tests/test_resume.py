@@ -10,7 +10,7 @@ from helpers import make_model, make_windows
 from safetensors.numpy import load_file
 
 from trl_msl import ItemCatalog, RankingTask, build_rows
-from trl_msl.training.task_trainer import last_complete_checkpoint
+from trl_msl.training.resuming import last_complete_checkpoint
 
 
 TRAIN = """

@@ -22,7 +22,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig
 
 from ..data import DataArguments, RankingTask, tokenize_rows
 from ..scripts.command_line import command
@@ -32,6 +32,7 @@ from ..scripts.train import make_trainer, reported
 from ..scripts.train_and_evaluate import DecodingArguments, evaluate_and_write, train_and_evaluate, trainer_options
 from ..training import MSLConfig
 from .from_scratch import ScratchArguments, write_base_model
+from .pretrain import PlainTrainer
 
 
 @dataclass
@@ -57,9 +58,10 @@ def main(
     config: MSLConfig,
     model_args: ModelConfig,
 ) -> None:
-    if config.resume_from_checkpoint and len(args.loss) > 1:
+    if config.resume_from_checkpoint not in (None, "last") and len(args.loss) > 1:
         raise ValueError(
-            f"`resume_from_checkpoint` is for one run, but `loss` is {args.loss}: pass only the one to resume."
+            f"`resume_from_checkpoint` is for one run, but `loss` is {args.loss}: pass only the one to resume, or "
+            "'last' for the last checkpoint of each."
         )
     sharding = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
     if sharding and "untrained" in args.loss:
@@ -92,8 +94,8 @@ def prepare(
     data = load_data(data_args)
     if model_args.model_name_or_path is None:
         model_args.model_name_or_path = str(folder / "base_model")
-        base = Path(model_args.model_name_or_path)
-        write_base_model(base, data.catalog, data_args.prompt_template, scratch_args, config.seed)
+        base, resumes = Path(model_args.model_name_or_path), config.resume_from_checkpoint is not None
+        write_base_model(base, data.catalog, data_args.prompt_template, scratch_args, config.seed, resumes)
     tokenizer = load_tokenizer(model_args, config.trust_remote_code)
     return data, make_task(tokenizer, data_args, data.catalog, config.max_length)
 
@@ -118,7 +120,7 @@ def run_loss(
     else:
         rows = (tokenize(split, task, data, config) for split in ("train", "validation"))
         options = trainer_options(as_sft(config), model_args, *rows)
-        trainer, arguments = SFTTrainer(processing_class=task.tokenizer, **options), {"loss": name}
+        trainer, arguments = PlainTrainer(processing_class=task.tokenizer, **options), {"loss": name}
     metrics = train_and_evaluate(trainer, task, data, args, name, {"arguments": arguments})
     return metrics, trainer.state.log_history
 

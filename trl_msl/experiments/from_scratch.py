@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tokenizer trained on the catalogue and a small Llama, to replace a pretrained pair where there is none."""
 
+import hashlib
+import json
+import logging
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from ..data import ItemCatalog, PromptTemplate
+from ..scripts.outputs import write_json
+from ..training import differences
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -193,15 +201,40 @@ def make_base_model(
 
 
 def write_base_model(
-    path: Path, catalog: ItemCatalog, template: PromptTemplate, args: ScratchArguments, seed: int = 0
+    path: Path,
+    catalog: ItemCatalog,
+    template: PromptTemplate,
+    args: ScratchArguments,
+    seed: int = 0,
+    keep: bool = False,
 ) -> None:
     """
     Write a base model and its tokenizer into the folder `path`.
 
     The model can write the catalogue's items, as a pretrained LLM could, but knows no interactions: it is trained with
     the usual language modeling loss on prompts of random items, each followed by a random item, 32 in a step. To be
-    called by every process of a distributed run.
+    called by every process of a distributed run. With `keep`, a model that is there already stays.
+
+    Raises:
+        `ValueError`: if that one was made of other items or with other options.
     """
+    made_of = {
+        **asdict(args),
+        "seed": seed,
+        "prompt_text": template.text,
+        "items": hashlib.sha256(json.dumps(catalog.completions).encode()).hexdigest(),
+    }
+    record = path / "made_of.json"  # written last: without it the model may be half of one
+    if keep and record.is_file():
+        if different := differences(made_of, json.loads(record.read_text())):
+            raise ValueError(
+                f"`resume_from_checkpoint`: the base model in {str(path)!r} was made with {different}. Pass the same, "
+                "or start anew in another `output_dir`."
+            )
+        logger.info("The base model in %s is used again.", path)
+        return
+    record.unlink(missing_ok=True)
+    PartialState().wait_for_everyone()  # all have looked
     rng = random.Random(seed)
     text_template = PromptTemplate(template.text, template.separator)
 
@@ -214,6 +247,10 @@ def write_base_model(
             "`scratch_tokens` = 'item' knows no texts: set `scratch_pretrain_steps` 0 and `prompt_text` '{history}'."
         )
     tokenizer, model = make_base_model(catalog, [*catalog.completions, *(text() for _ in range(100))], args, seed)
+    logger.info(
+        "No `model_name_or_path`: a model of %s parameters is made from scratch, in %s.",
+        f"{model.num_parameters():,}", path,
+    )  # fmt: skip
     steps = args.scratch_pretrain_steps
     if steps:
         config = SFTConfig(
@@ -228,4 +265,6 @@ def write_base_model(
     elif PartialState().is_main_process:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
+    if PartialState().is_main_process:
+        write_json(record, made_of)
     PartialState().wait_for_everyone()

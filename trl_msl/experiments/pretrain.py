@@ -23,9 +23,10 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data import DataArguments, PromptTemplate, encode_items, fit_prompts
 from ..scripts.command_line import command
-from ..scripts.loading import Data, checkpoint_to_resume, load_data
+from ..scripts.interrupt import train
+from ..scripts.loading import Data, load_data
 from ..scripts.outputs import finish
-from ..training import TrainingConfigMixin
+from ..training import ResumableTrainerMixin, TrainingConfigMixin
 from .from_scratch import ScratchArguments, make_base_model
 
 
@@ -40,12 +41,16 @@ def main(data_args: DataArguments, scratch_args: ScratchArguments, config: Pretr
     texts = [*data.catalog.completions, *(template.separator.join(items) for items in histories)]
     tokenizer, model = make_base_model(data.catalog, texts, scratch_args, config.seed)
     rows = Dataset.from_dict({"input_ids": tokenize(histories, tokenizer, data, template)})
-    trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+    trainer = PlainTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
     if config.num_train_epochs > 0:
-        trainer.train(resume_from_checkpoint=checkpoint_to_resume(config))
+        train(trainer)
     trainer.save_model()
     PartialState().print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(rows)} texts")
     finish()
+
+
+class PlainTrainer(ResumableTrainerMixin, SFTTrainer):
+    """TRL's trainer, whose checkpoints say what they were trained with."""
 
 
 def read_histories(data: Data) -> list[list[str]]:

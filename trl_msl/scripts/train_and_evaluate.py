@@ -14,8 +14,10 @@ from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 from ..data import RankingTask
 from ..evaluation import RecommendationCallback
 from ..model import is_sharded
+from ..training import TaskTrainerMixin
 from .evaluate import DECODINGS, evaluate_decodings
-from .loading import Data, checkpoint_to_resume, model_options
+from .interrupt import train
+from .loading import Data, model_options
 from .outputs import describe_recommendations, format_table, plot_training, write_json, write_results, write_text
 
 
@@ -78,11 +80,11 @@ def train_and_evaluate(
         settings = {"ks": (10,), "batch_size": args.eval_batch_users, **DECODINGS[args.decoding[0]]}
         trainer.add_callback(RecommendationCallback(trainer, data.rows("validation", task), task, **settings))
     started = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(config))
+    train(trainer)
     # An experiment's callbacks say how long their measurements took
     measuring = sum(getattr(callback, "seconds", 0.0) for callback in trainer.callback_handler.callbacks)
     seconds = time.time() - started - measuring
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # it is pushed once, after the test
     model, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
     costs = {
         "train_seconds": round(seconds, 1),
@@ -101,6 +103,9 @@ def train_and_evaluate(
     if trainer.is_world_process_zero():
         print(f"\nTest, {len(data.windows['test'])} users, {len(data.catalog)} items\n{format_table({name: metrics})}")
         print(f"\n{folder}/metrics.json")
+    if isinstance(trainer, TaskTrainerMixin):
+        trainer.test_metrics = metrics
+        trainer.create_model_card()
     if config.push_to_hub:
         trainer.push_to_hub()
     return metrics

@@ -4,14 +4,16 @@
 from .losses import adaptive_temperature, masked_softmax_loss, softmax_dpo_loss, temperature_statistics
 from .msl_config import MSLConfig, TrainingConfigMixin
 from .msl_trainer import MSLTrainer
+from .resuming import ResumableTrainerMixin, differences, last_complete_checkpoint, warn_of_missing_state
 from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
-from .task_trainer import TaskTrainerMixin, last_complete_checkpoint, warn_of_missing_state
+from .task_trainer import TaskTrainerMixin
 from .temperature import TemperatureCallback
 
 
 __all__ = [
     "MSLConfig",
     "MSLTrainer",
+    "ResumableTrainerMixin",
     "SparseCausalLMOutput",
     "SparseHeadOptions",
     "TaskTrainerMixin",
@@ -19,6 +21,7 @@ __all__ = [
     "TrainingConfigMixin",
     "adaptive_temperature",
     "add_sparse_lm_head",
+    "differences",
     "last_complete_checkpoint",
     "masked_softmax_loss",
     "softmax_dpo_loss",

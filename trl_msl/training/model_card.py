@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from transformers import is_wandb_available
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
@@ -34,31 +36,40 @@ def make_model_card(
     method: str,
     paper: dict[str, str],
     num_rows: int | None,
+    options: dict[str, Any],
+    split: str,
     metrics: dict[str, float],
 ) -> ModelCard:
     """
     A model card with a usage example, what the model recommends, its data, ranking metrics and training procedure.
+    What is not known is left out.
 
     Args:
         metadata ([`~huggingface_hub.ModelCardData`]):
-            Head of the card; `model_name` is its title.
+            Head of the card; `model_name` is its title. The metrics are added.
         task ([`RankingTask`]):
             What the model ranks.
         model_id (`str`):
             Repository or folder of the model.
         base (`str`):
-            Repository or folder of the model that the training began with; empty if unknown.
+            Name of the model that the training began with; empty if unknown.
         method, paper (`str`, `dict[str, str]`):
             Name of the training method, and `title`, `id` and `citation` of its paper.
         num_rows (`int`, *optional*):
             Number of training rows, where it is known.
-        metrics (`dict[str, float]`):
-            Entry of the trainer's log, of which the measurements of [`RecommendationCallback`] are shown.
+        options (`dict[str, Any]`):
+            What the model was trained with.
+        split, metrics (`str`, `dict[str, float]`):
+            What [`evaluate_recommendations`] measured, and on which rows; metrics may be empty.
     """
-    published = f"[{base}](https://huggingface.co/{base})" if metadata.base_model else f"`{Path(base).name}`"
+    published = f"[{base}](https://huggingface.co/{base})" if metadata.base_model else f"`{base}`"
     history = ", ".join(repr(item) for item in task.catalog.ids[:2])
     rows = "" if num_rows is None else f" and {num_rows:,} training rows"
     dataset = metadata.datasets and f" of [{metadata.datasets}](https://huggingface.co/datasets/{metadata.datasets})"
+    ranked = [name for name in metrics if "@" in name] if "num_rows" in metrics else []
+    measured = [name for name in ranked if not name.startswith("validation") and not name.endswith(("_low", "_high"))]
+    if measured:
+        metadata.eval_results = [_result(name, metrics[name], split, metadata.datasets) for name in measured]
     sections = [
         f"# Model Card for {metadata.model_name}",
         f"A recommender{f', fine-tuned from {published}' if base else ''} with "
@@ -71,29 +82,44 @@ def make_model_card(
         "the tokens that continue some item.",
         f"## Data\n\nTrained with {task.num_trained or len(task.catalog):,} items (at most {task.trie.depth} "
         f"tokens each){rows}{dataset or ''}.",
-        *_evaluation(metrics),
+        *([_evaluation(measured, metrics, split)] if measured else []),
         "## Training procedure",
         *_runs(),
         f"Trained with {method}, introduced in [{paper['title']}](https://huggingface.co/papers/{paper['id']}).",
+        "### Hyperparameters\n\n" + _table(("option", "value"), options.items()),
         "### Framework versions\n\n" + "\n".join(f"- {name}: {version(name)}" for name in _PACKAGES),
         "## Citations",
-        f"Cite {method} as:\n\n```bibtex\n{dedent(paper['citation'])}\n```",
+        f"Cite the method as:\n\n```bibtex\n{dedent(paper['citation'])}\n```",
         f"Cite TRL as:\n\n```bibtex\n{dedent(_TRL_CITATION)}\n```",
     ]
     return ModelCard(f"---\n{metadata}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def _evaluation(metrics: dict[str, float]) -> list[str]:
-    if "eval_num_rows" not in metrics:
-        return []
-    measured = [name for name in metrics if "@" in name and not name.endswith(("_low", "_high"))]
-    lines = [f"## Evaluation\n\nOn {metrics['eval_num_rows']:,} validation rows, over the whole catalogue:\n"]
-    lines += ["| metric | value | 95% interval |", "|---|---|---|"]
+def _result(name: str, value: float, split: str, dataset: str | None) -> EvalResult:
+    """An entry of the metadata's `model-index`, which must name a dataset."""
+    return EvalResult(
+        task_type="recommendation",
+        dataset_type=dataset or "interactions",
+        dataset_name=dataset or "interactions",
+        dataset_split=split,
+        metric_type=name,
+        metric_value=value,
+    )
+
+
+def _evaluation(measured: list[str], metrics: dict[str, float], split: str) -> str:
+    rows = []
     for name in measured:
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-        interval = "" if low is None else f"{low:.4f} to {high:.4f}"
-        lines.append(f"| {name.removeprefix('eval_')} | {metrics[name]:.4f} | {interval} |")
-    return ["\n".join(lines)]
+        rows.append((name, f"{metrics[name]:.4f}", "" if low is None else f"{low:.4f} to {high:.4f}"))
+    text = f"## Evaluation\n\nOn {metrics['num_rows']:,} {split} rows, over the whole catalogue:\n\n"
+    return text + _table(("metric", "value", "95% interval"), rows)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple]) -> str:
+    """A table in Markdown; a list is written as its elements."""
+    cells = ([", ".join(map(str, cell)) if isinstance(cell, list) else str(cell) for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells))
 
 
 def _runs() -> list[str]:
@@ -115,9 +141,16 @@ def card_tags(tags: list[str]) -> list[str]:
     return sorted({"generated_from_trainer", *tags})
 
 
-def base_license(base: str) -> str | None:
-    """License of a model, from its card in its folder or in the cache; nothing is downloaded."""
-    path = Path(base) / "README.md" if Path(base).is_dir() else base and try_to_load_from_cache(base, "README.md")
-    if not isinstance(path, (str, Path)) or not Path(path).is_file():
+def base_license(base: str, download: bool = False) -> str | None:
+    """License of a model, from its card in its folder or in the cache, or, with `download`, on the Hub."""
+    if not base:
         return None
-    return ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+    path = Path(base) / "README.md"
+    if not Path(base).is_dir():
+        try:
+            path = Path(hf_hub_download(base, "README.md", local_files_only=not download))
+        except (OSError, ValueError):  # no such repository or file, no network
+            return None
+    if not path.is_file():
+        return None
+    return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainers of this package share: a task that is saved beside the model, and runs that survive a kill."""
+"""What the trainers of this package share: a task that is saved and shared beside the model."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -11,28 +14,30 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from huggingface_hub import ModelCardData
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from ..data import RankingTask
 from ..trie import ItemTrie
+from .hub import check_base, name_bases_absolutely, nothing_private
 from .model_card import base_license, card_tags, make_model_card
+from .resuming import ResumableTrainerMixin, base_name, hyperparameters
 
 
 logger = logging.getLogger(__name__)
 
 
-class TaskTrainerMixin:
+class TaskTrainerMixin(ResumableTrainerMixin):
     """For a [`~transformers.Trainer`] of TRL, which stands after it among the bases."""
 
     _config_class: type[TrainingArguments]
     _unsupported: dict[str, str]  # arguments of TRL's trainer that have no meaning here, and the remedy
     _missing_metrics: dict[str, str]  # metrics that TRL's trainer logs and this one does not, and what to use
     _has_diverged = False
+    test_metrics: dict[str, float] | None = None  # for the model card, where a test has been made
 
     def _set_task(
         self, task: RankingTask, model: str | PreTrainedModel, args: TrainingArguments | None, kwargs: dict[str, Any]
@@ -70,6 +75,7 @@ class TaskTrainerMixin:
                 f"`max_length` is {args.max_length} in `args` and {task.max_length} in `task`: set it in the task, "
                 "and leave it out of `args`."
             )
+        check_base(model, kwargs.get("peft_config"), args.push_to_hub)
         if isinstance(kwargs.get("train_dataset"), Dataset | IterableDataset):  # TRL reads its first row
             self._column_names(kwargs["train_dataset"], "train")
         args = copy.copy(args)
@@ -119,13 +125,6 @@ class TaskTrainerMixin:
             check(batch, **fn_kwargs)
         return dataset
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A run resumed from its last step has nothing left to do, but `Trainer` would take one more step
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
     def _warn_if_diverged(self, loss: float) -> None:
         """Say once that a training loss is not a number."""
         if not math.isfinite(loss) and not self._has_diverged:
@@ -135,81 +134,79 @@ class TaskTrainerMixin:
                 loss, self.state.global_step,
             )  # fmt: skip
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """
-        As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last complete checkpoint in
-        `output_dir`, so that a run may be killed at any moment.
-        """
+    def train(self, *args: Any, **kwargs: Any):
         self._has_diverged = False
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(*args, **kwargs)
+
+    def _describe_data(self) -> dict[str, Any]:
+        task = self.task
+        content = json.dumps([task.catalog.ids, task.catalog.completions, sorted(task.tokenizer.get_vocab().items())])
+        prompt = dataclasses.asdict(task.prompt_template)
+        return {
+            "catalog": f"{len(task.catalog):,} items, {hashlib.sha256(content.encode()).hexdigest()[:16]}",
+            "prompt_text": prompt.pop("text"),
+            **prompt,
+            "chat_template_kwargs": task.chat_template_kwargs,
+            "max_length": task.max_length,
+            **super()._describe_data(),
+        }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        name_bases_absolutely(self.accelerator.unwrap_model(self.model))
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # with DeepSpeed and FSDP all ranks come here
-            self.task.save_pretrained(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.args.output_dir)
+            self.task.save_pretrained(folder)
+            self._make_card().save(folder / "README.md")  # in place of PEFT's, which names local paths
 
     def predict(self, *args, **kwargs):
         raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any):
+        """As [`~transformers.Trainer.push_to_hub`], without evaluation files and user data ([`NEVER_PUSHED`])."""
+        check_base(self.model, None, is_pushed=True)
+        with nothing_private():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self.task.save_pretrained(self.args.output_dir)  # beside the model, which `Trainer` copies there
+        with nothing_private():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write the model card of a recommender: see [`make_model_card`]."""
-        if not self.is_world_process_zero():
-            return
-        base = get_config_model_id(self.model.config) or ""
-        model_id = self.hub_model_id or str(self.args.output_dir)
+        if self.is_world_process_zero():
+            self._make_card(model_name, dataset_name, tags).save(Path(self.args.output_dir) / "README.md")
+
+    def _make_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> ModelCard:
+        base, output_dir = get_config_model_id(self.model.config) or "", Path(self.args.output_dir)
+        # A path of this machine means nothing elsewhere, and may hold a user's name
+        folder = output_dir.name if output_dir.is_absolute() else str(output_dir)
+        model_id = self.hub_model_id or self.args.hub_model_id or folder
         metadata = ModelCardData(
             base_model=base if base and not Path(base).is_dir() else None,
             datasets=dataset_name,
             library_name="transformers",
-            license=base_license(base),
+            license=base_license(base, self.args.push_to_hub),
             model_name=model_name or Path(model_id).name,
             tags=card_tags([*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]),
         )
         evaluations = [entry for entry in self.state.log_history if "eval_num_rows" in entry]
         best = [entry for entry in evaluations if entry["step"] == self.state.best_global_step]
-        metrics = (best or evaluations or [{}])[-1]
-        num_rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
-        card = make_model_card(metadata, self.task, model_id, base, self._name, self._paper, num_rows, metrics)
-        card.save(Path(self.args.output_dir) / "README.md")
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """
-    Folder of the last checkpoint whose `trainer_state.json`, which is written last, is whole.
-
-    Raises:
-        `ValueError`: if there is none.
-    """
-    steps = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
-        except (OSError, TypeError, ValueError):
-            logger.warning("%s is incomplete and is ignored.", path)
-        else:
-            steps[state.global_step] = path
-    if not steps:
-        raise ValueError(
-            f"`resume_from_checkpoint` is True, but {str(output_dir)!r} has no complete checkpoint: leave it out."
+        metrics = {name.removeprefix("eval_"): value for name, value in (best or evaluations or [{}])[-1].items()}
+        return make_model_card(
+            metadata,
+            self.task,
+            model_id,
+            base_name(self.model),
+            f"{self._name}, by `{type(self).__name__}`",
+            self._paper,
+            len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
+            hyperparameters(self),
+            *(("test", self.test_metrics) if self.test_metrics else ("validation", metrics)),
         )
-    last = str(steps[max(steps)])
-    warn_of_missing_state(last)
-    return last
-
-
-def warn_of_missing_state(checkpoint: str | Path) -> None:
-    """Warn if a checkpoint lacks state without which a resumed run ends differently; `Trainer` does not."""
-    # FSDP and DeepSpeed save the optimizer under other names, DeepSpeed together with the schedule
-    expected = {
-        "the optimizer's state": ("optimizer*", "global_step*"),
-        "the learning rate's schedule": ("scheduler.pt", "global_step*"),
-        "the random state": ("rng_state*.pth",),
-    }
-    folder = Path(checkpoint)
-    missing = [what for what, patterns in expected.items() if not any(any(folder.glob(p)) for p in patterns)]
-    if missing:
-        logger.warning("%s lacks %s: training restarts with new state for it.", checkpoint, " and ".join(missing))

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a training goes to the Hub: no user data, and no adapter whose base model nobody else can have."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
+from transformers.utils.hub import hf_api
+from trl.trainer.utils import get_config_model_id
+
+
+logger = logging.getLogger(__name__)
+
+# What commands write beside a model: evaluations, histories of users, where the data lies. Also in folders below it
+NEVER_PUSHED = (
+    "rankings.parquet", "recommendations.txt", "metrics.json", "log_history.json", "training.png", "probe.json",
+    "data.json", "base_model/*", "checkpoint-*",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def nothing_private() -> Iterator[None]:
+    """While `Trainer` pushes, which does not let choose its files, leave out those of [`NEVER_PUSHED`]."""
+    api = hf_api()
+    left_out = [pattern for name in NEVER_PUSHED for pattern in (name, f"*/{name}")]
+
+    upload_folder = api.upload_folder
+
+    def upload_less(*args: Any, ignore_patterns: list[str] | None = None, **kwargs: Any) -> Any:
+        return upload_folder(*args, ignore_patterns=[*(ignore_patterns or []), *left_out], **kwargs)
+
+    api.upload_folder = upload_less
+    try:
+        yield
+    finally:
+        del api.upload_folder  # that of the class is visible again
+
+
+def check_base(model: str | PreTrainedModel, peft_config: Any, is_pushed: bool) -> None:
+    """
+    Look whether an adapter can be loaded elsewhere: one with a base model in a local folder can't.
+
+    Raises:
+        `ValueError`: if it is to be pushed.
+    """
+    if peft_config is None and not is_peft_model(model):
+        return
+    base = model if isinstance(model, str) else get_config_model_id(model.config)
+    if not base or not Path(base).is_dir():
+        return
+    remedy = "Merge it first (`trl-msl merge`), and share that, or train on a base model of the Hub."
+    if is_pushed:
+        raise ValueError(
+            f"`push_to_hub`: the adapter's base model is the local folder {base!r}, which nobody else has. {remedy}"
+        )
+    logger.warning("The adapter can't be loaded elsewhere: its base model is the local folder %s. %s", base, remedy)
+
+
+def name_bases_absolutely(model: PreTrainedModel) -> None:
+    """Let an adapter name its local base model so that it is found from every folder."""
+    for config in model.peft_config.values() if is_peft_model(model) else ():
+        base = config.base_model_name_or_path
+        if base and Path(base).is_dir():
+            config.base_model_name_or_path = str(Path(base).resolve())
