@@ -123,7 +123,7 @@ def test_exclude_the_history_and_allow_a_category(mode, model, task, prompts):
 def test_what_is_missing_is_reported(model, task, prompts, caplog):
     with caplog.at_level(logging.WARNING, "trl_msl"):
         found = recommend(model, task, prompts, top_k=3, allowed=[5, 6])
-        assert "9 of 9 users got fewer than `top_k` items: `exclude` and `allowed` leave no more" in caplog.text
+        assert "9 of 9 users got fewer items than were asked for: no others were left" in caplog.text
         assert (found.items[:, 2] == -1).all()
         caplog.clear()
         found = recommend(model, task, prompts, top_k=2, max_expansions=1)
@@ -182,6 +182,9 @@ def test_bad_arguments(model, task, tokenizer, prompts):
             recommend(model, task, [[], [1]], mode=mode)
         with pytest.raises(ValueError, match="`batch_size` is 0: it must be at least 1"):
             recommend(model, task, prompts, mode=mode, batch_size=0)
+        for token in (-1, model.config.vocab_size):
+            with pytest.raises(ValueError, match=f"`prompts` has token {token} for user 1, but `model` has tokens 0"):
+                recommend(model, task, [[1], [2, token]], mode=mode)
     for mode in ("beam", "generate"):
         with pytest.raises(ValueError, match="`max_expansions` is 5, but only exact search"):
             recommend(model, task, prompts, mode=mode, max_expansions=5)

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import TITLES, make_model, make_windows
+from launching import run
 from peft import LoraConfig
 from transformers import MambaConfig
+from trl import ModelConfig
 
 from trl_msl import (
     ItemCatalog,
@@ -29,9 +31,13 @@ from trl_msl import (
     build_rows,
     recommend,
 )
-from trl_msl.data import encode_items
+from trl_msl.data import TASK_FILES, encode_items
 from trl_msl.experiments.from_scratch import train_tokenizer
 from trl_msl.recommender import RecommendedItems
+from trl_msl.scripts import merge
+from trl_msl.scripts.dpo import load_policy
+from trl_msl.scripts.loading import load_model
+from trl_msl.softmax_dpo import SoftmaxDPOConfig
 from trl_msl.trie import read_checksum
 
 
@@ -124,6 +130,49 @@ def test_save_merged_and_load(folder, tmp_path):
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
 
 
+@pytest.fixture
+def moved(folder, tmp_path, monkeypatch):
+    """The adapter as another machine has it: its base is named relative to where the training ran."""
+    shutil.copytree(folder.parent, tmp_path / "moved")
+    config = tmp_path / "moved" / "out" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "base"}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "moved" / "out"
+
+
+def test_an_adapter_whose_base_is_named_relative_to_another_folder(folder, moved, tmp_path, monkeypatch):
+    """Also by the commands, and for an adapter without a task, which takes that of its base."""
+    expected = Recommender.from_pretrained(folder).recommend(HISTORIES, k=5)
+    check_same(Recommender.from_pretrained(moved).recommend(HISTORIES, k=5), expected)
+    check_same(Recommender.from_pretrained("moved/out").recommend(HISTORIES, k=5), expected)
+    task = Recommender.from_pretrained(moved).task
+    model = load_model(ModelConfig(model_name_or_path="moved/out"))
+    check_same(Recommender(model, task).recommend(HISTORIES, k=5), expected)
+    config = SoftmaxDPOConfig("dpo", bf16=False, use_cpu=True)
+    model = load_policy(ModelConfig(model_name_or_path="moved/out"), config, task.tokenizer)
+    assert any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora" in name)
+    check_same(Recommender(model, task).recommend(HISTORIES, k=5), expected)
+    run(merge, "--model_name_or_path", moved, "--output_dir", tmp_path / "merged")
+    found = Recommender.from_pretrained(tmp_path / "merged").recommend(HISTORIES, k=5)
+    assert found.ids == expected.ids
+    for name in TASK_FILES:
+        (moved / name).rename(moved.parent / "base" / name)
+    check_same(Recommender.from_pretrained(moved).recommend(HISTORIES, k=5), expected)
+
+
+def test_an_adapter_whose_base_is_nowhere(moved):
+    (moved.parent / "base").rename(moved.parent / "elsewhere")
+    with pytest.raises(ValueError, match="base model is where adapter_config.json says: correct it there, or merge"):
+        Recommender.from_pretrained(moved)  # `base` could be a repository
+    config = moved / "adapter_config.json"
+    for name in ("./base", "/no/such/base", "outputs/scratch/base"):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": name}))
+        with pytest.raises(ValueError, match=f"names '{name}' as `base_model_name_or_path`, but there is no such"):
+            Recommender.from_pretrained(moved)
+        with pytest.raises(ValueError, match="but there is no such folder"):
+            load_model(ModelConfig(model_name_or_path=str(moved)))
+
+
 def test_bad_histories(folder):
     recommender = Recommender.from_pretrained(folder)
     with pytest.raises(ValueError, match="`histories`: 1 of 2 are empty, the first that of user 1"):
@@ -183,8 +232,12 @@ def test_items_withdrawn_and_restored(folder, catalog, caplog):
     assert updated.update(restore=["b3"], withdraw=["b1"]).task.withdrawn == {"b1", "b7"}
     with pytest.raises(ValueError, match="`restore` holds 1 .* not withdrawn, such as .'b1'"):
         updated.update(restore=["b1"])
-    with pytest.raises(ValueError, match="1 id.* not in the catalogue"):
+    with pytest.raises(ValueError, match="`restore` holds 1 .* not withdrawn, such as .'b99'"):
+        updated.update(restore=["b99"])
+    with pytest.raises(ValueError, match=r"`withdraw` holds 1 id\(s\) of 1 that are not in the catalogue"):
         updated.update(withdraw=["b99"])
+    with pytest.raises(ValueError, match=r"`allowed` holds 1 id\(s\) of 2 that are not in the catalogue"):
+        updated.recommend(HISTORIES, allowed=["b99", "b1"])
     with pytest.raises(ValueError, match="`withdraw` is 'b1', whose characters could be ids"):
         updated.update(withdraw="b1")
     with pytest.raises(ValueError, match="`withdraw` and `restore` both hold 1 id.*'b3'"):
@@ -434,6 +487,20 @@ def test_nothing_left_to_recommend(folder):
         recommender.recommend(HISTORIES, allowed=[])
 
 
-def test_more_items_asked_for_than_there_are(folder, catalog):
-    found = Recommender.from_pretrained(folder).recommend(HISTORIES, k=1000, exclude_history=False)
-    assert [sorted(ids) for ids in found.ids] == [sorted(catalog.ids)] * 3
+@pytest.mark.parametrize("k", [-1, 0, 13, 1000])
+def test_more_or_fewer_items_asked_for_than_there_are(k, folder):
+    with pytest.raises(ValueError, match=f"`k` is {k}: it must lie between 1 and the number of items, 12"):
+        Recommender.from_pretrained(folder).recommend(HISTORIES, k=k)
+
+
+def test_fewer_items_left_than_asked_for(folder, caplog):
+    recommender = Recommender.from_pretrained(folder)
+    assert [len(ids) for ids in recommender.recommend(HISTORIES, k=12).ids] == [10, 9, 10]
+    assert "3 of 3 users got fewer items than were asked for: no others were left" in caplog.text
+    assert "top_k" not in caplog.text
+
+
+def test_how_a_recommender_presents_itself(folder):
+    text = repr(Recommender.from_pretrained(folder))
+    assert text.startswith("Recommender(LlamaForCausalLM(dtype=torch.float32, device='cpu'), RankingTask(")
+    assert "num_items=12" in text

@@ -220,21 +220,21 @@ class ItemCatalog:
             "html_entities": self._num_entities,
         }
 
-    def indices(self, ids: Iterable[Any]) -> list[int]:
+    def indices(self, ids: Iterable[Any], argument: str = "ids") -> list[int]:
         """
-        Indices of items by id.
+        Indices of items by id. An error names them `argument`.
 
         Raises:
             `ValueError`: if ids are not in the catalogue. The message has their number and the first ones.
         """
         if isinstance(ids, str):  # its characters could be ids
-            raise ValueError(f"`ids` is the text {ids!r}: it must be a list of ids.")
+            raise ValueError(f"`{argument}` is the text {ids!r}: it must be a list of ids.")
         ids = [str(item) for item in ids]
         unknown = [item for item in ids if item not in self.index_of_id]
         if unknown:
             raise ValueError(
-                f"`ids` holds {len(unknown)} id(s) of {len(ids)} that are not in the catalogue of {len(self)} items, "
-                f"such as {list(dict.fromkeys(unknown))[:5]}. Add these items, or leave these ids out."
+                f"`{argument}` holds {len(unknown)} id(s) of {len(ids)} that are not in the catalogue of {len(self)} "
+                f"items, such as {list(dict.fromkeys(unknown))[:5]}. Add these items, or leave these ids out."
             )
         return [self.index_of_id[item] for item in ids]
 

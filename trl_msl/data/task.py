@@ -115,7 +115,7 @@ class RankingTask:
             )
         # As strings, like the catalogue's ids: else item "5" could be recommended though the number 5 is withdrawn
         object.__setattr__(self, "withdrawn", _ids("withdrawn", self.withdrawn))
-        self.catalog.indices(self.withdrawn)
+        self.catalog.indices(self.withdrawn, "withdrawn")
         if len(self.withdrawn) == len(self.catalog):
             raise ValueError(f"`withdrawn` holds all {len(self.catalog)} items, so there is nothing to recommend.")
 
@@ -271,9 +271,11 @@ class RankingTask:
             raise ValueError(f"`withdraw` and `restore` both hold {len(both)} id(s), such as {min(both)!r}.")
         if strangers := restore - self.withdrawn:
             raise ValueError(f"`restore` holds {len(strangers)} id(s) not withdrawn, such as {sorted(strangers)[:3]}.")
+        catalog = self.catalog if add is None else self.catalog.extend(add)
+        catalog.indices(withdraw, "withdraw")
         updated = dataclasses.replace(
             self,
-            catalog=self.catalog if add is None else self.catalog.extend(add),
+            catalog=catalog,
             trie=self.trie if add is None else None,
             num_trained=self.num_trained or len(self.catalog),
             withdrawn=(self.withdrawn - restore) | withdraw,

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 Items = Sequence[int] | Set[int] | np.ndarray | Tensor  # item indices
 
 
-def read_prompts(prompts: Sequence[Sequence[int]], **counts: int) -> list[list[int]]:
+def read_prompts(prompts: Sequence[Sequence[int]], model: PreTrainedModel, **counts: int) -> list[list[int]]:
     """
     Token ids of prompts as lists.
 
     Raises:
-        `ValueError`: if there is no prompt, one is empty, or some number in `counts` is below 1.
+        `ValueError`: if there is no prompt, one is empty or holds a token that the model does not have, or some number
+            in `counts` is below 1.
     """
     for name, value in counts.items():
         if value < 1:
@@ -31,7 +33,16 @@ def read_prompts(prompts: Sequence[Sequence[int]], **counts: int) -> list[list[i
     for user, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"`prompts` has no token for user {user}: pass at least one token each.")
-    return [[int(token) for token in prompt] for prompt in prompts]
+    prompts = [[int(token) for token in prompt] for prompt in prompts]
+    vocab_size = getattr(model.config.get_text_config(), "vocab_size", float("inf"))
+    for user, prompt in enumerate(prompts):
+        if min(prompt) < 0 or max(prompt) >= vocab_size:  # on a GPU this would end the process
+            token = next(token for token in prompt if not 0 <= token < vocab_size)
+            raise ValueError(
+                f"`prompts` has token {token} for user {user}, but `model` has tokens 0 to {vocab_size - 1}: use the "
+                "model's own tokenizer, or resize its embeddings (`resize_token_embeddings`) before training."
+            )
+    return prompts
 
 
 def read_item_lists(name: str, rows: Sequence[Items], num_users: int, num_items: int) -> list[Tensor]:

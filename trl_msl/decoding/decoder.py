@@ -292,7 +292,7 @@ class TrieDecoder:
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], **counts: int) -> list[list[int]]:
         """Raise a `ValueError` for prompts or numbers out of range; return the prompts as lists."""
-        prompts = read_prompts(prompts, **counts)
+        prompts = read_prompts(prompts, self.base, **counts)
         check_length(self.backbone, max(map(len, prompts)), self.trie.depth)
         return prompts
 

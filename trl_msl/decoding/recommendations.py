@@ -124,7 +124,8 @@ def recommend(
         allowed = read_allowed(allowed, len(prompts), trie.num_items)
     process = PartialState()
     is_encoded = not isinstance(prompts[0], str) and not (len(prompts[0]) > 0 and isinstance(prompts[0][0], dict))
-    encoded = read_prompts(prompts if is_encoded else task.encode_prompts(prompts), batch_size=batch_size)
+    encoded = prompts if is_encoded else task.encode_prompts(prompts)
+    encoded = read_prompts(encoded, model, batch_size=batch_size)
     mine = range(process.process_index, len(encoded), process.num_processes)
     arguments = {"prompts": [encoded[user] for user in mine], "top_k": top_k, "batch_size": batch_size}
     restrictions = {
@@ -173,8 +174,8 @@ def _report(found: Recommendations, mode: str) -> None:
     """Warn if some users got too few items, or items that may not be the best."""
     num_short, num_inexact = int((found.items[:, -1] < 0).sum()), int((~found.exact).sum())
     if num_short:
-        remedy = "`exclude` and `allowed` leave no more" if mode == "exact" else "raise `num_beams`"
-        logger.warning("%d of %d users got fewer than `top_k` items: %s.", num_short, len(found.items), remedy)
+        reason = "no others were left" if mode == "exact" else "raise `num_beams`"
+        logger.warning("%d of %d users got fewer items than were asked for: %s.", num_short, len(found.items), reason)
     if mode == "exact" and num_inexact:
         logger.warning(
             "%d of %d users reached `max_expansions` before their items were certain to be the best: raise it.",

@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained model with its task, loaded from one folder or repository."""
 
-from .loading import find_folder, find_task_folder
+from .loading import find_folder, find_task_folder, load_adapter, load_causal_lm
 from .recommender import AllowedItems, RecommendedItems, Recommender
 
 
-__all__ = ["AllowedItems", "RecommendedItems", "Recommender", "find_folder", "find_task_folder"]
+__all__ = [
+    "AllowedItems",
+    "RecommendedItems",
+    "Recommender",
+    "find_folder",
+    "find_task_folder",
+    "load_adapter",
+    "load_causal_lm",
+]

@@ -4,18 +4,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import TASK_FILE, TASK_FILES
 from ..trie import check_regular
 
+
+logger = logging.getLogger(__name__)
 
 # What transformers and the libraries below it raise for files that are damaged, foreign or missing
 _UNREADABLE = (
@@ -38,17 +47,43 @@ def find_folder(name: str | Path, argument: str, revision: str | None = None, **
 
 def find_task_folder(folder: Path, subfolder: str = "") -> Path:
     """Where the task of the model in `folder` is: there, or, for an adapter without one, beside its base model."""
-    base = _base_of_adapter(folder / subfolder)
-    if base is None or (folder / TASK_FILE).exists():
-        return folder
-    return find_folder(base, "base_model_name_or_path", allow_patterns=TASK_FILES)
+    base = None if (folder / TASK_FILE).exists() else find_base(folder / subfolder)
+    return folder if base is None else find_folder(base, "base_model_name_or_path", allow_patterns=TASK_FILES)
+
+
+def find_base(folder: Path) -> str | None:
+    """
+    Folder or repository of the base model, if there is an adapter in the folder. A relative folder is looked for in
+    the current one, then in that of the adapter and those above it, as it was written where the training ran.
+
+    Raises:
+        `ValueError`: if it is a folder that is not there.
+    """
+    name = _base_in_config(folder)
+    if name is None or os.path.isdir(name) or (folder / "config.json").exists():  # the last: the base is beside it
+        return name
+    if not os.path.isabs(name):
+        above = folder.resolve()
+        for place in (above, *above.parents):
+            if os.path.isdir(place / name):
+                logger.info("The base model of %s is %s.", folder, place / name)
+                return str(place / name)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{folder / 'adapter_config.json'} names {name!r} as `base_model_name_or_path`, but there is no such "
+            "folder here, in the adapter's folder, or in one above it: correct it, or merge the two (`trl-msl merge`) "
+            "where the base model is."
+        ) from error
+    return name
 
 
 def check_files(folder: Path, subfolder: str = "") -> None:
     """Raise a `ValueError` if loading the model would read a file that never ends, or weights outside its folder."""
     for place in {folder, folder / subfolder}:
         _check_files(place)
-    base = _base_of_adapter(folder / subfolder)
+    base = find_base(folder / subfolder)
     if base is not None and os.path.isdir(base):
         _check_files(Path(base))
 
@@ -71,8 +106,8 @@ def _check_files(folder: Path) -> None:
             )
 
 
-def _base_of_adapter(folder: Path) -> str | None:
-    """Folder or repository of the base model, if there is an adapter in the folder."""
+def _base_in_config(folder: Path) -> str | None:
+    """What an adapter's configuration names as its base model, if there is one."""
     try:
         name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -80,14 +115,47 @@ def _base_of_adapter(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def load(auto_class: type, folder: Path, **kwargs: Any) -> Any:
+def load_causal_lm(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """
+    Load a model, or an adapter and its base model from where [`find_base`] finds it. `kwargs` are those of
+    `from_pretrained`.
+    """
+    adapter = Path(folder, kwargs.get("subfolder", ""))
+    base = find_base(adapter)
+    if base == _base_in_config(adapter):
+        return load(AutoModelForCausalLM, folder, **kwargs)
+    model = load(AutoModelForCausalLM, base, **{**kwargs, "subfolder": ""})
+    with _damage_reported(f"The adapter in {str(adapter)!r} can't be loaded"):
+        model.load_adapter(str(adapter))
+    return model
+
+
+def load_adapter(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, is_trainable: bool = False, **kwargs: Any
+) -> PeftModel:
+    """As [`load_causal_lm`], for an adapter to be merged or trained further."""
+    revision = PeftConfig.from_pretrained(folder).revision
+    model = load(AutoModelForCausalLM, find_base(folder), revision=revision, **kwargs)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added before training
+        model.resize_token_embeddings(len(tokenizer))
+    with _damage_reported(f"The adapter in {str(folder)!r} can't be loaded"):
+        return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+
+
+def load(auto_class: type, folder: str | Path, **kwargs: Any) -> Any:
     """Load a model or tokenizer; whatever transformers raises for damaged or foreign files becomes a `ValueError`."""
-    try:
+    with _damage_reported(f"{auto_class.__name__} can't load {str(folder)!r}"):
         return auto_class.from_pretrained(folder, **kwargs)
+
+
+@contextmanager
+def _damage_reported(message: str) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError:  # a RuntimeError, but its files are fine
         raise
     except _UNREADABLE as error:
         raise ValueError(
-            f"{auto_class.__name__} can't load {str(folder)!r} ({type(error).__name__}: {error}). Check that its "
-            "files are complete and, for an adapter, that the base model is where adapter_config.json says."
+            f"{message} ({type(error).__name__}: {error}). Check that its files are complete and, for an adapter, "
+            "that the base model is where adapter_config.json says: correct it there, or merge the two where it is."
         ) from error

@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..data import TASK_FILE, TASK_FILES, ItemCatalog, RankingTask
 from ..decoding import Allowed, TrieDecoder, recommend
-from .loading import check_files, find_folder, find_task_folder, load
+from .loading import check_files, find_folder, find_task_folder, load, load_causal_lm
 
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,10 @@ class Recommender:
         self._lock = threading.Lock()
         self._available: AllowedItems | None = None
 
+    def __repr__(self) -> str:
+        model = self.model
+        return f"Recommender({type(model).__name__}(dtype={model.dtype}, device={str(model.device)!r}), {self.task})"
+
     @property
     def task(self) -> RankingTask:
         """The task. For another one make another recommender: see [`Recommender.update`]."""
@@ -109,7 +113,8 @@ class Recommender:
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
                 Folder written by `trainer.save_model` or [`Recommender.save_pretrained`], or repository that it was
-                pushed to. The base model of an adapter is loaded from where the adapter says.
+                pushed to. The base model of an adapter is loaded from where the adapter says; a
+                relative folder is also looked for in the adapter's folder and those above it.
             revision (`str`, *optional*):
                 Branch, tag or commit of the repository.
             task_from (`str` or `Path`, *optional*):
@@ -140,7 +145,7 @@ class Recommender:
         trust_remote_code = kwargs.setdefault("trust_remote_code", False)
         tokenizer = load(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
         task = RankingTask.from_pretrained(task_folder, tokenizer)
-        return cls(load(AutoModelForCausalLM, folder, **kwargs), task)
+        return cls(load_causal_lm(folder, **kwargs), task)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model (or adapter), tokenizer and catalogue into a folder, the catalogue last."""
@@ -169,7 +174,8 @@ class Recommender:
             histories (`Sequence[Sequence[str]]`):
                 Items that each user has had, oldest first: all ids, or all texts.
             k (`int`, *optional*, defaults to `10`):
-                Number of items to recommend. More than there are in the catalogue means all of them.
+                Number of items to recommend, at most as many as the catalogue holds. A user gets fewer if
+                `exclude_history`, `allowed` and withdrawn items leave fewer.
             exclude_history (`bool`, *optional*, defaults to `True`):
                 Whether to leave out the items of a user's history, and items with the same text.
             allowed (`Iterable[str]` or [`AllowedItems`], *optional*):
@@ -180,10 +186,12 @@ class Recommender:
                 used. A model that [`TrieDecoder`] can't run takes `mode="generate"`, with `exclude_history=False`.
 
         Raises:
-            `ValueError`: if a history is empty or holds an item that is not in the catalogue, or no item is left to
-                recommend.
+            `ValueError`: if a history is empty or holds an item that is not in the catalogue, `k` exceeds the number
+                of items, or no item is left to recommend.
         """
         catalog, template = self.task.catalog, self.task.prompt_template
+        if not 1 <= k <= len(catalog):
+            raise ValueError(f"`k` is {k}: it must lie between 1 and the number of items, {len(catalog)}.")
         _check_histories(histories)
         indices = self._indices(histories)
         written = [[catalog.completions[index] for index in history] for history in indices]
@@ -200,7 +208,7 @@ class Recommender:
             model,
             self.task,
             self.task.ranking_prompts(rows),
-            top_k=min(k, len(catalog)),
+            top_k=k,
             exclude=[self._with_same_text(history) for history in indices] if exclude_history else None,
             **engine,
             **settings,
@@ -284,7 +292,7 @@ class Recommender:
             return allowed.indices
         if allowed is None and not withdrawn:
             return None
-        indices = range(len(catalog)) if allowed is None else catalog.indices(allowed)
+        indices = range(len(catalog)) if allowed is None else catalog.indices(allowed, "allowed")
         available = [index for index in indices if catalog.ids[index] not in withdrawn]
         if indices and not available:
             raise ValueError(

@@ -27,12 +27,12 @@ from dataclasses import dataclass, field
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import load_dataset
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import DataArguments
+from ..recommender import find_folder, load_adapter
 from ..softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from .command_line import command
 from .loading import load_data, load_task, model_options
@@ -58,7 +58,7 @@ class DPOArguments(NegativeArguments, DecodingArguments):
 def main(args: DPOArguments, data_args: DataArguments, config: SoftmaxDPOConfig, model_args: ModelConfig) -> None:
     data = load_data(data_args)
     task = load_task(model_args, data_args, data.catalog, config.max_length, config.trust_remote_code)
-    model = load_policy(model_args, config)
+    model = load_policy(model_args, config, task.tokenizer)
     started = time.time()
     if args.preferences is not None:
         preferences = load_dataset(args.preferences)
@@ -79,16 +79,17 @@ def main(args: DPOArguments, data_args: DataArguments, config: SoftmaxDPOConfig,
     finish()
 
 
-def load_policy(model_args: ModelConfig, config: SoftmaxDPOConfig) -> PreTrainedModel:
+def load_policy(
+    model_args: ModelConfig, config: SoftmaxDPOConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     """The model to train: an adapter to train further, or a whole model."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    is_adapter = find_adapter_config_file(name, revision=revision) is not None
-    return (AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM).from_pretrained(
-        name,
-        **model_options(model_args, config),
-        quantization_config=get_quantization_config(model_args),
-        **({"is_trainable": True} if is_adapter else {}),
-    )
+    options = model_options(model_args, config) | {"quantization_config": get_quantization_config(model_args)}
+    if find_adapter_config_file(name, revision=revision) is None:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    del options["revision"]  # not that of the base model
+    folder = find_folder(name, "model_name_or_path", revision)
+    return load_adapter(folder, tokenizer, is_trainable=True, **options)
 
 
 run = command(main, generated_data=True)

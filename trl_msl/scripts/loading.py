@@ -4,12 +4,12 @@
 import dataclasses
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,7 +30,7 @@ from ..data import (
     generate_windows,
     read_data,
 )
-from ..recommender import find_folder, find_task_folder
+from ..recommender import find_folder, find_task_folder, load_causal_lm
 from ..training import last_complete_checkpoint, warn_of_missing_state
 
 
@@ -82,9 +82,13 @@ def model_options(model_args: ModelConfig, config: SFTConfig | None = None) -> d
 
 def load_model(model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model or adapter, on this process's device."""
-    options = {**model_options(model_args), "trust_remote_code": trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **options)
-    return model.to(PartialState().device)
+    name, options = model_args.model_name_or_path, model_options(model_args)
+    folder, revision = Path(name), model_args.model_revision
+    if not folder.is_dir():  # of a whole model, only the files that are needed are downloaded
+        folder = find_folder(name, "model_name_or_path", revision, allow_patterns=["adapter_config.json"])
+    if (folder / "adapter_config.json").is_file():
+        name, options["revision"] = find_folder(name, "model_name_or_path", revision), None
+    return load_causal_lm(name, **options, trust_remote_code=trust_remote_code).to(PartialState().device)
 
 
 def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -12,11 +12,10 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import AutoPeftModelForCausalLM
 from trl import ModelConfig
 
 from ..data import RankingTask
-from ..recommender import Recommender, find_folder, find_task_folder
+from ..recommender import Recommender, find_folder, find_task_folder, load_adapter
 from .command_line import command
 from .loading import load_tokenizer
 
@@ -40,9 +39,7 @@ def main(args: MergeArguments, model_args: ModelConfig) -> None:
         raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
     folder = find_folder(name, "model_name_or_path", model_args.model_revision)
     task = RankingTask.from_pretrained(find_task_folder(folder), load_tokenizer(model_args))
-    adapted = AutoPeftModelForCausalLM.from_pretrained(
-        name, revision=model_args.model_revision, dtype="auto", trust_remote_code=False
-    )
+    adapted = load_adapter(folder, task.tokenizer, dtype="auto", trust_remote_code=False)
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     Recommender(adapted.merge_and_unload(), task).save_pretrained(temporary)
