@@ -97,6 +97,28 @@ def test_repeats_in_a_list_take_no_rank(model, task, rows, monkeypatch):
     assert found.target_ranks.tolist() == [1, 2, 2]
 
 
+@pytest.mark.parametrize("match", ["id", "text"])
+def test_withdrawn_items_are_not_ranked(match, model, task, rows, catalog):
+    """As by `Recommender`. Items 5 and 6 have the same text, so that of item 5 is still there."""
+    rows = rows.map(lambda row, index: {"item_id": catalog.ids[index]}, with_indices=True)
+    gone = task.update(withdraw=["b0", "b1", "b5"])
+    metrics, found = evaluate_recommendations(
+        model, gone, rows, ks=(9 if match == "id" else 8,), match=match, return_recommendations=True
+    )
+    assert not np.isin(found.items, [0, 1, 5]).any() and metrics["coverage"] == (9 / 12 if match == "id" else 9 / 11)
+    assert metrics["withdrawn_targets"] == (3 if match == "id" else 2)
+    everything = recommend(model, task, rows["prompt"][:], top_k=12).items
+    for items, before in zip(found.items.tolist(), everything.tolist()):
+        assert [item for item in items if item >= 0] == [item for item in before if item not in (0, 1, 5)][
+            : len(items)
+        ]
+    assert "withdrawn_targets" not in evaluate_recommendations(model, task, rows, ks=(5,))
+    with pytest.raises(ValueError, match="has 9 items that are not withdrawn: pass smaller cut-offs"):
+        evaluate_recommendations(model, gone, rows, ks=(10,))
+    with pytest.raises(ValueError, match="`mode` is 'generate', which can't leave out the 3 withdrawn items"):
+        RecommendationCallback(None, rows, gone, ks=(5,), mode="generate")
+
+
 def test_conversational_prompts(model, chat_task, catalog):
     rows = build_rows(make_windows(catalog.ids, num_rows=3), chat_task)
     metrics = evaluate_recommendations(model, chat_task, rows, ks=(5,))

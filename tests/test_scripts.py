@@ -2,7 +2,6 @@
 """The command line, and what commands share: the task beside a model, checkpoints to resume from, data options."""
 
 import importlib
-import json
 import logging
 import re
 import shutil
@@ -13,18 +12,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT
-from helpers import TITLES, make_model
 from launching import FEW_STEPS, PROMPT, run
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainingArguments
-from trl import ModelConfig
+from transformers import TrainingArguments
 
-from trl_msl import ItemCatalog, MSLConfig, RankingTask, Recommender, SoftmaxDPOConfig
+from trl_msl import MSLConfig, SoftmaxDPOConfig
 from trl_msl.data import DataArguments
 from trl_msl.experiments import pretrain
-from trl_msl.scripts import cli, doctor, merge, train, update_catalog
+from trl_msl.scripts import cli, doctor, train
 from trl_msl.scripts.command_line import with_generated_data
-from trl_msl.scripts.loading import checkpoint_to_resume, load_data, load_task
+from trl_msl.scripts.loading import checkpoint_to_resume, load_data
 
 
 class TestCommandLine:
@@ -87,59 +83,6 @@ def test_doctor_takes_chat_template_kwargs_once(folder, base_model, capsys):
     options = ["--data_dir", folder, "--model_name_or_path", base_model, *PROMPT]
     run(doctor, *options, "--conversational", "--chat_template_kwargs", '{"enable_thinking": false}')
     assert " findings: 0 errors, " in capsys.readouterr().out
-
-
-class TestTaskBesideTheModel:
-    @pytest.fixture
-    def model(self, tmp_path, folder, tokenizer, template):
-        """A recommender of the items of `folder`."""
-        ids = [str(index) for index in range(len(TITLES))]
-        task = RankingTask(ItemCatalog(ids, TITLES, template='"{text}"'), tokenizer, template, max_length=99)
-        Recommender(make_model(tokenizer), task).save_pretrained(tmp_path)
-        return ModelConfig(model_name_or_path=str(tmp_path))
-
-    def test_is_taken_where_the_options_say_nothing(self, model, folder, template):
-        args = DataArguments(data_dir=str(folder))
-        task = load_task(model, args, load_data(args).catalog)
-        assert (task.prompt_template, task.max_length) == (template, 99)
-
-    def test_is_taken_from_the_base_model_of_an_adapter(self, model, folder, template, tokenizer, tmp_path):
-        """As for `Recommender`: of adapters trained by a script that knows nothing of the task."""
-        base, adapter = model.model_name_or_path, tmp_path / "adapter"
-        lora = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=base)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(adapter)
-        tokenizer.save_pretrained(adapter)
-        args, name = DataArguments(data_dir=str(folder)), ["--model_name_or_path", adapter]
-        task = load_task(ModelConfig(model_name_or_path=str(adapter)), args, load_data(args).catalog)
-        assert (task.prompt_template, task.max_length) == (template, 99)
-        run(merge, *name, "--output_dir", tmp_path / "merged")
-        run(update_catalog, *name, "--output_dir", tmp_path / "updated", "--withdraw", 3)
-        assert Recommender.from_pretrained(tmp_path / "merged").task.max_length == 99
-        assert Recommender.from_pretrained(tmp_path / "updated").task.withdrawn == {"3"}
-
-    def test_may_have_been_given_items_since(self, model, folder):
-        recommender = Recommender.from_pretrained(model.model_name_or_path)
-        recommender.update(add=ItemCatalog(["new"], ["News"])).save_pretrained(model.model_name_or_path)
-        args = DataArguments(data_dir=str(folder))
-        assert len(load_task(model, args, load_data(args).catalog).catalog) == len(TITLES) + 1
-
-    def test_other_items(self, model, folder, tmp_path):
-        other = tmp_path / "other"
-        shutil.copytree(folder, other)
-        for items, seen in (
-            ({"0": "Ulysses"}, r"in 1 of 12 items, such as '0': .*\('Ulysses', 'The Silent River'\)"),
-            ({"77": "Ulysses"}, r"in 1 of 13 items, such as '77': .*\('Ulysses', None\)"),
-        ):
-            titles = {**json.loads((folder / "id2name4Rec.json").read_text()), **items}
-            (other / "id2name4Rec.json").write_text(json.dumps(titles))
-            args = DataArguments(data_dir=str(other))
-            with pytest.raises(ValueError, match=f"The catalogue differs from the one that .* {seen}"):
-                load_task(model, args, load_data(args).catalog)
-
-    def test_without_one_the_options_count(self, base_model, folder):
-        args = DataArguments(data_dir=str(folder), prompt_text="Read {history}", separate_items=True)
-        task = load_task(ModelConfig(model_name_or_path=str(base_model)), args, load_data(args).catalog, 77)
-        assert (task.prompt_template, task.max_length) == (args.prompt_template, 77)
 
 
 class TestResuming:

@@ -28,7 +28,7 @@ def evaluate_recommendations(
     **kwargs: Any,
 ) -> dict[str, float] | tuple[dict[str, float], Recommendations]:
     """
-    Rank the whole catalogue for each row and measure the rank of its target.
+    Rank the whole catalogue but its withdrawn items for each row, and measure the rank of its target.
 
     Args:
         model, task:
@@ -46,13 +46,14 @@ def evaluate_recommendations(
         return_recommendations (`bool`, *optional*, defaults to `False`):
             Whether to return the recommendations, too.
         **kwargs:
-            `mode`, `batch_size` and other arguments of [`recommend`].
+            `mode`, `batch_size` and other arguments of [`recommend`]. With `allowed`, exactly those items are ranked.
 
     Returns:
         `dict` of `hr@K`, `ndcg@K`, `mrr@K`; for the largest K also the ends of their intervals, such as `ndcg@K_low`
         and `ndcg@K_high`; `coverage`, the share of the catalogue's items, or with `match="text"` of its texts, that
         were recommended at least once; `exact_rate`, the share of rows whose items are certainly the best;
-        `invalid_rate`; and `num_rows`. With `return_recommendations`, also the [`Recommendations`].
+        `invalid_rate`; `num_rows`; and, if the task has withdrawn items, `withdrawn_targets`, the number of rows whose
+        target is one of them and so can't be found. With `return_recommendations`, also the [`Recommendations`].
 
     Raises:
         `ValueError`: if `rows` is empty or lacks a column, some K exceeds the number of items, or for the reasons of
@@ -61,20 +62,25 @@ def evaluate_recommendations(
     _check_arguments(task, rows, ks, match)
     targets, top_k = np.array(task.catalog.indices(rows["item_id"])), max(ks)
     prompts = task.ranking_prompts(rows[:])
+    available = _available_items(task)
+    can_restrict = kwargs.get("mode") != "generate" and kwargs.keys().isdisjoint(("allowed", "exclude"))
+    if task.withdrawn and kwargs.get("allowed") is None:
+        kwargs["allowed"] = torch.from_numpy(available)
     if match == "id":
-        num_ranked = len(task.catalog)
+        can_be_found, num_ranked = np.isin(targets, available), len(task.catalog)
         found = recommend(model, task, prompts, top_k, **kwargs)
         recommended = found.items
     else:
         leaves = task.trie.item_nodes.cpu().numpy()
-        _, first, text = np.unique(leaves, return_index=True, return_inverse=True)
-        num_ranked = len(first)
-        can_restrict = kwargs.get("mode") != "generate" and kwargs.keys().isdisjoint(("allowed", "exclude"))
-        if can_restrict and num_ranked < len(leaves):
+        texts, text = np.unique(leaves, return_inverse=True)
+        first = available[np.unique(leaves[available], return_index=True)[1]]
+        num_ranked = len(texts)
+        if can_restrict and len(first) < len(leaves):
             # One item of each text, so that the list holds `top_k` texts
-            top_k, kwargs["allowed"] = min(top_k, num_ranked), torch.from_numpy(first)
+            top_k, kwargs["allowed"] = min(top_k, len(first)), torch.from_numpy(first)
         found = recommend(model, task, prompts, top_k, **kwargs)
         targets, recommended = text[targets], _without_repeats(np.where(found.items < 0, -1, text[found.items]))
+        can_be_found = np.isin(targets, text[first])
     found.target_ranks = ranks_of_targets(recommended, targets)
     metrics = ranking_metrics(found.target_ranks, ks, confidence) | {
         "coverage": coverage(recommended, num_ranked),
@@ -82,6 +88,8 @@ def evaluate_recommendations(
         "invalid_rate": found.invalid_rate,
         "num_rows": len(rows),
     }
+    if task.withdrawn:
+        metrics["withdrawn_targets"] = int((~can_be_found).sum())
     return (metrics, found) if return_recommendations else metrics
 
 
@@ -174,13 +182,25 @@ def _check_arguments(
 ) -> None:
     if match not in ("id", "text"):
         raise ValueError(f"`match` is {match!r}: it must be 'id' or 'text'.")
-    if max(ks) > len(task.catalog):
-        raise ValueError(f"`ks` is {ks}, but the catalogue has {len(task.catalog)} items: pass smaller cut-offs.")
+    num_items = len(task.catalog) - len(task.withdrawn)
+    if max(ks) > num_items:
+        found = f"{num_items} items" + (" that are not withdrawn" if task.withdrawn else "")
+        raise ValueError(f"`ks` is {ks}, but the catalogue has {found}: pass smaller cut-offs.")
+    if task.withdrawn and kwargs.get("mode") == "generate":
+        raise ValueError(
+            f"`mode` is 'generate', which can't leave out the {len(task.withdrawn)} withdrawn items of the catalogue: "
+            "pass 'exact' or 'beam'."
+        )
     if len(rows) == 0:
         raise ValueError("`rows` is empty: pass at least one row.")
     missing = {"prompt", "item_id"} - set(rows.column_names)
     if missing:
         raise ValueError(f"`rows` lacks the column(s) {sorted(missing)}: make rows with `build_rows`.")
+
+
+def _available_items(task: RankingTask) -> np.ndarray:
+    """Indices of the items that are not withdrawn."""
+    return np.flatnonzero([item not in task.withdrawn for item in task.catalog.ids])
 
 
 def _without_repeats(texts: np.ndarray) -> np.ndarray:

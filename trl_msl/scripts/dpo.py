@@ -12,13 +12,12 @@ As in the S-DPO paper, over the vocabulary, with items drawn from the whole cata
 
 ```bash
 accelerate launch -m trl_msl.scripts.dpo --model_name_or_path outputs/book \
-    --data_dir data/Book --train_file train_10000.csv --empty_texts keep \
     --negatives uniform --num_negatives 15 --normalize vocab --learning_rate 1e-5 --output_dir outputs/book/s-dpo
 ```
 
 Prompt and catalogue are those that the model was trained with; the windows are those of the data options, by default
-the quickstart's. An adapter is trained further, with a copy of it as the reference; `--use_peft` adds a new one to a
-whole model. `output_dir` then holds what `trl-msl train` leaves.
+those of the model's training. An adapter is trained further, with a copy of it as the reference; `--use_peft` adds a
+new one to a whole model. `output_dir` then holds what `trl-msl train` leaves.
 """
 
 import time
@@ -35,10 +34,11 @@ from ..data import DataArguments
 from ..recommender import find_folder, load_adapter
 from ..softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from .command_line import command
-from .loading import load_data, load_task, model_options
+from .loading import model_options
 from .outputs import finish
 from .preferences import NegativeArguments, draw_rows, make_preferences
 from .train_and_evaluate import DecodingArguments, train_and_evaluate
+from .trained import load_trained
 
 
 @dataclass
@@ -56,8 +56,7 @@ class DPOArguments(NegativeArguments, DecodingArguments):
 
 
 def main(args: DPOArguments, data_args: DataArguments, config: SoftmaxDPOConfig, model_args: ModelConfig) -> None:
-    data = load_data(data_args)
-    task = load_task(model_args, data_args, data.catalog, config.max_length, config.trust_remote_code)
+    data, task = load_trained(model_args, data_args, config.max_length, config.trust_remote_code)
     model = load_policy(model_args, config, task.tokenizer)
     started = time.time()
     if args.preferences is not None:
@@ -92,7 +91,7 @@ def load_policy(
     return load_adapter(folder, tokenizer, is_trainable=True, **options)
 
 
-run = command(main, generated_data=True)
+run = command(main)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,25 @@ Evaluate a trained recommender: a folder or Hub repository with a model or a LoR
 accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path outputs/quickstart/msl
 ```
 
-The windows are those of the data options, by default the quickstart's; prompt and catalogue are those that the model
-was trained with. Several ways of decoding are compared on the same users, each with the first:
+Items, prompt and maximum length are those that the model was trained with; options that contradict them are an error.
+The windows are those of the data options, by default those of the model's training, which its `data.json` names. Other
+windows need only the log, or a folder with `test.csv`:
+
+```bash
+trl-msl evaluate --model_name_or_path user/my-recommender --interactions log.csv
+```
+
+Several ways of decoding are compared on the same users, each with the first:
 
 ```bash
 accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path outputs/quickstart/msl \
     --decoding exact beam beam-vocab
 ```
 
-Writes `metrics.json` and `recommendations.txt` into `--output_dir`.
+Writes `metrics.json` and `recommendations.txt` into `--output_dir`, which for this model is
+`outputs/evaluate/outputs/quickstart/msl` by default.
 """
 
-import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +41,9 @@ from ..data import DataArguments, RankingTask
 from ..decoding import Recommendations
 from ..evaluation import bootstrap_interval, evaluate_recommendations, per_user_metrics
 from .command_line import command
-from .loading import load_data, load_model, load_task
+from .loading import load_model
 from .outputs import describe_recommendations, finish, format_table, write_json, write_text
+from .trained import load_trained
 
 
 DECODINGS = {
@@ -52,8 +60,8 @@ class EvaluationArguments:
     Arguments of this command, besides those of the data and the model.
 
     Parameters:
-        output_dir (`str`, *optional*, defaults to `"outputs/evaluate"`):
-            Folder to write into.
+        output_dir (`str`, *optional*):
+            Folder to write into. By default it is named after the model, in `outputs/evaluate`.
         split (`str`, *optional*, defaults to `"test"`):
             `validation` or `test`.
         top_k (`int`, *optional*, defaults to `10`):
@@ -76,7 +84,9 @@ class EvaluationArguments:
             Whether to run code that comes with the model.
     """
 
-    output_dir: str = field(default="outputs/evaluate", metadata={"help": "Folder to write into."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder to write into, by default `outputs/evaluate/` and the model's name."}
+    )
     split: str = field(default="test", metadata={"help": "Split.", "choices": ["validation", "test"]})
     top_k: int = field(default=10, metadata={"help": "Number of items to rank."})
     decoding: list[str] = field(
@@ -94,10 +104,10 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
     if args.decoding == ["exact"] and (args.num_beams or args.length_penalty):
         raise ValueError("`num_beams` and `length_penalty` have no effect on exact search: add beam to `decoding`.")
     process = PartialState(cpu=not torch.accelerator.is_available())
-    data = load_data(data_args)
-    task = load_task(model_args, data_args, data.catalog, args.max_length, args.trust_remote_code)
-    model = load_model(model_args, args.trust_remote_code)
+    output_dir = find_output_dir(args.output_dir, model_args.model_name_or_path)
+    data, task = load_trained(model_args, data_args, args.max_length, args.trust_remote_code)
     rows = data.rows(args.split, task)
+    model = load_model(model_args, args.trust_remote_code)
     ks = sorted({min(5, args.top_k), args.top_k})
     settings = {"ks": ks, "match": args.match, "batch_size": args.batch_size}
     beams = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
@@ -106,14 +116,31 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
     differences = {f"{other} - {first}": compare(found[other], found[first], ks) for other in others}
     if process.is_main_process:
         text = describe_recommendations(rows, task.catalog, found[first])
-        report = {**results, "differences": differences, "arguments": dataclasses.asdict(args)}
-        write_json(Path(args.output_dir) / "metrics.json", report)
-        write_text(Path(args.output_dir) / "recommendations.txt", text)
+        arguments = {"model_name_or_path": model_args.model_name_or_path, **vars(args), "data": vars(data.args)}
+        report = {**results, "differences": differences, "arguments": arguments}
+        write_json(output_dir / "metrics.json", report)
+        write_text(output_dir / "recommendations.txt", text)
         columns = tuple(f"{name}@{k}" for k in ks for name in ("ndcg", "hr"))
-        print(f"{text}\n{model_args.model_name_or_path}, {len(rows)} users\n{format_table(results, columns)}")
+        title = f"{model_args.model_name_or_path}, {args.split}, {len(rows)} users, {len(task.catalog)} items"
+        if count := results[first].get("withdrawn_targets"):
+            title += f"; {count} targets are withdrawn and count as misses"
+        print(f"{text}\n{title}\n{format_table(results, columns)}")
         if differences:
             print(f"\nDifference, with its interval\n{format_table(differences, (*columns, 'same_items'))}")
+        print(f"\n{output_dir}/metrics.json")
     finish()
+
+
+def find_output_dir(output_dir: str | None, name: str) -> Path:
+    """The folder to write into, by default named after the model; not one with the results of a training."""
+    if output_dir is None:
+        path = Path(name)
+        return Path("outputs/evaluate", *(part for part in path.parts if part not in (path.anchor, "..")))
+    if (Path(output_dir) / "log_history.json").exists():  # a YAML file of the training may name it
+        raise ValueError(
+            f"`output_dir` = {output_dir!r} holds the results of a training, which would be replaced: pass another."
+        )
+    return Path(output_dir)
 
 
 def evaluate_decodings(
@@ -156,7 +183,7 @@ def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> di
     return difference
 
 
-run = command(main, generated_data=True)
+run = command(main)
 
 
 if __name__ == "__main__":

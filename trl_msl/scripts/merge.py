@@ -18,6 +18,7 @@ from ..data import RankingTask
 from ..recommender import Recommender, find_folder, find_task_folder, load_adapter
 from .command_line import command
 from .loading import load_tokenizer
+from .trained import DATA_FILE
 
 
 @dataclass
@@ -43,6 +44,8 @@ def main(args: MergeArguments, model_args: ModelConfig) -> None:
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     Recommender(adapted.merge_and_unload(), task).save_pretrained(temporary)
+    if (folder / DATA_FILE).is_file():
+        shutil.copy(folder / DATA_FILE, temporary)
     temporary.replace(output_dir)
     print(output_dir)
 

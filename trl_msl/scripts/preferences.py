@@ -13,7 +13,8 @@ accelerate launch -m trl.scripts.dpo --model_name_or_path outputs/merged --datas
 trl-msl evaluate --model_name_or_path outputs/dpo
 ```
 
-Without `--pairs`, `rejected` is a list, as `trl-msl dpo` takes it by `--preferences`, or makes it itself.
+Items and prompt are those of the model's training, and so are the windows unless the data options name others. Without
+`--pairs`, `rejected` is a list, as `trl-msl dpo` takes it by `--preferences`, or makes it itself.
 """
 
 from dataclasses import dataclass, field
@@ -29,8 +30,9 @@ from trl import ModelConfig
 from ..data import DataArguments, RankingTask
 from ..softmax_dpo import build_preferences, count_interactions, draw_negatives, model_negatives, split_pairs
 from .command_line import command
-from .loading import Data, load_data, load_model, load_task
+from .loading import Data, load_model
 from .outputs import finish, write_parquet
+from .trained import load_trained
 
 
 @dataclass
@@ -84,8 +86,7 @@ class PreferenceArguments(NegativeArguments):
 
 def main(args: PreferenceArguments, data_args: DataArguments, model_args: ModelConfig) -> None:
     process = PartialState(cpu=not torch.accelerator.is_available())
-    data = load_data(data_args)
-    task = load_task(model_args, data_args, data.catalog, args.max_length)
+    data, task = load_trained(model_args, data_args, args.max_length)
     model = load_model(model_args) if args.negatives == "model" else None
     preferences = make_preferences(args, data, task, model, args.seed, batch_size=args.batch_size)
     if process.is_main_process:
@@ -125,7 +126,7 @@ def draw_rows(rows: Dataset, most: int | None, seed: int) -> Dataset:
     return rows if most is None or most >= len(rows) else rows.shuffle(seed).select(range(most))
 
 
-run = command(main, generated_data=True)
+run = command(main)
 
 
 if __name__ == "__main__":

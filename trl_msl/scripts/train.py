@@ -24,7 +24,8 @@ The usual language modeling loss, over the vocabulary: `--normalize vocab --temp
 beginning if there is none. All options can stand in a YAML file: `--config`.
 
 `output_dir` then holds the model or the adapter with its catalogue, `metrics.json`, `rankings.parquet`,
-`recommendations.txt`, `log_history.json` and `training.png`.
+`recommendations.txt`, `log_history.json`, `training.png`, and `data.json`, the options of the data, by which
+`trl-msl evaluate` finds it again.
 """
 
 from typing import Any

@@ -8,10 +8,10 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from ..data import RankingTask
+from ..data import DataArguments, RankingTask
 from ..evaluation import RecommendationCallback
 from ..model import is_sharded
 from ..training import TaskTrainerMixin
@@ -19,6 +19,7 @@ from .evaluate import DECODINGS, evaluate_decodings
 from .interrupt import train
 from .loading import Data, model_options
 from .outputs import describe_recommendations, format_table, plot_training, write_json, write_results, write_text
+from .trained import write_options
 
 
 @dataclass
@@ -73,12 +74,13 @@ def train_and_evaluate(
 
     Returns:
         `dict[str, Any]`: the test's metrics, as in `metrics.json`. The trainer's folder then has what
-        [`evaluate_and_write`] writes, `log_history.json`, and `training.png`.
+        [`evaluate_and_write`] writes, `data.json`, `log_history.json`, and `training.png`.
     """
     config, folder = trainer.args, Path(trainer.args.output_dir)
     if config.eval_strategy != "no":
         settings = {"ks": (10,), "batch_size": args.eval_batch_users, **DECODINGS[args.decoding[0]]}
         trainer.add_callback(RecommendationCallback(trainer, data.rows("validation", task), task, **settings))
+    trainer.add_callback(_OptionsCallback(data.args))
     started = time.time()
     train(trainer)
     # An experiment's callbacks say how long their measurements took
@@ -109,6 +111,17 @@ def train_and_evaluate(
     if config.push_to_hub:
         trainer.push_to_hub()
     return metrics
+
+
+class _OptionsCallback(TrainerCallback):
+    """Writes `data.json` when the training begins, as its checkpoints may be all that is left of it."""
+
+    def __init__(self, data_args: DataArguments):
+        self.data_args = data_args
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_options(self.data_args, Path(args.output_dir))
 
 
 def evaluate_and_write(
