@@ -43,6 +43,14 @@ def launch(script, *arguments, fails: bool = False, num_processes: int = 1, conf
 
     `config` is the name of a file in `recipes/accelerate_configs/`; several processes take that of DDP by default.
     """
+    process = start(script, *arguments, num_processes=num_processes, config=config)
+    output, errors = process.communicate(timeout=280)
+    assert (process.returncode != 0) == fails, output[-3000:] + errors[-3000:]
+    return output + errors
+
+
+def start(script, *arguments, num_processes: int = 1, config: str | None = None) -> subprocess.Popen:
+    """As [`launch`], without waiting for its end."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", str(num_processes)]
     if num_processes > 1:
@@ -60,6 +68,4 @@ def launch(script, *arguments, fails: bool = False, num_processes: int = 1, conf
         "PYTHONPATH": str(ROOT),
         "DS_ACCELERATOR": "cpu",
     }
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert (run.returncode != 0) == fails, run.stdout[-3000:] + run.stderr[-3000:]
-    return run.stdout + run.stderr
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

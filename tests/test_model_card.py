@@ -28,6 +28,7 @@ HEADINGS = [
     "## What it recommends",
     "## Data",
     "## Training procedure",
+    "### Hyperparameters",
     "### Framework versions",
     "## Citations",
 ]
@@ -57,7 +58,9 @@ def card_of_msl(tmp_path_factory, task, base):
     trainer.train()
     trainer.save_model()
     trainer.create_model_card("my-recommender", "somebody/books", "books")
-    return ModelCard.load(folder / "README.md")
+    card = ModelCard.load(folder / "README.md")
+    card.folder = folder
+    return card
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +87,14 @@ def test_metadata(card_of_msl, card_of_softmax_dpo):
         "datasets": "somebody/books",
         "library_name": "transformers",
         "license": "mit",  # of the base
-        "model_name": "my-recommender",
+        "model-index": data["model-index"],
         "tags": ["books", "generated_from_trainer", "msl", "trl"],
     }
+    assert card_of_msl.data.model_name == "my-recommender"
+    results = {result.metric_type: result for result in card_of_msl.data.eval_results}
+    assert set(results) == {f"{name}@{k}" for name in ("ndcg", "hr", "mrr") for k in (5, 10)}
+    assert f"| ndcg@10 | {results['ndcg@10'].metric_value:.4f} |" in card_of_msl.text
+    assert (results["ndcg@10"].dataset_name, results["ndcg@10"].dataset_split) == ("somebody/books", "validation")
     assert card_of_softmax_dpo.data.tags == ["generated_from_trainer", "softmax-dpo", "trl"]
     assert card_of_softmax_dpo.data.license is None
 
@@ -97,6 +105,9 @@ def test_what_it_says(card_of_msl, card_of_softmax_dpo, base):
     assert "12 items" in text and "40 training rows of [somebody/books]" in text
     assert re.search(r"\| ndcg@10 \| 0\.\d{4} \| 0\.\d{4} to 0\.\d{4} \|", text)
     assert "Trained with MSL, introduced in [MSL: Not All Tokens" in text and "papers/2504.04178" in text
+    for option in ("temperature | adaptive", "batch_size | 8", "lora_alpha | 8", "target_modules | q_proj, v_proj"):
+        assert f"| {option} |" in text
+    assert "by `MSLTrainer`" in text and "| epochs | 0.2 |" in text
     assert "- trl_msl: " in text and "- peft: " in text
     assert "Trained with Softmax DPO" in card_of_softmax_dpo.text and "papers/2406.09215" in card_of_softmax_dpo.text
     for card in (card_of_msl, card_of_softmax_dpo):
@@ -114,7 +125,10 @@ def test_citations_begin_in_the_first_column(card_of_msl, card_of_softmax_dpo):
             assert {len(line) - len(line.lstrip()) for line in lines[1:-1]} in ({2}, {4})
 
 
-def test_the_usage_example_runs(card_of_msl):
+def test_the_usage_example_runs(card_of_msl, monkeypatch):
+    """It names the folder, whose path on this machine is nobody else's business."""
+    monkeypatch.chdir(card_of_msl.folder.parent)
+    assert str(card_of_msl.folder) not in card_of_msl.content
     namespace = {}
     exec(card_of_msl.text.split("```python")[1].split("```")[0], namespace)
     assert len(namespace["found"].texts[0]) == 10
@@ -133,5 +147,5 @@ def test_a_base_model_on_the_hub(tmp_path, task, monkeypatch):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert "## Evaluation" not in card.text
     assert "fine-tuned from [somebody/base](https://huggingface.co/somebody/base)" in card.text
-    assert (card.data.base_model, card.data.model_name) == ("somebody/base", "out")
+    assert (card.data.base_model, card.data.model_name) == ("somebody/base", "recommender")
     assert "hf_jobs" in card.data.tags and "training rows" not in card.text.split("## Data")[1].split("##")[0]

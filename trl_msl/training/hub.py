@@ -49,7 +49,7 @@ def check_base(model: str | PreTrainedModel, peft_config: Any, is_pushed: bool) 
     Raises:
         `ValueError`: if it is to be pushed.
     """
-    if peft_config is None and not is_peft_model(model):
+    if peft_config is None and (isinstance(model, str) or not is_peft_model(model)):
         return
     base = model if isinstance(model, str) else get_config_model_id(model.config)
     if not base or not Path(base).is_dir():

@@ -33,6 +33,7 @@ def make_model_card(
     task: RankingTask,
     model_id: str,
     base: str,
+    trainer: str,
     method: str,
     paper: dict[str, str],
     num_rows: int | None,
@@ -53,6 +54,8 @@ def make_model_card(
             Repository or folder of the model.
         base (`str`):
             Name of the model that the training began with; empty if unknown.
+        trainer (`str`):
+            Class that trained it.
         method, paper (`str`, `dict[str, str]`):
             Name of the training method, and `title`, `id` and `citation` of its paper.
         num_rows (`int`, *optional*):
@@ -85,11 +88,12 @@ def make_model_card(
         *([_evaluation(measured, metrics, split)] if measured else []),
         "## Training procedure",
         *_runs(),
-        f"Trained with {method}, introduced in [{paper['title']}](https://huggingface.co/papers/{paper['id']}).",
+        f"Trained with {method}, introduced in [{paper['title']}](https://huggingface.co/papers/{paper['id']}), "
+        f"by `{trainer}`.",
         "### Hyperparameters\n\n" + _table(("option", "value"), options.items()),
         "### Framework versions\n\n" + "\n".join(f"- {name}: {version(name)}" for name in _PACKAGES),
         "## Citations",
-        f"Cite the method as:\n\n```bibtex\n{dedent(paper['citation'])}\n```",
+        f"Cite {method} as:\n\n```bibtex\n{dedent(paper['citation'])}\n```",
         f"Cite TRL as:\n\n```bibtex\n{dedent(_TRL_CITATION)}\n```",
     ]
     return ModelCard(f"---\n{metadata}\n---\n\n" + "\n\n".join(sections) + "\n")
@@ -111,7 +115,7 @@ def _evaluation(measured: list[str], metrics: dict[str, float], split: str) -> s
     rows = []
     for name in measured:
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-        rows.append((name, f"{metrics[name]:.4f}", "" if low is None else f"{low:.4f} to {high:.4f}"))
+        rows.append((name, f"{metrics[name]:.4f}", "-" if low is None else f"{low:.4f} to {high:.4f}"))
     text = f"## Evaluation\n\nOn {metrics['num_rows']:,} {split} rows, over the whole catalogue:\n\n"
     return text + _table(("metric", "value", "95% interval"), rows)
 

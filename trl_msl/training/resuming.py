@@ -10,10 +10,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from pyarrow import compute
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
@@ -106,18 +109,16 @@ class _StartCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        trainer, model = self.trainer, self.trainer.accelerator.unwrap_model(self.trainer.model)
-        name = base_name(model) or type(model).__name__
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        record = trainer.record
-        rows = trainer.train_dataset
-        epochs = (
-            f", {state.max_steps * record['batch_size'] / len(rows):.3g} epochs" if isinstance(rows, Dataset) else ""
-        )
+        trainer, record, rows = self.trainer, self.trainer.record, self.trainer.train_dataset
+        trainable = get_model_param_count(trainer.model, trainable_only=True)
+        catalog, epochs = getattr(getattr(trainer, "task", None), "catalog", ()), ""
+        if isinstance(rows, Dataset):
+            epochs = f", {state.max_steps * record['batch_size'] / len(rows):.3g} epochs of {len(rows):,} rows"
         lines = [
             f"Training with {type(trainer).__name__}, into {args.output_dir}:",
-            f"  model: {name}, {record['num_parameters']:,} parameters, {trainable:,} trained",
-            *([f"  data: {_counts(trainer)}"] if _counts(trainer) else []),
+            f"  model: {record['base_model'] or 'made in Python'}, {record['num_parameters']:,} parameters, "
+            f"{trainable:,} trained",
+            *([f"  items: {len(catalog):,}"] if catalog else []),
             f"  steps: {state.max_steps:,} of {record['batch_size']} rows{epochs}",
             f"  device: {args.world_size} x {args.device.type}, {record['precision']}",
         ]
@@ -126,13 +127,8 @@ class _StartCallback(TrainerCallback):
         logger.info("\n".join(lines))
 
 
-def _counts(trainer: Trainer) -> str:
-    counts = {"rows": trainer.train_dataset, "items": getattr(getattr(trainer, "task", None), "catalog", None)}
-    return ", ".join(f"{len(value):,} {name}" for name, value in counts.items() if hasattr(value, "__len__"))
-
-
 def base_name(model: Any) -> str:
-    """Name of the model that a training began with: a repository, or the last part of a local path; may be empty."""
+    """Name of the model that a training began with: a repository, or the last part of a local path; empty if made."""
     name = get_config_model_id(model.config) or ""
     return Path(name).resolve().name if name and Path(name).is_dir() else name
 
@@ -180,8 +176,11 @@ def hash_rows(rows: Dataset) -> str:
     names = sorted(name for name in rows.column_names if name == "labels" or name.endswith("_ids"))
     digest = hashlib.sha256(repr(names).encode())
     for batch in rows.select_columns(names).with_format("arrow").iter(batch_size=10_000):
-        for part in batch.combine_chunks().to_batches():
-            digest.update(part.serialize())
+        for column in batch.columns:
+            while not pa.types.is_integer(column.type):  # lists, of lists where several items are rejected
+                digest.update(compute.list_value_length(column).to_numpy().astype("int64").tobytes())
+                column = compute.list_flatten(column)
+            digest.update(column.to_numpy().astype("int64").tobytes())
     return digest.hexdigest()
 
 
