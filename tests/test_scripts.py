@@ -3,6 +3,7 @@
 
 import importlib
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -12,15 +13,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT
-from launching import FEW_STEPS, PROMPT, run
+from launching import FEW_STEPS, PROMPT, launch, run
 from transformers import TrainingArguments
 
 from trl_msl import MSLConfig, SoftmaxDPOConfig
 from trl_msl.data import DataArguments
 from trl_msl.experiments import pretrain
-from trl_msl.scripts import cli, doctor, train
-from trl_msl.scripts.command_line import with_generated_data
+from trl_msl.scripts import cli, command_line, doctor, train
 from trl_msl.scripts.loading import checkpoint_to_resume, load_data
+from trl_msl.scripts.option_parser import OptionParser
 
 
 class TestCommandLine:
@@ -39,17 +40,12 @@ class TestCommandLine:
         module = importlib.import_module(cli.COMMANDS[name][0])
         assert callable(module.run) and module.__doc__
 
-    def test_options_of_a_command(self, capsys, monkeypatch):
-        monkeypatch.setattr(sys, "argv", ["trl-msl"])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(["train", "--help"])
-        output = capsys.readouterr().out
-        assert exit_.value.code == 0 and "usage: trl-msl train" in output and "--temperature_eta" in output
-
     def test_no_command(self, capsys):
         assert cli.main([]) == 0
         assert cli.main(["fly"]) == 2
-        assert "'fly' is not a command" in capsys.readouterr().err
+        assert "'fly' is not a command. See trl-msl --help" in capsys.readouterr().err
+        assert cli.main(["trian"]) == 2
+        assert "did you mean train?" in capsys.readouterr().err
 
     def test_exit_code_of_the_doctor(self, tmp_path, base_model, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["trl-msl"])
@@ -77,6 +73,156 @@ class TestWithoutAccelerator:
     def test_bf16_as_given(self, kind, tmp_path):
         config = kind(str(tmp_path), bf16=True, gradient_checkpointing=False)
         assert config.use_cpu and config.bf16 and not config.gradient_checkpointing
+
+
+def fail(capsys, *arguments, code=2) -> str:
+    """The only line on stderr of a command that fails."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    assert end.value.code == code
+    error = capsys.readouterr().err
+    assert error.startswith(f"trl-msl {arguments[0]}: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.fixture
+def argv(monkeypatch):
+    """`cli.main` sets `sys.argv`."""
+    monkeypatch.setattr(sys, "argv", ["trl-msl"])
+
+
+@pytest.mark.usefixtures("argv")
+class TestHelp:
+    @pytest.fixture
+    def text(self, capsys):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["train", "--help"])
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    def test_is_in_groups_with_the_commands_own_options_first(self, text):
+        names = ["data:", "this command:", "loss:", "model:", "training:", "all other options of the trainer:"]
+        starts = [text.index(f"\n{name}\n") for name in names]
+        assert text.startswith("usage: trl-msl train [options]\n") and starts == sorted(starts)
+        groups = [text[start:end] for start, end in zip(starts, [*starts[1:], None])]
+        for group, option in zip(groups, ["items", "decoding", "temperature_eta", "use_peft", "output_dir", "optim"]):
+            assert f"\n  --{option} " in group
+            assert len(re.findall(rf"^  --{option} ", text, flags=re.MULTILINE)) == 1
+        every = {action.dest for action in OptionParser(train.main, "")._actions} - {"help"}
+        assert every == {*re.findall(r"^  --(?!no_)(\w+)", text, flags=re.MULTILINE)} - {"config"}
+
+    def test_defaults_are_those_of_ones_own_data(self, text):
+        text = " ".join(text.split())
+        assert "--learning_rate VALUE The initial learning rate for AdamW. (default: 2e-05)" in text
+        assert "weights initialization. --model_revision" in text  # no default
+
+    def test_ends_with_the_examples_of_the_module(self, text):
+        end = text[text.index("Your own log, a chat model, on one GPU or CPU:\n\n    trl-msl train --inter") :]
+        assert "--conversational \\\n        --model_name_or_path Qwen" in end and "```" not in end
+
+
+@pytest.mark.usefixtures("argv")
+class TestErrors:
+    def test_of_options(self, capsys, tmp_path):
+        (tmp_path / "config.yaml").write_text("decoding: exakt\n")
+        (tmp_path / "typo.yaml").write_text("tempature: 2\n")
+        (tmp_path / "broken.yaml").write_text("a: [")
+        for options, message in (
+            (["--tempature", "2"], "--tempature is not an option of this command; did you mean --temperature?"),
+            (["--temp", "2"], "--temp is not an option of this command"),  # abbreviations may match the wrong one
+            (["--normalize", "tree"], "argument --normalize: invalid choice: 'tree' (choose from 'trie', 'vocab')."),
+            (["--temperature_positions", "x"], "argument --temperature_positions: invalid choice"),
+            (["--max_length", "x"], "argument --max_length: invalid int value: 'x'."),
+            (["x"], "'x' belongs to no option."),
+            (["--config"], "--config lacks its file."),
+            (["--config", tmp_path / "config.yaml"], "--decoding is 'exakt' in a file: choose from exact, beam,"),
+            (["--config", tmp_path / "typo.yaml"], "did you mean --temperature?"),
+            ([f"--config={tmp_path}/broken.yaml"], "The file after --config can't be read"),
+            (["--config", tmp_path / "none"], "none: No such file or directory"),
+        ):
+            assert message in fail(capsys, "train", *options)
+        assert "required: --model_name_or_path. See trl-msl doctor --help." in fail(capsys, "doctor")
+
+    def test_name_options(self, capsys, tmp_path, base_model):
+        options = ["--model_name_or_path", base_model, "--output_dir", tmp_path]
+        error = fail(capsys, "train", *options, "--normalize", "vocab")
+        assert "--temperature adaptive is estimated from all valid tokens, which --normalize vocab does" in error
+
+    def test_debug_shows_where(self, capsys, base_model):
+        options = ["train", "--model_name_or_path", str(base_model), "--data_dir", "nowhere", "--debug"]
+        with pytest.raises(ValueError, match="nowhere"):
+            cli.main(options)
+        assert "--debug: invalid DebugOption value" in fail(capsys, *options, "x")  # TRL's option of that name
+
+    def test_output_that_cannot_be_written(self, capsys, tmp_path, base_model):
+        """Found first, and nothing is left behind."""
+        (tmp_path / "file").touch()
+        options = ["--model_name_or_path", base_model, "--data_dir", "nowhere"]
+        error = fail(capsys, "train", *options, "--output_dir", tmp_path / "file" / "below")
+        assert error.endswith(f"--output_dir is '{tmp_path}/file/below', which can't be written: Not a directory.\n")
+        options = ["--model_name_or_path", base_model, "--users", "nowhere.csv"]
+        assert "--output is" in fail(capsys, "recommend", *options, "--output", tmp_path / "file" / "found.csv")
+        assert "nowhere" in fail(capsys, "recommend", *options, "--output", tmp_path / "new" / "found.csv")
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    @pytest.mark.parametrize("messages", [[], ["stopped at step 30"]])
+    def test_ctrl_c(self, messages, capsys, monkeypatch, folder, base_model):
+        def stop(*args):
+            raise KeyboardInterrupt(*messages)
+
+        monkeypatch.setattr(train, "load_data", stop)
+        error = fail(capsys, "train", "--data_dir", folder, "--model_name_or_path", base_model, code=130)
+        assert error == f"trl-msl train: {messages[0] if messages else 'stopped'}\n"
+
+    def test_a_reader_that_leaves(self):
+        """As `| head` does; stdout here is a pipe without a reader."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        code = "from trl_msl.scripts.console import one_line_errors as errors\nwith errors():\n    print('much')"
+        command = [sys.executable, "-c", code]
+        ended = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+        os.close(writing)
+        assert (ended.returncode, ended.stderr) == (141, "")
+
+    def test_of_one_of_two_processes(self, tmp_path):
+        """It ends the others, which wait for it."""
+        script = tmp_path / "script.py"
+        script.write_text(TWO_PROCESSES)
+        output = launch(script, "--output_dir", tmp_path, fails=True, num_processes=2)
+        assert "script.py: error: --output_dir is wrong here\n" in output and "the end" not in output
+
+
+TWO_PROCESSES = """
+from accelerate import PartialState
+from trl_msl.scripts.command_line import command
+from trl_msl.scripts.merge import MergeArguments
+
+def main(args: MergeArguments):
+    process = PartialState(cpu=True)
+    if process.process_index == 1:
+        raise ValueError("`output_dir` is wrong here")
+    process.wait_for_everyone()
+    print("the end")
+
+command(main, doc="Help")()
+"""
+
+
+@pytest.mark.usefixtures("argv")
+def test_log_of_a_command(capsys, tmp_path, folder, base_model):
+    """Plain lines on stderr from level INFO on, and only while the command runs."""
+    logger = logging.getLogger("trl_msl.scripts.train")
+
+    def main(args: DataArguments) -> None:
+        logger.info("min_interactions=%d", args.min_interactions)
+        logger.warning("`data_dir` is '%s'", args.data_dir)
+
+    main.__annotations__ = {"args": DataArguments}
+    sys.argv = ["trl-msl train", "--data_dir", str(folder)]
+    command_line.command(main, doc="Help")()
+    assert capsys.readouterr().err == f"--min_interactions 5\n--data_dir is '{folder}'\n"
+    logger.info("quiet")
+    assert capsys.readouterr().err == "" and logging.getLogger("trl_msl").handlers == []
 
 
 def test_doctor_takes_chat_template_kwargs_once(folder, base_model, capsys):
@@ -134,9 +280,9 @@ def test_training_without_matplotlib(tmp_path, folder, base_model, monkeypatch, 
 
 
 def test_generated_data():
-    options = with_generated_data(["--max_test_users", "7"])
+    options = command_line.with_generated_data(["--max_test_users", "7"])
     assert options[:2] == ["--prompt_text", "The user has read: {history}\nNext: "] and options[-1] == "7"
-    assert with_generated_data(["--data_dir=data"]) == ["--data_dir=data"]
+    assert command_line.with_generated_data(["--data_dir=data"]) == ["--data_dir=data"]
     data = load_data(DataArguments(max_validation_users=5, max_test_users=10**6))
     assert [len(split) for split in data.windows.values()] == [4000, 5, 500]
     assert 0.5 < data.best_possible["ndcg@10"] < 0.7

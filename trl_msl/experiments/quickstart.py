@@ -8,15 +8,11 @@ trl-msl quickstart
 ```
 """
 
-import sys
-
-from ..scripts.command_line import QUICKSTART
-from . import compare_losses
+from ..scripts.command_line import QUICKSTART, command
+from .compare_losses import main
 
 
-def run(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    compare_losses.run(["--config", str(QUICKSTART), *arguments])
+run = command(main, model_is_optional=True, config=QUICKSTART, doc=__doc__)
 
 
 if __name__ == "__main__":

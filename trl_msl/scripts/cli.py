@@ -5,8 +5,11 @@
 On several GPUs, or with an `accelerate` config, launch the module: `accelerate launch -m trl_msl.scripts.train`.
 """
 
+import difflib
 import importlib
 import sys
+
+from .console import one_line_errors
 
 
 COMMANDS = {
@@ -31,10 +34,13 @@ def main(arguments: list[str] | None = None) -> int | None:
         print(usage())
         return 0
     if name not in COMMANDS:
-        print(f"trl-msl: {name!r} is not a command.\n\n{usage()}", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        print(f"trl-msl: error: {name!r} is not a command{hint} See trl-msl --help.", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[name][0])
     sys.argv = [f"trl-msl {name}", *options]
+    with one_line_errors("--debug" in options):  # the import takes seconds, in which Ctrl-C may come
+        module = importlib.import_module(COMMANDS[name][0])
     return module.run()
 
 

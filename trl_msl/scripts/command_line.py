@@ -3,38 +3,88 @@
 
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
-from trl import TrlParser
 
 from ..data import DataArguments
+from .console import log_lines, one_line_errors
+from .option_parser import OptionParser
 
 
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 
 
 def command(
-    main: Callable[..., Any], generated_data: bool = False, model_is_optional: bool = False
+    main: Callable[..., Any],
+    generated_data: bool = False,
+    model_is_optional: bool = False,
+    config: Path | None = None,
+    doc: str | None = None,
 ) -> Callable[..., Any]:
     """
-    A function that parses options, by default those of the command line, into the dataclasses that annotate the
-    parameters of `main`, and calls it. With `generated_data`, options that name no data mean the quickstart's.
+    A function that parses options into the dataclasses that annotate the parameters of `main`, and calls it.
+
+    Without arguments it takes those of the command line, and errors end the process in one line. Arguments are given
+    in Python, where errors pass through.
+
+    Args:
+        main (`Callable`):
+            What the command does.
+        generated_data (`bool`, *optional*, defaults to `False`):
+            Whether options that name no data mean the quickstart's.
+        model_is_optional (`bool`, *optional*, defaults to `False`):
+            Whether `model_name_or_path` may be left out.
+        config (`Path`, *optional*):
+            YAML file with defaults of the options.
+        doc (`str`, *optional*):
+            Text for `--help`. Defaults to the docstring of the module of `main`.
     """
 
-    def run(arguments: list[str] | None = None) -> Any:
-        arguments = sys.argv[1:] if arguments is None else arguments
+    def call(arguments: list[str], parser: OptionParser) -> Any:
         if generated_data:
             arguments = with_generated_data(arguments)
-        kinds = [kind for name, kind in get_type_hints(main).items() if name != "return"]
-        parsed = TrlParser(kinds).parse_args_and_config(arguments)
+        parsed = parser.parse(arguments, config)
         if not model_is_optional and any(getattr(args, "model_name_or_path", "") is None for args in parsed):
             raise ValueError("`model_name_or_path` is missing: pass the folder or repository of a model.")
+        check_outputs(parsed)
         return main(*parsed)
 
+    def run(arguments: list[str] | None = None) -> Any:
+        parser = OptionParser(main, doc or sys.modules[main.__module__].__doc__)
+        if arguments is not None:
+            return call(arguments, parser)
+        arguments, debug = take_debug(sys.argv[1:])
+        with one_line_errors(debug, parser.names), log_lines(parser.names):
+            return call(arguments, parser)
+
     return run
+
+
+def take_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without `--debug`, and whether it was there; with a value it is an option of the trainer."""
+    for place, (name, following) in enumerate(zip(arguments, [*arguments[1:], "--"])):
+        if name == "--debug" and following.startswith("--"):
+            return arguments[:place] + arguments[place + 1 :], True
+    return arguments, False
+
+
+def check_outputs(parsed: tuple[Any, ...]) -> None:
+    """Raise a `ValueError` if a folder or file to write can't be written, before anything is read."""
+    for name in ("output_dir", "output"):
+        for path in (getattr(args, name, None) for args in parsed):
+            if path is None:
+                continue
+            folder = Path(path) if name == "output_dir" else Path(path).parent
+            existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+            try:
+                with tempfile.TemporaryFile(dir=existing):
+                    pass
+            except OSError as error:
+                raise ValueError(f"`{name}` is {str(path)!r}, which can't be written: {error.strerror}.") from error
 
 
 def names_data(arguments: list[str]) -> bool:

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a command speaks to the one who runs it: progress and errors in lines on stderr, and exit codes."""
+
+import logging
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+
+# Before the process group exists, and without importing torch
+RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+
+
+@contextmanager
+def one_line_errors(debug: bool = False, options: Collection[str] = ()) -> Iterator[None]:
+    """
+    End the process with exit code 2 and one line on stderr at a `ValueError` or `OSError`, with 130 at Ctrl-C, and
+    quietly where nobody reads stdout any more, as in `| head`. With `debug`, all of them pass through.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        program = os.path.basename(sys.argv[0])
+        if isinstance(error, KeyboardInterrupt):
+            _leave(130, f"{program}: {str(error) or 'stopped'}")
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+            _leave(141)
+        _leave(2, f"{program}: error: {name_options(_describe(error), options)}")
+
+
+def _describe(error: Exception) -> str:
+    """The message in one line, that of the operating system with the file first."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _leave(code: int, line: str = "") -> None:
+    if RANK:  # if the main process fails for the same reason, the launcher ends this one before it says so again
+        time.sleep(2)
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    if WORLD_SIZE > 1:  # not by `sys.exit`: tearing down the process group may wait for the others
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+QUOTES = "'\""
+# `name`, `name` = value, `name=value` or name=value, but not the argument of a call such as f(name=value)
+VALUE = r"""'[^']*'|"[^"]*"|[\w+-]+(?:\.\w+)?"""
+ARGUMENTS = [
+    re.compile(rf"`(?P<name>\w+)`(?: = (?P<value>{VALUE}))?"),
+    re.compile(rf"(?<!\w\()(?<![\w.`-])(?P<tick>`?)(?P<name>\w+)=(?P<value>{VALUE})(?P=tick)"),
+]
+
+
+def name_options(message: str, options: Collection[str]) -> str:
+    """
+    A message about arguments of Python as one about options of a command, where it has them.
+
+    ```python
+    >>> name_options("`max_length` is 5: consider html_entities='decode' (of `task`)", ["max_length", "html_entities"])
+    '--max_length is 5: consider --html_entities decode (of `task`)'
+
+    ```
+    """
+
+    def write(match: re.Match) -> str:
+        name, value = match["name"], match["value"]
+        if name not in options:
+            return match[0]
+        return f"--{name}" if value is None else f"--{name} {shlex.quote(value.strip(QUOTES))}"
+
+    for pattern in ARGUMENTS:
+        message = pattern.sub(write, message)
+    return message
+
+
+@contextmanager
+def log_lines(options: Collection[str] = ()) -> Iterator[None]:
+    """The package's log from level INFO on, as lines on stderr; of several processes, that of the main one."""
+    logger, handler = logging.getLogger("trl_msl"), logging.StreamHandler()
+    formatter = logging.Formatter()
+    handler.format = lambda record: name_options(formatter.format(record), options)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.ERROR if RANK else logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
