@@ -14,6 +14,7 @@ from trl_msl import MSLConfig, Recommender
 from trl_msl.data import DataArguments
 from trl_msl.scripts import evaluate, recommend, train, update_catalog
 from trl_msl.scripts.train_and_evaluate import DecodingArguments
+from trl_msl.scripts.users import UserArguments, parse_history, read_users
 
 
 # ---------------------------------------------------------------------- users to recommend to
@@ -27,14 +28,21 @@ from trl_msl.scripts.train_and_evaluate import DecodingArguments
         ("[1]", ["1"]),
         ('["Dune, or: \\"sand\\"", "\U0001f600"]', ['Dune, or: "sand"', "\U0001f600"]),
         *[(cell, None) for cell in ("[null]", "[NaN]", "[1.5]", "[1e999]", "[true]", '[["1"], "2"]', '{"1": "2"}')],
-        *[(cell, None) for cell in ('"ab"', "12", "[1", "", DEEP, f"[{'9' * 5000}]", b"[1]", {"1": 2}, None, 1.0)],
+        *[(cell, None) for cell in ('"ab"', "[1", DEEP, f"[{'9' * 5000}]", b"[1]", {"1": 2}, 1.0, 12)],
+        *[(cell, []) for cell in ("", "  ", None, np.nan)],
+        ("['a', \"b's\", 7]", ["a", "b's", "7"]),  # a Python list, as pandas writes it
+        *[(cell, None) for cell in ("['a' 'b']", "['a''b', 'c']", "[1 2]", "[]()", "['a', None]", "('a', 'b')")],
+        ("['a \" \" b']", ['a " " b']),
+        ("12", ["12"]),
+        *[(cell, ["007", "b-1", "c"]) for cell in ("007 b-1  c", "007,b-1,c", " 007, b-1 ,c ")],
+        *[(cell, None) for cell in ("Crime, and Punishment", "a,,b", "a,b,", ",", "a, b c", "'a', 'b'", "a]")],
         *[(cell, None) for cell in (np.array([1.0, np.nan]), np.array([["1"]]), np.array(["a", None], object))],
         (np.array(["a", "b"], object), ["a", "b"]),
         (np.array([1, 2]), ["1", "2"]),
     ],
 )
 def test_histories_of_users(cell, items):
-    assert recommend.parse_history(cell) == items
+    assert parse_history(cell) == items
 
 
 @pytest.mark.parametrize(
@@ -43,7 +51,10 @@ def test_histories_of_users(cell, items):
         ("", "cannot be read"),
         (b"item_ids\n\xff\n", "cannot be read"),
         ("item_ids\n[1,2]\n", "more cells than its header"),
-        ("user_id,item_ids\n1,[1]\n2,\n3,[]\n", r"`item_ids` must hold lists .* 2 of 3 rows .*\[1, 2\], with nan"),
+        ("user_id,item_ids\n1,[1]\n2,\n3,[]\n", r"2 of 3 users have an empty history .*rows: \[1, 2\].*'drop'"),
+        ("user_id,item_ids\n1,[1]\n2,[\n", r"`item_ids` must hold lists .* 1 of 2 rows .*\[1\], with '\['"),
+        ("user_id,item_ids\n,[1]\n", "'user_id' must hold an id, but 1 of 1 rows"),
+        (table(user_id=[1.0, 2.5], item_ids=[[1], [2]]), "'user_id' has floating ids"),
         ("item_ids,item_ids\n[1],[2]\n", "more than once"),
         ("items\n[1]\n", r"lacks the columns \['item_ids'\]"),
         ("item_ids,exact\n[1],2\n", r"has the columns \['exact'\], which this command adds"),
@@ -55,15 +66,16 @@ def test_histories_of_users(cell, items):
 )
 def test_files_of_users(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        recommend.read_users(write(tmp_path / f"users.{suffix(content)}", content))
+        read_users(UserArguments(write(tmp_path / f"users.{suffix(content)}", content)))
 
 
 def test_users_that_are_not_a_file_or_have_no_history(tmp_path):
-    for name, message in (("none.csv", "cannot be read"), ("none.parquet", "cannot be"), ("users", "must be a .csv")):
+    for name, message in (("none.csv", "cannot be read"), ("none.parquet", "cannot be"), ("users", "cannot be")):
         with pytest.raises(ValueError, match=message):
-            recommend.read_users(str(tmp_path / name))
+            read_users(UserArguments(str(tmp_path / name)))
     path = write(tmp_path / "users.csv", 'user_id,item_ids\n007,"[1, ""2""]"\nNA,[]\n')
-    users = recommend.read_users(path, may_be_empty=True)  # as when unknown items are dropped
+    users, only_ids = read_users(UserArguments(path, unknown_items="drop"))
+    assert not only_ids
     assert users.to_dict("list") == {"user_id": ["007", "NA"], "item_ids": [["1", "2"], []]}
 
 

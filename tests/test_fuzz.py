@@ -282,9 +282,9 @@ def check_table(table):
 
 
 def read_users(path):
-    from trl_msl.scripts.recommend import read_users
+    from trl_msl.scripts import users
 
-    return read_users(path)
+    return users.read_users(users.UserArguments(path))[0]
 
 
 def check_users(users):

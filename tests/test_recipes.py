@@ -7,12 +7,11 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
-from helpers import make_model, make_windows
 from launching import FEW_STEPS, PROMPT, TINY, launch, run, write_log
 
-from trl_msl import ItemCatalog, Recommender
+from trl_msl import Recommender
 from trl_msl.experiments import compare_losses
-from trl_msl.scripts import dpo, evaluate, merge, preferences, recommend, train, update_catalog
+from trl_msl.scripts import dpo, evaluate, merge, preferences, recommend, train
 
 
 def read(path):
@@ -141,114 +140,6 @@ def test_two_processes_follow_the_same_course_as_one(tmp_path, folder, base_mode
     metrics = [read(tmp_path / name / "metrics.json") for name in ("one", "two")]
     assert metrics[0]["num_rows"] == metrics[1]["num_rows"] == 6
     assert metrics[0]["ndcg@10"] == pytest.approx(metrics[1]["ndcg@10"], abs=1e-4)
-
-
-@pytest.fixture
-def model(tmp_path, tokenizer, task):
-    """A recommender's folder."""
-    Recommender(make_model(tokenizer), task).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def users(tmp_path, catalog):
-    windows = make_windows(catalog.ids, 11)["item_ids"][:]
-    pd.DataFrame({"user_id": range(11), "item_ids": windows}).to_parquet(tmp_path / "users.parquet")
-    return tmp_path / "users.parquet"
-
-
-def test_recommend_to_the_users_of_a_file(tmp_path, model, users):
-    """On two processes; the parts of a killed run are used."""
-    arguments = ["--model_name_or_path", model, "--part_size", 4, "--top_k", 3, "--users", users, "--output"]
-    launch("trl_msl.scripts.recommend", *arguments, tmp_path / "found.parquet", num_processes=2)
-    found = pd.read_parquet(tmp_path / "found.parquet")
-    expected = Recommender.from_pretrained(model).recommend(pd.read_parquet(users)["item_ids"].tolist(), k=3)
-    assert [list(ids) for ids in found["recommended_ids"]] == expected.ids
-    assert found["user_id"].tolist() == list(range(11)) and found["exact"].all()
-    assert not (tmp_path / "found.parquet.parts").exists()
-
-    # As left by a killed run: the second of three parts, marked here; and the parts of another run
-    marked, parts = found.iloc[4:8].assign(user_id=-1), tmp_path / "again.parquet.parts"
-    parts.mkdir()
-    (parts / "job.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds parts of a run that differs in users, output"):
-        run(recommend, *arguments, tmp_path / "again.parquet")
-    (parts / "job.json").unlink()
-    marked.to_parquet(parts / "000000000004.parquet")
-    run(recommend, *arguments, tmp_path / "again.parquet")
-    again = pd.read_parquet(tmp_path / "again.parquet")
-    assert again["user_id"].tolist() == [0, 1, 2, 3, -1, -1, -1, -1, 8, 9, 10]
-    assert again["recommended_ids"].map(list).tolist() == expected.ids
-
-
-def test_parts_that_cannot_be_resumed(tmp_path, model, users, task, caplog, monkeypatch):
-    """A part that was cut off or is of other users is made again; changed weights are an error."""
-    arguments = ["--model_name_or_path", model, "--part_size", 4, "--top_k", 3, "--users", users, "--output"]
-    run(recommend, *arguments, tmp_path / "whole.parquet")
-    whole, parts = pd.read_parquet(tmp_path / "whole.parquet"), tmp_path / "found.parquet.parts"
-    unpatched = Recommender.recommend
-
-    def killed_in_the_third_part(self, histories, *args, **kwargs):
-        if len(histories) == 3:
-            raise KeyboardInterrupt
-        return unpatched(self, histories, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Recommender, "recommend", killed_in_the_third_part)
-        run(recommend, *arguments, tmp_path / "found.parquet")
-    first, second = sorted(parts.glob("*.parquet"))
-    first.write_bytes(first.read_bytes()[:-50])
-    pd.read_parquet(second).iloc[::-1].to_parquet(second)
-
-    Recommender(make_model(task.tokenizer, seed=1), task).save_pretrained(model)
-    with pytest.raises(ValueError, match="holds parts of a run that differs in weights_sha256: remove the folder"):
-        run(recommend, *arguments, tmp_path / "found.parquet")
-    Recommender(make_model(task.tokenizer), task.update(withdraw=["b3"])).save_pretrained(model)
-    with pytest.raises(ValueError, match="holds parts of a run that differs in task_sha256: remove the folder"):
-        run(recommend, *arguments, tmp_path / "found.parquet")
-
-    Recommender(make_model(task.tokenizer), task).save_pretrained(model)
-    run(recommend, *arguments, tmp_path / "found.parquet")
-    assert "000000000000.parquet cannot be read and is made again" in caplog.text
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "found.parquet"), whole)
-
-
-def test_users_with_unknown_items(tmp_path, model, capsys):
-    # "Dune" is a title, but not an id
-    strange = pd.DataFrame({"item_ids": ['["b0", "b4"]', '["b0", "no such item", "Dune"]', '["nor this"]']})
-    strange.to_csv(tmp_path / "users.csv", index=False)
-    arguments = ["--model_name_or_path", model, "--users", tmp_path / "users.csv"]
-    arguments += ["--output", tmp_path / "found.parquet"]
-    with pytest.raises(ValueError, match="not in the catalogue"):
-        run(recommend, *arguments)
-    arguments[-1] = tmp_path / "dropped.parquet"
-    run(recommend, *arguments, "--unknown_items", "drop")
-    assert "3 unknown items were dropped, and 1 users without any other" in capsys.readouterr().out
-    assert len(pd.read_parquet(tmp_path / "dropped.parquet")) == 2
-
-    strange.iloc[2:].to_csv(tmp_path / "users.csv", index=False)
-    with pytest.raises(ValueError, match=r"'drop' leaves none of the 1 users: .* such as \['nor this'\]"):
-        run(recommend, *arguments, "--unknown_items", "drop")
-
-
-def test_update_the_catalogue_of_a_trained_model(tmp_path, model, capsys):
-    recommender = Recommender.from_pretrained(model)
-    (model / "checkpoint-1").mkdir()
-    (tmp_path / "new.json").write_text(json.dumps({"n0": "The Silent Wood", "n1": "#42"}))
-    arguments = ["--model_name_or_path", model, "--output_dir", tmp_path / "updated"]
-    arguments += ["--add", tmp_path / "new.json", "--withdraw", "b7", "b3"]
-    run(update_catalog, *arguments)
-    output = capsys.readouterr().out
-    assert "14 items: 12 that the model was trained with, 2 added since, 2 withdrawn." in output
-    assert "1 share no token with an item of the training, such as ['n1']" in output
-    assert pd.read_csv(tmp_path / "updated" / "new_items.csv")["shared_tokens"].tolist()[1] == 0
-    assert not (tmp_path / "updated" / "checkpoint-1").exists()
-    new = ItemCatalog(["n0", "n1"], ["The Silent Wood", "#42"])
-    expected = recommender.update(add=new, withdraw=["b3", "b7"]).recommend([["b3", "n0"]], k=14)
-    found = Recommender.from_pretrained(tmp_path / "updated").recommend([["b3", "n0"]], k=14)
-    assert found.ids == expected.ids and found.scores[0] == pytest.approx(expected.scores[0], abs=1e-5)
-    with pytest.raises(ValueError, match="exists already: name another"):
-        run(update_catalog, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@
 from .catalog import ItemCatalog
 from .fit_prompts import fit_prompts
 from .generated import best_possible, generate_catalog, generate_transitions, generate_windows
+from .interactions import _ids_as_strings as ids_as_strings
 from .interactions import k_core, read_interactions, read_table, read_windows, sliding_windows, split_by_time
 from .item_tokens import encode_items, texts_with_special_tokens
 from .options import DataArguments, read_data, read_items
@@ -32,6 +33,7 @@ __all__ = [
     "generate_transitions",
     "generate_windows",
     "have_single_items",
+    "ids_as_strings",
     "k_core",
     "read_data",
     "read_interactions",

@@ -20,6 +20,7 @@ from ..decoding import Recommendations
 
 
 logger = logging.getLogger(__name__)
+TABLE_FORMATS = (".csv", ".jsonl", ".parquet")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -33,6 +34,23 @@ def write_text(path: Path, text: str) -> None:
 def write_parquet(path: Path, table: pd.DataFrame | Dataset) -> None:
     options = {"index": False} if isinstance(table, pd.DataFrame) else {}
     _write(path, lambda temporary: table.to_parquet(str(temporary), **options))
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table in the format of [`TABLE_FORMATS`] that the file's name ends in. Lists in CSV are JSON."""
+    if path.suffix == ".parquet":
+        write_parquet(path, table)
+    elif path.suffix == ".csv":
+        written = table.map(_as_cell)
+        _write(path, lambda temporary: written.to_csv(temporary, index=False))
+    else:
+        options = {"orient": "records", "lines": True, "force_ascii": False, "date_format": "iso"}
+        _write(path, lambda temporary: table.to_json(temporary, double_precision=15, **options))
+
+
+def _as_cell(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Users to recommend to, and their histories: from a file, or from an interaction log."""
+
+import ast
+import io
+import json
+import re
+import tokenize
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from ..data import ItemCatalog, ids_as_strings, read_interactions, read_table
+
+
+ADDED = {"recommended_ids", "recommended_texts", "scores", "exact"}
+
+
+@dataclass
+class UserArguments:
+    """
+    Arguments that name users and their histories.
+
+    Parameters:
+        users (`str`, *optional*):
+            File (CSV, TSV, JSON lines or Parquet) with a column `item_ids`; or, with `interactions`, one with user
+            ids. By default, all users of the log.
+        interactions (`str`, *optional*):
+            Interaction log: its users' histories are all their items in the order of time.
+        user_column, item_column, timestamp_column (`str`, *optional*):
+            Columns of the log; the first also of `users`.
+        unknown_items (`str`, *optional*, defaults to `"error"`):
+            What to do with items of a history that are not in the catalogue: `error`, or `drop`, which also drops
+            users who have no others, and reports the numbers.
+    """
+
+    users: str | None = field(default=None, metadata={"help": "File with a column `item_ids`, or with user ids."})
+    interactions: str | None = field(default=None, metadata={"help": "Interaction log to take histories from."})
+    user_column: str = field(default="user_id", metadata={"help": "User column of the log and of `users`."})
+    item_column: str = field(default="item_id", metadata={"help": "Item column of the log."})
+    timestamp_column: str = field(default="timestamp", metadata={"help": "Time column of the log."})
+    unknown_items: str = field(
+        default="error", metadata={"help": "Items that are not in the catalogue.", "choices": ["error", "drop"]}
+    )
+
+
+def read_users(args: UserArguments) -> tuple[pd.DataFrame, bool]:
+    """
+    The users as a table, with `item_ids` as lists of strings; and whether these can only be ids, not texts. User ids
+    are strings; other columns of the file are as [`read_table`] reads them.
+    """
+    if args.interactions:
+        return _users_of_log(args), True
+    if not args.users:
+        raise ValueError("`users` and `interactions` are both missing: pass a file of users, or a log.")
+    table = _read_file(args, "item_ids")
+    cells = table["item_ids"].tolist()
+    histories = [parse_history(cell) for cell in cells]
+    malformed = [row for row, items in enumerate(histories) if items is None]
+    if malformed:
+        raise ValueError(
+            f"`users` = {args.users!r}: `item_ids` must hold lists of ids or texts, in JSON or as Python writes them, "
+            f"or ids separated by commas or by spaces, but {len(malformed)} of {len(table)} rows do not (the first: "
+            f"{malformed[:5]}, with {repr(cells[malformed[0]])[:200]}). Correct them."
+        )
+    empty = [row for row, items in enumerate(histories) if not items]
+    if empty and args.unknown_items == "error":
+        raise ValueError(
+            f"`users` = {args.users!r}: {len(empty)} of {len(table)} users have an empty history (the first rows: "
+            f"{empty[:5]}). Leave them out, by unknown_items='drop' for example, and recommend what is popular to "
+            "them."
+        )
+    only_ids = any(isinstance(cell, str) and not _is_list(cell) for cell in cells)
+    return table.assign(item_ids=histories), only_ids
+
+
+def _users_of_log(args: UserArguments) -> pd.DataFrame:
+    log = read_interactions(args.interactions, args.user_column, args.item_column, args.timestamp_column)
+    histories = log.groupby("user_id", sort=False)["item_id"].agg(list)
+    if not args.users:
+        return pd.DataFrame({args.user_column: histories.index, "item_ids": histories.tolist()})
+    table = _read_file(args, args.user_column)
+    if "item_ids" in table.columns:
+        raise ValueError(
+            f"`users` = {args.users!r} has a column 'item_ids', but `interactions` holds the histories: leave out "
+            "either of them."
+        )
+    users = table[args.user_column]
+    if len(unknown := users[~users.isin(histories.index)]):
+        raise ValueError(
+            f"`users` = {args.users!r} holds {len(unknown)} user(s) of {len(users)} who have no interactions in "
+            f"{args.interactions!r}, such as {unknown.tolist()[:3]}: leave them out."
+        )
+    return table.assign(item_ids=histories.loc[users].tolist())
+
+
+def _read_file(args: UserArguments, column: str) -> pd.DataFrame:
+    """The file of users, with user ids as strings."""
+    table, name = read_table(args.users, [column])
+    if taken := sorted(ADDED & set(table.columns)):
+        raise ValueError(f"`users` = {args.users!r} has the columns {taken}, which this command adds: rename them.")
+    if args.user_column in table.columns:
+        table = table.assign(**{args.user_column: ids_as_strings(table[args.user_column], name)})
+    return table
+
+
+def parse_history(cell: object) -> list[str] | None:
+    """
+    The items of a list; of a text that begins with `[`, which is a list in JSON or as Python writes it; or of any
+    other text, which is ids separated by commas or by spaces. `None` for anything else, none if there is nothing.
+    """
+    if cell is None or (isinstance(cell, float) and np.isnan(cell)):
+        return []
+    if isinstance(cell, str):
+        cell = _parse_list(cell.strip()) if _is_list(cell) else _split_ids(cell)
+    items = cell.tolist() if isinstance(cell, np.ndarray) else cell
+    # Not floats: pandas turns integers into floats where one is missing, and the id 12.0 is not 12
+    if not isinstance(items, list) or any(isinstance(i, bool) or not isinstance(i, str | int) for i in items):
+        return None
+    return [str(item) for item in items]
+
+
+def _is_list(cell: str) -> bool:
+    return cell.lstrip().startswith("[")
+
+
+def _parse_list(cell: str) -> list | None:
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        items = ast.literal_eval(cell)
+        # NumPy writes arrays as ['a' 'b'], which Python reads as ['ab']
+        if re.search(r"""['"]\s*['"]""", cell):
+            tokens = tokenize.generate_tokens(io.StringIO(cell).readline)
+            if sum(token.type == tokenize.STRING for token in tokens) != sum(isinstance(item, str) for item in items):
+                return None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
+        return None
+    return items
+
+
+def _split_ids(cell: str) -> list[str] | None:
+    """Not a title that holds commas and spaces, nor what is left of a list."""
+    ids = [item.strip() for item in cell.split(",")] if "," in cell else cell.split()
+    return ids if all(re.fullmatch(r"""[^\s'"\[\]{}]+""", item) for item in ids) else None
+
+
+def check_items(
+    table: pd.DataFrame, only_ids: bool, catalog: ItemCatalog, unknown_items: str
+) -> tuple[pd.DataFrame, str]:
+    """
+    The users, if their histories hold only items of the catalogue; or, with `unknown_items="drop"`, without the other
+    items, and without users who have none left. Also what was dropped, in words.
+    """
+    items = {item for history in table["item_ids"] for item in history}
+    unknown, kind = items - catalog.index_of_id.keys(), "ids"
+    # All ids or all texts: an unknown id may be the title of another item, such as 1984
+    if not only_ids and len(unknown_texts := items - set(catalog.texts)) < len(unknown):
+        unknown, kind = unknown_texts, "texts"
+    kept = [[item for item in history if item not in unknown] for history in table["item_ids"]]
+    num_items = sum(map(len, table["item_ids"])) - sum(map(len, kept))
+    advice = "Pass ids or texts of this model's catalogue"
+    if only_ids:
+        advice += "; a history that is no list, or comes from a log, holds ids (write titles as a list in JSON)"
+    if unknown and unknown_items == "error":
+        num_users = sum(len(history) != len(items) for history, items in zip(kept, table["item_ids"]))
+        raise ValueError(
+            f"The histories of {num_users} of {len(table)} users hold {len(unknown)} different {kind} that are not in "
+            f"the catalogue of {len(catalog)} items, such as {sorted(unknown)[:3]}. {advice}, or leave unknown items "
+            "out, by unknown_items='drop'."
+        )
+    num_users = sum(len(items) == 0 for items in kept)
+    if num_users == len(table):
+        raise ValueError(
+            f"unknown_items='drop' leaves none of the {num_users:,} users: none of their items is in the catalogue, "
+            f"such as {sorted(unknown)[:3]}. {advice}."
+        )
+    kept = table.assign(item_ids=kept)[[len(items) > 0 for items in kept]]
+    dropped = f" ({num_items:,} unknown items were dropped, and {num_users:,} users without any other)"
+    return kept, dropped if num_items or num_users else ""
