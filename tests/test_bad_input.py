@@ -2,6 +2,7 @@
 """What comes from elsewhere, damaged, strange or hostile: a value, or an error that says what is wrong and where."""
 
 import builtins
+import gzip
 import json
 import os
 import pickle
@@ -191,6 +192,35 @@ def log(**columns):
 def test_interaction_logs(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         read_interactions(write(tmp_path / f"log.{suffix(content)}", content))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read: it must have lines"),
+        (b"[1, 2]\n", "cannot be read: it must have lines, each a JSON object"),
+        (b"{", "cannot be read"),
+        (b'{"user_id": "\xff"}\n', "cannot be read.*utf-8"),
+        (DEEP.encode(), "cannot be read"),
+        (b'{"user_id": "a", "item_id": "x"}\n', r"lacks the columns \['timestamp'\]"),
+        (b'{"user_id": "\\ud800", "item_id": "x", "timestamp": 1}\n', "cannot be read|must hold an id"),
+        (b'{"user_id": 12.0, "item_id": "x", "timestamp": 1}\n', "'user_id' has floating ids"),
+        (b'{"user_id": [1], "item_id": "x", "timestamp": 1}\n', "'user_id' has mixed ids"),
+        (b'{"user_id": 7, "item_id": "x", "timestamp": 1}\n{"item_id": "x", "timestamp": 1}\n', "1 of 2 rows"),
+    ],
+)
+def test_json_lines(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_interactions(write(tmp_path / "log.jsonl", content))
+
+
+@pytest.mark.parametrize("name", ["log.csv.gz", "log.jsonl.gz", "log.tsv.bz2", "log.csv.xz", "log.csv.zst"])
+def test_damaged_compressed_files(tmp_path, name):
+    whole = write(tmp_path / "whole.csv.gz", gzip.compress(b"user_id,item_id,timestamp\na,x,1\n"))
+    assert len(read_interactions(whole)) == 1
+    for content in (b"", b"a,b", (tmp_path / "whole.csv.gz").read_bytes()[:-9]):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            read_interactions(write(tmp_path / name, content))
 
 
 def test_interactions_long_ago(tmp_path):

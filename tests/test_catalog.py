@@ -36,12 +36,16 @@ def test_from_json_dict_and_dataset_agree(tmp_path):
 
 
 def test_policies_and_counts(caplog):
-    ids, texts = ["0", "1", "2", "3"], ["Salt &amp; Tea", "", "Dune", "Dune"]
+    ids, texts = ["0", "1", "2", "3", "4"], ["Salt &amp; Tea", "", "Dune", "Dune", "Dune"]
     with caplog.at_level(logging.WARNING):
         catalog = ItemCatalog(ids, texts, empty_texts="id", html_entities="decode")
-    assert catalog.texts == ["Salt & Tea", "1", "Dune", "Dune"]
-    assert catalog.counts == {"items": 4, "empty_texts": 1, "duplicate_texts": 1, "html_entities": 1}
-    for found in ("1 of 4 texts hold HTML entities", "1 of 4 items have an empty text", "repeat another item's text"):
+    assert catalog.texts == ["Salt & Tea", "1", "Dune", "Dune", "Dune"]
+    assert catalog.counts == {"items": 5, "empty_texts": 1, "duplicate_texts": 2, "html_entities": 1}
+    for found in (
+        "1 of 5 texts hold HTML entities",
+        "1 of 5 items have an empty text",
+        "2 of 5 items repeat another item's text (3 share theirs), such as 'Dune'",
+    ):
         assert found in caplog.text
     assert ItemCatalog(ids, texts, empty_texts="keep").texts == texts
 

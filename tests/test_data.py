@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import logging
+import re
 import shutil
 from dataclasses import replace
 from datetime import date
@@ -285,15 +286,13 @@ def test_arguments_that_could_not_be_saved_and_loaded_are_refused_by_the_task(ar
         replace(task, **argument)
 
 
-LOG = [(user, (3 * user + step * step) % len(TITLES), 10 * step + user) for user in range(24) for step in range(6)]
+LOG = [(user, (user + 2 * step) % len(TITLES), 10 * step + user) for user in range(24) for step in range(6)]
 
 
 @pytest.fixture
 def log(tmp_path):
     """An interaction log in which no user and no item is rare."""
-    path = tmp_path / "log.csv"
-    pd.DataFrame(LOG, columns=["user_id", "item_id", "timestamp"]).to_csv(path, index=False)
-    return str(path)
+    return write_log(tmp_path, LOG)["interactions"]
 
 
 def test_read_data_keeps_the_first_users(folder):
@@ -321,6 +320,101 @@ def test_a_trained_models_catalogue_needs_no_items(folder, log, tmp_path):
         read_data(DataArguments(interactions=log))
     with pytest.raises(ValueError, match="`data_dir` and `interactions` are both missing"):
         read_data(DataArguments(), catalog)
+
+
+# ---------------------------------------------------------------------- data that is cleaned
+
+
+def write_log(path, rows):
+    pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]).to_csv(path / "log.csv", index=False)
+    pd.DataFrame({"item_id": range(len(TITLES)), "title": TITLES}).to_csv(path / "items.csv", index=False)
+    return {"interactions": str(path / "log.csv"), "items": str(path / "items.csv")}
+
+
+def test_what_is_read_is_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="trl_msl.data")
+    names = write_log(tmp_path, [*LOG, ("rare", 0, 1)])
+    read_data(DataArguments(**names, max_test_users=2))
+    assert [message for message in caplog.messages if "share theirs" not in message] == [
+        f"{names['items']}: 12 items.",
+        f"{names['interactions']}: 145 interactions, 25 users, 12 items.",
+        "5-core: 145 → 144 interactions, 25 → 24 users, 12 → 12 items.",
+        "Windows: train 19, validation 3, test 2.",
+    ]
+
+
+def test_unknown_items_of_a_log(tmp_path, caplog):
+    """They are counted in all of the log, and dropped before users and items are counted for the 5-core."""
+    strangers = [(0, "x", 1), (1, "x", 2), (2, "y", 3), ("new", "x", 4), (0, " 7 ", 5)]
+    names = write_log(tmp_path, [*LOG, *strangers])
+    found = (
+        r"3 item id\(s\), such as ' 7 ', are not in the catalogue of 12 items \(1 of them are there in another spelling, "
+        r"such as ' 7 ' as '7'\): in 5 of 149 interactions"
+    )
+    with pytest.raises(ValueError, match=found + r"\. .* unknown_items='drop'"):
+        read_data(DataArguments(**names))
+    caplog.clear()
+    _, windows = read_data(DataArguments(**names, unknown_items="drop"))
+    assert len([message for message in caplog.messages if re.search(found, message)]) == 1
+    _, expected = read_data(DataArguments(**write_log(tmp_path, LOG)))
+    assert {name: split.to_list() for name, split in windows.items()} == {
+        name: split.to_list() for name, split in expected.items()
+    }
+    with pytest.raises(ValueError, match="in 144 of 144 interactions, without which too little is left"):
+        read_data(DataArguments(**names, unknown_items="drop"), ItemCatalog(["a"], ["x"]))
+    with pytest.raises(ValueError, match="`unknown_items` is 'keep': it must be 'error' or 'drop'"):
+        DataArguments(unknown_items="keep")
+
+
+def test_repeated_interactions_of_a_log(tmp_path, caplog):
+    names = write_log(tmp_path, [*LOG, *LOG[:7], (0, LOG[0][1], 10**6)])  # the last at another time
+    _, kept = read_data(DataArguments(**names))
+    _, dropped = read_data(DataArguments(**names, drop_duplicates=True))
+    counted = "7 of 152 interactions repeat the user, item and time of another"
+    assert [message for message in caplog.messages if "repeat the user" in message] == [
+        f"{counted} (kept: consider drop_duplicates=True).",
+        f"{counted} (dropped).",
+    ]
+    (whole,) = (row["item_ids"] for row in dropped["test"] if row["user_id"] == "0")
+    assert whole == [*(str(item) for _, item, _ in LOG[:6]), str(LOG[0][1])]
+    assert sum(kept.num_rows.values()) > sum(dropped.num_rows.values())
+
+
+def test_odd_ids_are_counted(tmp_path, caplog):
+    names = write_log(tmp_path, [*LOG, *((f" u{user}", item, time) for user, item, time in LOG)])
+    (tmp_path / "items.csv").write_text("item_id,title\n" + "".join(f"{i}.0,{i}\n" for i in range(11)) + "11,a\n")
+    with pytest.raises(ValueError, match="11 of them are there in another spelling, such as '0' as '0.0'"):
+        read_data(DataArguments(**names))
+    odd = "ids have spaces around them or end in '.0', such as"
+    assert [message for message in caplog.messages if "spaces" in message] == [
+        f"{names['items']}: 11 of 12 {odd} '0.0', which is another id than '0'.",
+        f"{names['interactions']}, 'user_id': 24 of 48 {odd} ' u0', which is another id than 'u0'.",
+    ]
+
+
+def test_unknown_items_of_a_folder(tmp_path, caplog):
+    """Items of a history are left out of it, and windows without a target or a history are left out."""
+    (tmp_path / "id2name4Rec.json").write_text('{"1": "a", "2": "b", "3": "c"}')
+    train = [[1, 2], [9, 1, 2], [1, 9, 3], [9, 2], [1, 9], [3, 1]]
+    for name, rows in (("train.csv", train), ("test.csv", [[2, 1], [2, 8]])):
+        frame = pd.DataFrame({"user_id": range(len(rows)), "item_ids": map(str, rows), "timestamp": range(len(rows))})
+        frame.to_csv(tmp_path / name, index=False)
+    found = (
+        "2 item id(s), such as '8', are not in the catalogue of 3 items: in 5 of 8 windows, 3 of them with no target or "
+        "history left"
+    )
+    with pytest.raises(ValueError, match=found + ". .* unknown_items='drop'"):
+        read_data(DataArguments(data_dir=str(tmp_path)))
+    _, windows = read_data(DataArguments(data_dir=str(tmp_path), unknown_items="drop"))
+    assert found + ". They are left out." in caplog.messages
+    assert windows["train"].to_list() == [
+        {"user_id": "0", "item_ids": ["1", "2"], "timestamp": 0},
+        {"user_id": "1", "item_ids": ["1", "2"], "timestamp": 1},
+        {"user_id": "2", "item_ids": ["1", "3"], "timestamp": 2},
+    ]
+    assert windows["validation"]["item_ids"][:] == [["3", "1"]] and windows["test"]["item_ids"][:] == [["2", "1"]]
+    with pytest.raises(ValueError, match="without which too little is left"):
+        read_data(DataArguments(data_dir=str(tmp_path), unknown_items="drop"), ItemCatalog(["1", "3"], ["a", "c"]))
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,19 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from helpers import TITLES, make_model, make_windows
-from transformers import BloomConfig
+from transformers import BloomConfig, GPT2Config
 
 from trl_msl import ItemCatalog, PromptTemplate, RankingTask, read_windows
+from trl_msl.data import DataArguments
 from trl_msl.doctor import diagnose
+from trl_msl.scripts import doctor
 
 
 def make_splits(catalog, **changed):
@@ -54,7 +58,7 @@ def test_data_and_a_model_with_nothing_to_do(plain_task):
 @pytest.mark.parametrize(
     ("what", "status", "seen"),
     [
-        ("Duplicate titles", "note", "1 of 12, such as 'A History of Tea'"),
+        ("Duplicate titles", "note", "1 of 12 repeat another's (2 share theirs), such as 'A History of Tea'"),
         ("An item as the model writes it", "ok", "'\"The Silent River\"<|eos|>'"),
         ("Forced tokens", "note", "of the targets' tokens"),
         ("First token where items differ", "note", "of the targets have"),
@@ -130,6 +134,20 @@ def test_a_model_stored_in_bf16(task):
         model.lm_head.weight.copy_(model.lm_head.weight[:1] + 1e-2 * model.lm_head.weight)
     for one in (model, model.bfloat16()):
         assert find(diagnose(task, make_splits(task.catalog), one), "Logits in bf16").status == "note"
+
+
+@pytest.mark.parametrize("max_length", [20, 1024])
+def test_rows_longer_than_the_models_positions(max_length, tokenizer, template, catalog):
+    """They are cut before the model gets them; training would give it whole ones."""
+    task = RankingTask(catalog, tokenizer, template, max_length=max_length)
+    config = {"n_layer": 2, "n_head": 4, "max_position_embeddings": 20}  # learned ones: an IndexError beyond
+    findings = diagnose(task, make_splits(catalog), make_model(tokenizer, GPT2Config, **config))
+    what = "Rows longer than the model's 20 positions"
+    if max_length == 20:
+        assert what not in names(findings)
+    else:
+        found = find(findings, what)
+        assert (found.status, found.seen) == ("error", "10 of 10") and "`max_length` to 20" in found.advice
 
 
 def test_interactions_that_distort_a_result(task):
@@ -241,3 +259,28 @@ def test_on_the_command_line(tmp_path, folder, base_model):
     assert "ERROR Reading the data" in result.stdout and "Empty titles" in result.stdout
     result = run("--data_dir", tmp_path / "nowhere", "--model_name_or_path", base_model)
     assert result.returncode == 1 and "ERROR Reading the data" in result.stdout
+
+
+def test_interactions_on_the_command_line(tmp_path, base_model, capsys):
+    """What cleaning finds is in the table and counted; unknown items do not keep the doctor from the other checks."""
+    rows = [(user, (user + 2 * step) % 12, 10 * step + user) for user in range(24) for step in range(6)]
+    rows += [*rows[:3], (0, 99, 5), (" 1 ", 2, 3)]
+    pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]).to_csv(tmp_path / "log.csv", index=False)
+    titles = ["", *TITLES[1:]]
+    pd.DataFrame({"item_id": range(12), "title": titles}).to_json(
+        tmp_path / "items.jsonl", orient="records", lines=True
+    )
+    args = DataArguments(interactions=str(tmp_path / "log.csv"), items=str(tmp_path / "items.jsonl"), max_test_users=2)
+    assert doctor.main(doctor.DoctorArguments(str(base_model)), args) == 1
+    _, findings = doctor.read(args)
+    shown = capsys.readouterr().out
+    errors = [finding.seen for finding in findings if finding.status == "error"]
+    notes = [finding.seen for finding in findings if finding.status == "note"]
+    assert [error.split(",")[0] for error in errors] == ["`texts`: 1 of 12 items have an empty text", "1 item id(s)"]
+    assert len(notes) == 3 and "' 1 '" in notes[0] and notes[1].startswith("1 item id(s)") and "repeat" in notes[2]
+    assert f" {len(errors)} errors" in shown and "train 19, validation 3, test 2" in shown
+    assert shown.count("Interactions and ids") == 3
+    assert (
+        doctor.main(doctor.DoctorArguments(str(base_model)), replace(args, empty_texts="id", unknown_items="drop"))
+        == 0
+    )

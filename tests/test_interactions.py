@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_msl.data import interactions
+from trl_msl.data import interactions, tables
 from trl_msl.data.interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
 
 
@@ -103,7 +103,10 @@ class TestReadWindows:
     def test_missing_and_unreadable_files(self, tmp_path):
         with pytest.raises(ValueError, match=r"train\.csv cannot be read: .*No such file.* Check its path"):
             read_windows(tmp_path)
-        with pytest.raises(ValueError, match=r"train\.txt cannot be read: it must be"):
+        with pytest.raises(ValueError, match=r"train\.txt cannot be read: No such file"):
+            read_windows(tmp_path, train_file="train.txt")
+        (tmp_path / "train.txt").touch()
+        with pytest.raises(ValueError, match=r"train\.txt cannot be read: its format is not known: it must be \.csv"):
             read_windows(tmp_path, train_file="train.txt")
         (tmp_path / "train.csv").write_bytes(b"user_id\n\xff\xfe")
         with pytest.raises(ValueError, match=r"train\.csv cannot be read: .*utf-8"):
@@ -123,10 +126,28 @@ class TestReadInteractions:
         log.to_parquet(tmp_path / "log.parquet")
         dataset = Dataset.from_pandas(log)
         requests = []
-        monkeypatch.setattr(interactions, "load_dataset", lambda *args, **kw: requests.append((args, kw)) or dataset)
+        monkeypatch.setattr(tables, "load_dataset", lambda *args, **kw: requests.append((args, kw)) or dataset)
         for source in (log, dataset, tmp_path / "log.csv", str(tmp_path / "log.parquet"), "someone/some_log"):
             pd.testing.assert_frame_equal(read_interactions(source), expected)
         assert requests == [(("someone/some_log",), {"split": "train"})]
+
+    @pytest.mark.parametrize("suffix", ["tsv", "csv.gz", "TSV.GZ", "csv.zip", "jsonl", "ndjson", "jsonl.gz"])
+    def test_formats_agree(self, tmp_path, suffix):
+        log = make_log(["007", "007", "b"], ['a "b"', "NA", "1e5"], [1, 2, 3])
+        path = tmp_path / f"log.{suffix}"
+        if "json" in suffix:
+            log.to_json(path, orient="records", lines=True)
+        else:
+            log.to_csv(path, index=False, sep="\t" if "tsv" in suffix.lower() else ",")
+        pd.testing.assert_frame_equal(read_interactions(str(path)), read_interactions(log))
+
+    def test_values_of_json_lines_are_as_written(self, tmp_path):
+        path = tmp_path / "log.jsonl"
+        path.write_text('{"user_id": "1.0", "item_id": 9007199254740993, "timestamp": "2020-01-01"}\n')
+        expected = make_log(["1.0"], ["9007199254740993"], [1577836800])
+        pd.testing.assert_frame_equal(read_interactions(path), expected)
+        path.write_text('{"user_id": "2020-01-01", "item_id": "x", "timestamp": 1577836800.25}\n')
+        pd.testing.assert_frame_equal(read_interactions(path), make_log(["2020-01-01"], ["x"], [1577836800.25]))
 
     def test_column_names_and_extra_columns(self):
         log = pd.DataFrame({"who": ["a"], "rating": [5], "what": ["x"], "when": [1]})
@@ -179,12 +200,18 @@ class TestReadInteractions:
             (pd.to_datetime(["2020-01-01", None, None]), r"2 of 3 rows do not \(the first: \[1, 2\], with NaT"),
             (["2020-01-01", "yesterday", ""], r"2 of 3 rows do not \(the first: \[1, 2\], with 'yesterday'"),
             ([None, None, None], r"3 of 3 rows do not"),
-            (["7", "2020-01-01", "8"], r"1 of 3 rows do not \(the first: \[1\], with '2020-01-01'"),
+            (["7", "yesterday", "8"], r"1 of 3 rows do not \(the first: \[1\], with 'yesterday'"),
         ],
     )
     def test_missing_and_invalid_timestamps(self, timestamps, rows):
         with pytest.raises(ValueError, match="'timestamp' must hold a number or an ISO 8601 date, but " + rows):
             read_interactions(make_log("aaa", "xyz", timestamps))
+
+    def test_dates_among_numbers(self):
+        times = ["7", "2020-01-01", "8", "2020-01-02T03:04:05", "yesterday", "9"]
+        match = r"'timestamp' mixes 3 numbers, such as '7', with 2 ISO 8601 dates, such as '2020-01-01': write all"
+        with pytest.raises(ValueError, match=match):
+            read_interactions(make_log("aaaaaa", "xyzxyz", times))
 
     def test_missing_ids_are_counted_instead_of_becoming_floats(self, tmp_path):
         log = make_log([1] * 20, [12, None] * 10, range(20))
@@ -221,11 +248,20 @@ class TestReadInteractions:
             with pytest.raises(ValueError, match=rf"log\.{suffix} cannot be read: .*Check its path"):
                 read_interactions(tmp_path / f"log.{suffix}")
 
+        (tmp_path / "log.xlsx").touch()
+        with pytest.raises(ValueError, match=r"log\.xlsx cannot be read: its format is not known: it must be \.csv"):
+            read_interactions(str(tmp_path / "log.xlsx"))
+        for name in ("log.tsv.gz", "./log", "a/b/c"):
+            with pytest.raises(ValueError, match=f"{name} cannot be read: No such file"):
+                read_interactions(name)
+
         def not_found(name, split):
             raise FileNotFoundError(f"no dataset {name}")
 
-        monkeypatch.setattr(interactions, "load_dataset", not_found)
-        with pytest.raises(ValueError, match="someone/typo cannot be read: no dataset someone/typo"):
+        monkeypatch.setattr(tables, "load_dataset", not_found)
+        with pytest.raises(
+            ValueError, match="someone/typo cannot be read: it is no file, .*: no dataset someone/typo"
+        ):
             read_interactions("someone/typo")
 
     def test_surplus_cells_do_not_shift_the_columns(self, tmp_path):
@@ -241,8 +277,7 @@ class TestKCore:
         caplog.set_level(logging.INFO, logger="trl_msl.data.interactions")
         core = k_core(log, k=2)
         assert list(zip(core["user_id"], core["item_id"], strict=True)) == [*zip("aabb", "xwxw", strict=True)]
-        for line in ("4 of 7 interactions", "2 of 3 users", "2 of 4 items"):
-            assert f"2-core: {line}." in caplog.messages
+        assert caplog.messages == ["2-core: 7 → 4 interactions, 3 → 2 users, 4 → 2 items."]
 
     @given(logs, st.integers(1, 4))
     def test_equals_slow_loop(self, log, k):

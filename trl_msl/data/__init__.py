@@ -4,12 +4,12 @@
 from .catalog import ItemCatalog
 from .fit_prompts import fit_prompts
 from .generated import best_possible, generate_catalog, generate_transitions, generate_windows
-from .interactions import _ids_as_strings as ids_as_strings
-from .interactions import k_core, read_interactions, read_table, read_windows, sliding_windows, split_by_time
+from .interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
 from .item_tokens import encode_items, texts_with_special_tokens
 from .options import DataArguments, read_data, read_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
 from .rows import build_rows, check_columns, completion_text, have_single_items, tokenize_rows
+from .tables import ids_as_strings, read_table
 from .task import RankingTask
 from .task_files import TASK_FILE, TASK_FILES
 

@@ -285,8 +285,9 @@ class ItemCatalog:
         count = self.counts["duplicate_texts"]
         if count == 0:
             return
-        example = Counter(self.texts).most_common(1)[0][0]
-        found = f"{count} of {len(self)} items repeat another item's text, such as {example!r}"
+        texts = Counter(self.texts)
+        shared, example = sum(number for number in texts.values() if number > 1), texts.most_common(1)[0][0]
+        found = f"{count} of {len(self)} items repeat another item's text ({shared} share theirs), such as {example!r}"
         if policy == "error":
             raise ValueError(f"`texts`: {found}. Make texts unique, or pass duplicate_texts='share'.")
         logger.warning("%s: they share a leaf and are recommended together.", found)

@@ -14,15 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, DatasetDict
 
 from .catalog import is_unicode
+from .tables import Source, as_timestamps, ids_as_strings, read_table
 
 
 logger = logging.getLogger(__name__)
-Source = str | Path | Dataset | pd.DataFrame
 
 
 def read_windows(
@@ -62,7 +60,7 @@ def read_interactions(
 
     Args:
         source (`str`, `Path`, [`~datasets.Dataset`] or `pandas.DataFrame`):
-            The log, the path of a `.csv` or `.parquet` file, or else the name of a Hub dataset with a train split.
+            The log, its file, or the name of a Hub dataset with a train split: see [`read_table`].
         user_column (`str`, *optional*, defaults to `"user_id"`):
             Column of user ids, strings or integers.
         item_column (`str`, *optional*, defaults to `"item_id"`):
@@ -76,8 +74,8 @@ def read_interactions(
         whole), sorted by user and timestamp; ties stay in the order of the source.
     """
     table, name = read_table(source, [user_column, item_column, timestamp_column])
-    users, items = _ids_as_strings(table[user_column], name), _ids_as_strings(table[item_column], name)
-    timestamps = _as_timestamps(table[timestamp_column], name)
+    users, items = ids_as_strings(table[user_column], name), ids_as_strings(table[item_column], name)
+    timestamps = as_timestamps(table[timestamp_column], name)
     order = np.lexsort((timestamps, pd.factorize(users, sort=True)[0]))  # stable
     return pd.DataFrame({"user_id": users.array[order], "item_id": items.array[order], "timestamp": timestamps[order]})
 
@@ -110,9 +108,9 @@ def k_core(interactions: pd.DataFrame, k: int = 5) -> pd.DataFrame:
         for code in codes:
             kept &= np.bincount(code, weights=kept)[code] >= k
     core = interactions[kept].reset_index(drop=True)
-    for unit, column in (("users", "user_id"), ("items", "item_id")):
-        logger.info("%d-core: %d of %d %s.", k, core[column].nunique(), interactions[column].nunique(), unit)
-    logger.info("%d-core: %d of %d interactions.", k, len(core), len(interactions))
+    sizes = [(len(log), log["user_id"].nunique(), log["item_id"].nunique()) for log in (interactions, core)]
+    changes = [f"{before:,} → {after:,}" for before, after in zip(*sizes)]
+    logger.info("%d-core: %s interactions, %s users, %s items.", k, *changes)
     if core.empty:
         raise ValueError(f"`k` = {k} leaves none of {len(interactions)} interactions: lower it or read a longer log.")
     return core
@@ -179,7 +177,7 @@ def split_by_time(windows: Dataset, fractions: tuple[float, float, float] = (0.8
 
 def _cut_by_time(windows: Dataset, fractions: dict[str, float]) -> DatasetDict:
     timestamps = windows.select_columns("timestamp").to_pandas()["timestamp"]
-    order = np.argsort(_as_timestamps(timestamps, "the windows"), kind="stable")
+    order = np.argsort(as_timestamps(timestamps, "the windows"), kind="stable")
     cuts = np.rint(np.cumsum(list(fractions.values())) * len(order)).astype(int)[:-1]
     splits = dict(zip(fractions, np.split(order, cuts), strict=True))
     if empty := [name for name, indices in splits.items() if len(indices) == 0]:
@@ -190,7 +188,7 @@ def _cut_by_time(windows: Dataset, fractions: dict[str, float]) -> DatasetDict:
 def _read_window_file(path: Path) -> Dataset:
     table, name = read_table(path, ["user_id", "item_ids", "timestamp"])
     items = [_parse_items(cell, f"{name}, row {row}") for row, cell in enumerate(table["item_ids"])]
-    users, timestamps = _ids_as_strings(table["user_id"], name), _as_timestamps(table["timestamp"], name)
+    users, timestamps = ids_as_strings(table["user_id"], name), as_timestamps(table["timestamp"], name)
     return Dataset.from_dict({"user_id": users.tolist(), "item_ids": items, "timestamp": timestamps})
 
 
@@ -204,74 +202,3 @@ def _parse_items(cell: str, where: str) -> list[str]:
         got = repr(cell) if len(repr(cell)) <= 200 else f"{cell[:200]!r}…"
         raise ValueError(f"{where}: item_ids must be a list of at least 2 ids, like [12, 7], not {got}: fix it.")
     return [str(item) for item in ids]
-
-
-def read_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
-    """
-    The rows of `source`, which is as for [`read_interactions`], and its name for error messages. The table has each of
-    `columns` once, and possibly others. Cells of a CSV file are strings as written, empty ones missing values.
-    """
-    name = str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"
-    names = None
-    try:
-        if isinstance(source, Dataset | pd.DataFrame):
-            table = source.to_pandas() if isinstance(source, Dataset) else source
-        elif name.endswith(".parquet"):
-            table = pq.read_table(name)
-            table.validate(full=True)  # for example, whether texts are UTF-8
-            # Without pandas' notes on types and index: in files from elsewhere they can be anything
-            table = table.select([column for column in table.column_names if not column.startswith("__index_level_")])
-            table = table.to_pandas(ignore_metadata=True)
-        elif name.endswith(".csv"):
-            # Only strings, so that ids keep leading zeros, and "NA" is an id: only empty cells are missing
-            table = pd.read_csv(name, dtype=str, keep_default_na=False, na_values=[""])
-            if not isinstance(table.index, pd.RangeIndex):  # pandas has made an index of surplus cells
-                raise ValueError("its rows have more cells than its header; quote cells that hold commas")
-            # Read again, as pandas has renamed the second of two columns with the same name
-            names = pd.read_csv(name, dtype=str, keep_default_na=False, header=None, nrows=1).iloc[0].tolist()
-        elif isinstance(source, str):
-            table = load_dataset(name, split="train").to_pandas()
-        else:
-            raise ValueError("it must be a DataFrame, one Dataset, a .csv or .parquet file, or a Hub dataset's name")
-    except (OSError, ValueError, KeyError, pa.ArrowException, DatasetsError) as error:
-        raise ValueError(f"{name} cannot be read: {error}. Check its path, type and format.") from error
-    names = names or list(table.columns)
-    if repeated := [column for column in columns if names.count(column) > 1]:
-        raise ValueError(f"{name} has the columns {repeated} more than once: rename or drop those not meant.")
-    if missing := [column for column in columns if column not in table.columns]:
-        raise ValueError(f"{name} lacks the columns {missing} and has {list(table.columns)}: name or rename them.")
-    if table.empty:
-        raise ValueError(f"{name} has no rows: check how it was written.")
-    return table, name
-
-
-def _ids_as_strings(column: pd.Series, name: str) -> pd.Series:
-    strings = column.astype(str)
-    _reject((column.isna() | (strings == "")).to_numpy(dtype=bool), column, name, "an id")
-    kind = pd.api.types.infer_dtype(column.astype(object))  # as objects, so that categories are judged by their values
-    if kind not in ("string", "integer"):  # not "floating": str(12.0) is another id than str(12)
-        raise ValueError(f"{name}: {column.name!r} has {kind} ids: make all strings or, by astype('int64'), integers.")
-    return strings
-
-
-def _as_timestamps(column: pd.Series, name: str) -> np.ndarray:
-    """Numbers as they are, dates as seconds since 1970; int64 if all are whole, else float64."""
-    numbers = pd.to_numeric(column, errors="coerce")
-    if pd.api.types.is_datetime64_any_dtype(column) or numbers.isna().all():
-        dates = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
-        try:  # in microseconds, as nanoseconds reach only from 1677 to 2262
-            numbers = (dates.dt.as_unit("us") - pd.Timestamp(0, tz="UTC").as_unit("us")).dt.total_seconds()
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{name}: {column.name!r} holds dates out of range ({error}): fix or drop.") from error
-    floats = numbers.to_numpy(np.float64, na_value=np.nan)
-    _reject(~np.isfinite(floats), column, name, "a number or an ISO 8601 date")
-    exact = pd.api.types.is_signed_integer_dtype(numbers) or ((floats % 1 == 0) & (np.abs(floats) < 2**53)).all()
-    return numbers.to_numpy(np.int64) if exact else floats
-
-
-def _reject(invalid: np.ndarray, column: pd.Series, name: str, expected: str) -> None:
-    if len(rows := np.flatnonzero(invalid)):
-        raise ValueError(
-            f"{name}: {column.name!r} must hold {expected}, but {len(rows)} of {len(column)} rows do not (the first: "
-            f"{rows[:5].tolist()}, with {repr(column.iloc[rows[0]])[:200]}): fix or drop them."
-        )

@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 from datasets import DatasetDict
 
 from .catalog import ItemCatalog
-from .interactions import k_core, read_interactions, read_table, read_windows, sliding_windows, split_by_time
+from .cleaning import clean_log, clean_windows, report_odd_ids
+from .interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
 from .prompts import PromptTemplate
+from .tables import read_table
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -26,10 +33,10 @@ class DataArguments:
         train_file (`str`, *optional*, defaults to `"train.csv"`):
             Train file in `data_dir`. Its last tenth by time is held out for validation.
         interactions (`str`, *optional*):
-            Interaction log: a CSV or Parquet file, or a dataset on the Hub. 5-core, windows of 11, split 8:1:1 by
-            time.
+            Interaction log: a file or a dataset on the Hub, as for [`read_table`]. 5-core, windows of 11, split 8:1:1
+            by time.
         items (`str`, *optional*):
-            Items of the log: a JSON file that maps ids to texts, a CSV or Parquet file, or a dataset on the Hub.
+            Items of the log: the same, or a JSON file that maps ids to texts.
         user_column, item_column, timestamp_column, text_column (`str`, *optional*):
             Columns of the log and of the items.
         min_interactions (`int`, *optional*, defaults to `5`):
@@ -62,8 +69,10 @@ class DataArguments:
 
     data_dir: str | None = field(default=None, metadata={"help": "Folder in the format of the MSL paper's authors."})
     train_file: str = field(default="train.csv", metadata={"help": "Train file in `data_dir`."})
-    interactions: str | None = field(default=None, metadata={"help": "Interaction log: CSV, Parquet or Hub dataset."})
-    items: str | None = field(default=None, metadata={"help": "Items of the log: JSON, CSV, Parquet or Hub dataset."})
+    interactions: str | None = field(
+        default=None, metadata={"help": "Interaction log: CSV, TSV, JSONL, Parquet or Hub dataset."}
+    )
+    items: str | None = field(default=None, metadata={"help": "Items of the log: the same, or JSON."})
     user_column: str = field(default="user_id", metadata={"help": "User column of the log."})
     item_column: str = field(default="item_id", metadata={"help": "Item column of the log and of the items."})
     timestamp_column: str = field(default="timestamp", metadata={"help": "Time column of the log."})
@@ -140,15 +149,26 @@ def read_data(args: DataArguments, catalog: ItemCatalog | None = None) -> tuple[
     elif args.data_dir and not (Path(args.data_dir) / train_file).exists():
         train_file = None
     if args.data_dir:
-        windows = read_windows(args.data_dir, train_file=train_file)
+        windows = clean_windows(read_windows(args.data_dir, train_file), catalog, args.unknown_items)
     else:
-        columns = (args.user_column, args.item_column, args.timestamp_column)
-        log = k_core(read_interactions(args.interactions, *columns), args.min_interactions)
+        log = k_core(_read_log(args, catalog), args.min_interactions)
         windows = split_by_time(sliding_windows(log))
     for split, most in (("validation", args.max_validation_users), ("test", args.max_test_users)):
         if most is not None and split in windows:
             windows[split] = windows[split].select(range(min(most, len(windows[split]))))
+    logger.info("Windows: %s.", ", ".join(f"{name} {len(split):,}" for name, split in windows.items()))
     return catalog, windows
+
+
+def _read_log(args: DataArguments, catalog: ItemCatalog) -> pd.DataFrame:
+    """The interaction log that the options name, cleaned."""
+    log = read_interactions(args.interactions, args.user_column, args.item_column, args.timestamp_column)
+    users, items = log["user_id"].unique(), log["item_id"].unique()
+    sizes = [f"{len(values):,}" for values in (log, users, items)]
+    logger.info("%s: %s interactions, %s users, %s items.", args.interactions, *sizes)
+    for column, ids in ((args.user_column, users), (args.item_column, items)):
+        report_odd_ids(f"{args.interactions}, {column!r}", ids)
+    return clean_log(log, catalog, args.unknown_items, args.drop_duplicates)
 
 
 def _read_catalog(args: DataArguments) -> ItemCatalog:
@@ -156,7 +176,7 @@ def _read_catalog(args: DataArguments) -> ItemCatalog:
     empty_texts = "keep" if args.item_text == "id" else args.empty_texts  # texts are not used
     policies = {"template": args.item_template, "empty_texts": empty_texts, "html_entities": args.html_entities}
     if args.data_dir:
-        catalog = ItemCatalog.from_json(f"{args.data_dir}/id2name4Rec.json", **policies)
+        catalog = read_items(f"{args.data_dir}/id2name4Rec.json", **policies)
     elif args.items:
         catalog = read_items(args.items, args.item_column, args.text_column, **policies)
     else:
@@ -167,9 +187,18 @@ def _read_catalog(args: DataArguments) -> ItemCatalog:
 
 
 def read_items(source: str, item_column: str = "item_id", text_column: str = "title", **policies: str) -> ItemCatalog:
-    """Catalogue from a JSON file that maps ids to texts, a CSV or Parquet file, or a dataset on the Hub."""
+    """
+    Catalogue from a JSON file that maps ids to texts, or from a table as for [`read_table`]; a warning counts ids with
+    spaces around them or `.0` at their end.
+    """
     if source.endswith(".json"):
-        return ItemCatalog.from_json(source, **policies)
-    table, _ = read_table(source, [item_column, text_column])
-    texts = table[text_column].astype(object).where(table[text_column].notna(), "")  # a missing text is an empty one
-    return ItemCatalog(table[item_column].tolist(), texts.tolist(), **policies)
+        catalog = ItemCatalog.from_json(source, **policies)
+    else:
+        table, _ = read_table(source, [item_column, text_column])
+        texts = (
+            table[text_column].astype(object).where(table[text_column].notna(), "")
+        )  # a missing text is an empty one
+        catalog = ItemCatalog(table[item_column].tolist(), texts.tolist(), **policies)
+    logger.info("%s: %s items.", source, f"{len(catalog):,}")
+    report_odd_ids(source, catalog.ids)
+    return catalog

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 
 import torch
 from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
 
+from ..data import completion_text
 from ..decoding import TrieDecoder
-from ..model import backbone, check_head, head_projection
+from ..model import backbone, check_head, check_length, head_projection
 from .findings import Case, Finding
 
 
@@ -71,11 +74,11 @@ def check_precision(case: Case) -> Iterator[Finding]:
     start = case.trie.tokens(case.trie.paths(torch.tensor([first]))[0]).tolist() if first else []
     valid = case.trie.valid_tokens(torch.tensor([first]))[1]
     num_ties, largest = 0, torch.tensor(0.0)
-    base = case.model.get_base_model() if is_peft_model(case.model) else case.model
+    base = _base(case)
     project = head_projection(base)  # in fp32, also for a model in bf16
     prompts = case.prompts(case.rows.select(range(min(_NUM_PROMPTS, len(case.rows)))))
     for prompt in prompts:
-        input_ids = torch.tensor([prompt + start], device=case.model.device)
+        input_ids = torch.tensor([(prompt + start)[-_num_positions(case) :]], device=case.model.device)
         hidden = backbone(base)(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1:]
         logits = project(hidden, rows=valid)[0].cpu()
         best = logits.topk(min(_NUM_BEST, len(logits))).values
@@ -92,4 +95,30 @@ def check_precision(case: Case) -> Iterator[Finding]:
         yield Finding("Logits in bf16", "note", seen, advice)
 
 
-MODEL_CHECKS = (check_model_head, check_exact_decoding, check_generation_config, check_precision)
+def check_positions(case: Case) -> Iterator[Finding]:
+    """Rows that the task's `max_length` lets be longer than the model's positions."""
+    positions, most = _num_positions(case), case.task.max_length or sys.maxsize
+    completions = [completion_text(text, case.task.conversational) for text in case.rows["completion"]]
+    rows = zip(case.prompts(case.rows), case.task.encode_items(completions))
+    num_long = sum(min(len(prompt) + len(item), most) > positions for prompt, item in rows)
+    if not num_long:
+        return
+    try:
+        check_length(backbone(_base(case)), positions, 1)
+    except ValueError:  # learned positions: there are no others
+        status, advice = "error", "They stop the training"
+    else:
+        status, advice = "note", "The model was not made for them"
+    what = f"Rows longer than the model's {positions} positions"
+    yield Finding(what, status, f"{num_long} of {len(completions)}", f"{advice}: set `max_length` to {positions}.")
+
+
+def _base(case: Case) -> PreTrainedModel:
+    return case.model.get_base_model() if is_peft_model(case.model) else case.model
+
+
+def _num_positions(case: Case) -> int:
+    return getattr(case.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+MODEL_CHECKS = (check_model_head, check_exact_decoding, check_generation_config, check_precision, check_positions)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..data import texts_with_special_tokens
-from .findings import Case, Finding, note_if
+from .findings import Case, Finding, note_if, shorten
 
 
 def check_empty(case: Case) -> Iterator[Finding]:
@@ -18,9 +18,15 @@ def check_empty(case: Case) -> Iterator[Finding]:
 
 
 def check_duplicates(case: Case) -> Iterator[Finding]:
-    repeated = [text for text, count in Counter(case.catalog.texts).items() for _ in range(count - 1)]
-    advice = "They share a leaf and a score: count hits by text (`match='text'`), or make titles unique."
-    yield from note_if("Duplicate titles", repeated, len(case.catalog), advice)
+    shared = [(text, count) for text, count in Counter(case.catalog.texts).items() if count > 1]
+    if shared:
+        total = sum(count for _, count in shared)
+        yield Finding(
+            "Duplicate titles", "note",
+            f"{total - len(shared)} of {len(case.catalog)} repeat another's ({total} share theirs), such as "
+            f"{shorten(shared[0][0])!r}",
+            "They share a leaf and a score: count hits by text (`match='text'`), or make titles unique.",
+        )  # fmt: skip
 
 
 def check_html_entities(case: Case) -> Iterator[Finding]:

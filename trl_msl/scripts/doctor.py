@@ -11,15 +11,17 @@ It prints what was looked at, what was seen on your data, and what to do. The ex
 which would stop the training or spoil its result, and 0 if there are only notes.
 """
 
+import logging
 import sys
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
+from datasets import DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..data import DataArguments, read_data
+from ..data import DataArguments, ItemCatalog, read_data
 from ..doctor import Finding, diagnose
 from .command_line import command
 from .loading import make_task
@@ -55,16 +57,11 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
     model = None
     if args.load_model:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, trust_remote_code=False).eval()
-    findings = []
-    try:
-        catalog, windows = read_data(data_args)
-    except ValueError as error:
-        findings.append(Finding("Reading the data", "error", str(error)))
-        try:  # the only policy that can stop the reading
-            catalog, windows = read_data(replace(data_args, empty_texts="keep"))
-        except ValueError:
-            print(format_findings(findings))
-            return 1
+    data, findings = read(data_args)
+    if data is None:
+        print(format_findings(findings))
+        return 1
+    catalog, windows = data
     try:
         task = make_task(tokenizer, data_args, catalog, args.max_length)
     except ValueError as error:
@@ -74,6 +71,29 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
         findings += diagnose(task, windows, model, args.max_rows)
     print(format_findings(findings))
     return int(any(finding.status == "error" for finding in findings))
+
+
+def read(args: DataArguments) -> tuple[tuple[ItemCatalog, DatasetDict] | None, list[Finding]]:
+    """The data, or `None`, and what was found while reading it: where a policy stops it, it goes on with another."""
+    data, findings = None, []
+
+    def take(record: logging.LogRecord) -> bool:
+        if record.name.endswith("cleaning"):  # the catalogue's warnings have lines of their own in the table
+            findings.append(Finding("Interactions and ids", "note", record.getMessage()))
+        return record.levelno < logging.WARNING
+
+    loggers = [logging.getLogger(f"trl_msl.data.{name}") for name in ("catalog", "cleaning")]
+    for logger in loggers:
+        logger.addFilter(take)
+    for policies in ({}, {"empty_texts": "keep"}, {"empty_texts": "keep", "unknown_items": "drop"}):
+        try:
+            data = read_data(replace(args, **policies))
+            break
+        except ValueError as error:
+            findings.append(Finding("Reading the data", "error", str(error)))
+    for logger in loggers:
+        logger.removeFilter(take)
+    return data, list(dict.fromkeys(findings))
 
 
 def format_findings(findings: list[Finding]) -> str:

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ids that are unknown or oddly written, and repeated interactions: counted, reported, and dropped where asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+import pandas as pd
+from datasets import Dataset, DatasetDict
+
+from .catalog import ItemCatalog
+
+
+logger = logging.getLogger(__name__)
+
+
+def report_odd_ids(name: str, ids: Collection[str]) -> None:
+    """Warn of ids with spaces around them, and of whole numbers written as floats."""
+    if odd := [item for item in ids if item != _plain(item)]:
+        logger.warning(
+            "%s: %s of %s ids have spaces around them or end in '.0', such as %r, which is another id than %r.",
+            name, f"{len(odd):,}", f"{len(ids):,}", odd[0], _plain(odd[0]),
+        )  # fmt: skip
+
+
+def clean_log(log: pd.DataFrame, catalog: ItemCatalog, unknown_items: str, drop_duplicates: bool) -> pd.DataFrame:
+    """
+    The interactions to use, by `unknown_items` and `drop_duplicates` of [`DataArguments`].
+
+    Raises:
+        `ValueError`: if there are unknown items that are not to be dropped, or nothing is left without them.
+    """
+    is_known = log["item_id"].isin(catalog.index_of_id.keys())
+    if not is_known.all():
+        where = f"{(~is_known).sum():,} of {len(log):,} interactions"
+        _report_unknown(set(log["item_id"][~is_known]), catalog, where, unknown_items, is_known.any())
+        log = log[is_known]
+    is_repeated = log.duplicated()
+    if is_repeated.any():
+        done = "dropped" if drop_duplicates else "kept: consider drop_duplicates=True"
+        count = f"{is_repeated.sum():,} of {len(log):,}"
+        logger.warning("%s interactions repeat the user, item and time of another (%s).", count, done)
+    return log[~is_repeated] if drop_duplicates else log
+
+
+def clean_windows(windows: DatasetDict, catalog: ItemCatalog, unknown_items: str) -> DatasetDict:
+    """
+    The windows without items that the catalogue lacks; those that lose their target or their whole history are left
+    out.
+
+    Raises:
+        `ValueError`: if there are unknown items that are not to be dropped, or a split is empty without them.
+    """
+    unknown = {item for split in windows.values() for ids in split["item_ids"] for item in ids}
+    unknown -= catalog.index_of_id.keys()
+    if not unknown:
+        return windows
+    num_held, cleaned = 0, DatasetDict()
+    for name, split in windows.items():
+        columns = split[:]
+        kept = [[item for item in ids if item not in unknown] for ids in columns["item_ids"]]
+        num_held += sum(len(left) < len(ids) for left, ids in zip(kept, columns["item_ids"]))
+        rows = [row for row, left in enumerate(kept) if len(left) > 1 and columns["item_ids"][row][-1] == left[-1]]
+        columns["item_ids"] = kept
+        cleaned[name] = Dataset.from_dict({key: [values[row] for row in rows] for key, values in columns.items()})
+    total, num_left = sum(windows.num_rows.values()), sum(cleaned.num_rows.values())
+    where = f"{num_held:,} of {total:,} windows, {total - num_left:,} of them with no target or history left"
+    _report_unknown(unknown, catalog, where, unknown_items, all(cleaned.num_rows.values()))
+    return cleaned
+
+
+def _report_unknown(unknown: set[str], catalog: ItemCatalog, where: str, policy: str, is_any_left: bool) -> None:
+    """Warn that unknown items are dropped, or raise a `ValueError`."""
+    found = f"{len(unknown):,} item id(s), such as {min(unknown)!r}, are not in the catalogue of {len(catalog):,} items"
+    ids = {_plain(item): item for item in catalog.ids}
+    if alike := [item for item in sorted(unknown) if _plain(item) in ids]:
+        there = ids[_plain(alike[0])]
+        found += f" ({len(alike):,} of them are there in another spelling, such as {alike[0]!r} as {there!r})"
+    found += f": in {where}"
+    if policy == "error":
+        raise ValueError(f"{found}. Correct the ids, add the items, or pass unknown_items='drop'.")
+    if not is_any_left:
+        raise ValueError(f"{found}, without which too little is left: check that items and interactions fit.")
+    logger.warning("%s. They are left out.", found)
+
+
+def _plain(item: str) -> str:
+    """An id as it was probably meant: pandas writes 12.0 for 12 in a column where other numbers are missing."""
+    item = item.strip()
+    return item[:-2] if item.endswith(".0") and item[:-2].isdecimal() else item
