@@ -39,7 +39,7 @@ class HubHandler(BaseHTTPRequestHandler):
         else:
             self._reply({"error": path}, status=404)
 
-    def do_GET(self, with_body: bool = True):
+    def do_GET(self):
         path = unquote(urlparse(self.path).path)
         if path == "/api/whoami-v2":
             self._reply({"name": "somebody", "type": "user", "orgs": []})
@@ -63,12 +63,12 @@ class HubHandler(BaseHTTPRequestHandler):
             else:
                 etag = hashlib.sha1(files[name]).hexdigest()
                 headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit(files)}
-                self._reply(files[name], headers=headers, with_body=with_body)
+                self._reply(files[name], headers=headers)
         else:
             self._reply({"error": path}, status=404)
 
     def do_HEAD(self):
-        self.do_GET(with_body=False)
+        self.do_GET()
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -80,13 +80,13 @@ class HubHandler(BaseHTTPRequestHandler):
             return b"".join(chunks)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def _reply(self, content, status: int = 200, headers: dict | None = None, with_body: bool = True) -> None:
+    def _reply(self, content, status: int = 200, headers: dict | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": len(body), **(headers or {})}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        if with_body:
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def handle(self):

@@ -50,7 +50,7 @@ def launch(script, *arguments, fails: bool = False, num_processes: int = 1, conf
 
 
 def start(script, *arguments, num_processes: int = 1, config: str | None = None) -> subprocess.Popen:
-    """As [`launch`], without waiting for its end."""
+    """As [`launch`], without waiting for its end. No launcher for one process of a command."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", str(num_processes)]
     if num_processes > 1:
@@ -58,6 +58,8 @@ def start(script, *arguments, num_processes: int = 1, config: str | None = None)
         command += ["--config_file", str(ROOT / "recipes" / "accelerate_configs" / f"{config}.yaml")]
     if config == "fsdp2":
         command.append(str(ROOT / "tests" / "fsdp_on_cpu.py"))
+    if num_processes == 1 and str(script).startswith("trl_msl."):
+        command = [sys.executable]
     # a module is named as in Python, with dots
     command += ["-m", script] if not str(script).endswith(".py") else [str(ROOT / "recipes" / script)]
     command += map(str, arguments)

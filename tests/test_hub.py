@@ -6,10 +6,27 @@ import os
 import subprocess
 import sys
 
+import pytest
 from helpers import make_model, make_windows
 from hub_server import serve
+from huggingface_hub import ModelCard, constants
+from launching import FEW_STEPS, PROMPT
+from launching import run as run_command
+from peft import LoraConfig
+from transformers.utils import hub as transformers_hub
 
-from trl_msl import build_rows
+from trl_msl import (
+    MSLConfig,
+    MSLTrainer,
+    Recommender,
+    SoftmaxDPOConfig,
+    SoftmaxDPOTrainer,
+    build_preferences,
+    build_rows,
+    draw_negatives,
+)
+from trl_msl.scripts import train
+from trl_msl.training.hub import NEVER_PUSHED
 
 
 TRAIN_AND_PUSH = """
@@ -27,7 +44,7 @@ catalog = ItemCatalog.from_pretrained(f"{folder}/base")
 task = RankingTask(catalog, tokenizer, PromptTemplate("The user has read: {history}\\nNext: "))
 rows = Dataset.from_parquet(f"{folder}/rows.parquet")
 trainer = MSLTrainer(
-    f"{folder}/base",
+    "somebody/base",
     MSLConfig(
         f"{folder}/out", max_steps=2, report_to="none", bf16=False, use_cpu=True, learning_rate=1e-2, push_to_hub=True,
         hub_model_id="somebody/recommender", eval_strategy="steps", eval_steps=1,
@@ -39,7 +56,7 @@ trainer = MSLTrainer(
 )
 trainer.add_callback(RecommendationCallback(trainer, rows))
 trainer.train()
-trainer.push_to_hub()
+trainer.push_to_hub(dataset_name="somebody/books")
 found = Recommender(trainer.model, trainer.task).recommend(histories)
 print(json.dumps([found.ids, found.scores]))
 """
@@ -76,6 +93,8 @@ def test_train_push_and_pull(tmp_path, tokenizer, catalog, task):
     catalog.save_pretrained(tmp_path / "base")
     build_rows(make_windows(catalog.ids), task).to_parquet(tmp_path / "rows.parquet")
     with serve() as hub:
+        hub.repos["somebody/base"] = {path.name: path.read_bytes() for path in (tmp_path / "base").glob("*.*")}
+        hub.repos["somebody/base"]["README.md"] = b"---\nlicense: mit\n---\n# Base\n"
         trained = run(TRAIN_AND_PUSH, tmp_path, hub.url, "home-of-the-trainer")
         files = hub.repos["somebody/recommender"]
         pulled = run(PULL, tmp_path, hub.url, "home-of-the-user")
@@ -89,6 +108,111 @@ def test_train_push_and_pull(tmp_path, tokenizer, catalog, task):
         and "| ndcg@10 | 0." in card
         and "2504.04178" in card
     )
+    assert card == (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    metadata = ModelCard(card).data
+    assert (metadata.base_model, metadata.license, metadata.model_name) == ("somebody/base", "mit", "recommender")
+    assert "training.json" in files
     assert "time machine" not in card and "None" not in card.split("## Quick start")[0]
     assert pulled == trained  # the same items with the same scores, to the last bit
     assert len(pulled[0][0]) == 10
+
+
+# Of a whole model; what a training command and others leave in its folder is not in the list
+PUSHED = {
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "items.parquet", "model.safetensors",
+    "recommender.json", "tokenizer.json", "tokenizer_config.json", "training.json", "training_args.bin",
+    "trie.safetensors",
+}  # fmt: skip
+CPU = {"max_steps": 4, "save_steps": 2, "report_to": "none", "bf16": False, "use_cpu": True}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The server, for this process."""
+    with serve() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(transformers_hub.hf_api(), "endpoint", server.url)
+        monkeypatch.setattr(transformers_hub.hf_api(), "token", "hf_test")
+        yield server
+
+
+def leave_private_files(folder):
+    for place in (folder, folder / "beam", folder / "base_model"):
+        place.mkdir(parents=True, exist_ok=True)
+        for name in NEVER_PUSHED:
+            if "*" not in name:
+                (place / name).write_text("what users did")
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "model.safetensors").write_text("")
+
+
+def make_trainer(kind, folder, base, task, **options):
+    rows = build_rows(make_windows(task.catalog.ids), task)
+    options = {**CPU, "push_to_hub": True, "hub_model_id": "somebody/books", **options}
+    if kind is MSLTrainer:
+        args = MSLConfig(str(folder), **options)
+        return MSLTrainer(str(base), args, task=task, train_dataset=rows)
+    preferences = build_preferences(rows, task, draw_negatives(rows, task, num_negatives=2))
+    args = SoftmaxDPOConfig(str(folder), **options)
+    return SoftmaxDPOTrainer(str(base), args=args, task=task, train_dataset=preferences)
+
+
+@pytest.mark.parametrize("kind", [MSLTrainer, SoftmaxDPOTrainer])
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_no_push_holds_user_data(kind, strategy, tmp_path, base_model, task, hub):
+    leave_private_files(tmp_path)
+    trainer = make_trainer(kind, tmp_path, base_model, task, hub_strategy=strategy)
+    trainer.train()
+    files = hub.repos["somebody/books"]
+    checkpoints = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-2", "checkpoint-4"}}
+    assert {name.split("/")[0] for name in files if "/" in name} == checkpoints.get(strategy, set())
+    assert {name for name in files if "/" not in name} == (set() if strategy == "end" else PUSHED)
+    trainer.save_model()
+    trainer.push_to_hub(commit_message="again", blocking=False).result()
+    assert {name for name in files if "/" not in name} == PUSHED
+    assert b"what users did" not in b"".join(files.values())
+    for name, content in files.items():
+        if name.endswith("README.md"):
+            assert content == (tmp_path / "README.md").read_bytes() or "/" in name
+            assert str(tmp_path).encode() not in content
+
+
+def test_a_command_pushes_once_after_the_test(tmp_path, folder, base_model, hub):
+    command = ["--data_dir", folder, "--model_name_or_path", base_model, *PROMPT, *FEW_STEPS, "--output_dir"]
+    command += [tmp_path / "out", "--push_to_hub", "--hub_model_id", "somebody/books", "--hub_strategy", "end"]
+    command += ["--decoding", "exact", "beam"]
+    run_command(train, *command)
+    files = hub.repos["somebody/books"]
+    assert set(files) == PUSHED and len([call for call in hub.calls if "/commit/" in call]) == 1
+    assert (tmp_path / "out" / "beam" / "metrics.json").is_file()
+    card = files["README.md"].decode()
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert f"| ndcg@10 | {metrics['ndcg@10']:.4f} | " in card and "On 6 test rows" in card
+    results = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
+    assert results["ndcg@10"] == metrics["ndcg@10"]
+    assert (tmp_path / "out" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("kind", [MSLTrainer, SoftmaxDPOTrainer])
+def test_an_adapter_on_a_local_base(kind, tmp_path, task, tokenizer, hub, monkeypatch, caplog):
+    """Not pushed, as nobody else has its base; and it finds that from every folder of this machine."""
+    monkeypatch.chdir(tmp_path)
+    make_model(tokenizer).save_pretrained("base")
+    rows = build_rows(make_windows(task.catalog.ids), task)
+    if kind is SoftmaxDPOTrainer:
+        rows = build_preferences(rows, task, draw_negatives(rows, task, num_negatives=2))
+    rest = {"task": task, "train_dataset": rows, "peft_config": LoraConfig(task_type="CAUSAL_LM")}
+    config = MSLConfig if kind is MSLTrainer else SoftmaxDPOConfig
+    with pytest.raises(ValueError, match="`push_to_hub`: the adapter's base model is the local folder 'base'"):
+        kind("base", args=config("out", push_to_hub=True, **CPU), **rest)
+    assert not hub.repos
+    trainer = kind("base", args=config("out", **CPU), **rest)
+    assert caplog.text.count("its base model is the local folder base. Merge it first") == 1
+    trainer.train()
+    with pytest.raises(ValueError, match="`push_to_hub`: the adapter's base model is the local folder 'base'"):
+        trainer.push_to_hub()
+    assert not hub.repos
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for place in ("out/checkpoint-2", "out/checkpoint-4"):
+        assert len(Recommender.from_pretrained(tmp_path / place).recommend([["b0"]]).ids[0]) == 10

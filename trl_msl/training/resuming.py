@@ -87,10 +87,12 @@ class ResumableTrainerMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # with DeepSpeed and FSDP all ranks come here
-            path = Path(output_dir or self.args.output_dir, TRAINING_FILE)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            self._write_record(Path(output_dir or self.args.output_dir))
+
+    def _write_record(self, folder: Path) -> None:
+        temporary = folder / f".{TRAINING_FILE}.tmp"
+        temporary.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(folder / TRAINING_FILE)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run resumed from its last step has nothing left to do, but `Trainer` would take one more step

@@ -170,7 +170,9 @@ class TaskTrainerMixin(ResumableTrainerMixin):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            self.task.save_pretrained(self.args.output_dir)  # beside the model, which `Trainer` copies there
+            folder = Path(self.args.output_dir)  # where `Trainer` copies the model
+            self.task.save_pretrained(folder)
+            self._write_record(folder)
         with nothing_private():
             super()._push_from_checkpoint(checkpoint_folder)
 
