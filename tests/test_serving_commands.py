@@ -2,15 +2,22 @@
 """The commands that use a trained model: recommend, update-catalog, merge."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from helpers import make_model, make_windows
+from hub_server import serve
 from launching import launch, run
+from peft import LoraConfig, get_peft_model
+from test_bad_input import edit
 
-from trl_msl import ItemCatalog, Recommender
-from trl_msl.scripts import recommend, update_catalog
+from trl_msl import ItemCatalog, RankingTask, Recommender
+from trl_msl.scripts import merge, recommend, update_catalog
 
 
 @pytest.fixture
@@ -206,21 +213,138 @@ def test_what_is_missing_is_reported_once(tmp_path, model, users, caplog):
         assert re.match(rf"\d+ of 11 users .*{expected}", messages[0])
 
 
+CARD = """---
+library_name: transformers
+license: mit
+model-index:
+- name: trained
+  results:
+  - task:
+      type: recommendation
+    dataset:
+      type: interactions
+      name: interactions
+    metrics:
+    - type: ndcg@10
+      value: 0.5
+---
+
+# Model Card for trained
+
+A recommender.
+
+## Quick start
+
+```python
+recommender = Recommender.from_pretrained('outputs/trained')
+```
+
+## Data
+
+Trained with 12 items.
+
+## Evaluation
+
+On 6 test rows:
+
+| ndcg@10 | 0.5 |
+"""
+
+
 def test_update_the_catalogue_of_a_trained_model(tmp_path, model, capsys):
     recommender = Recommender.from_pretrained(model)
     (model / "checkpoint-1").mkdir()
+    stale = (
+        "metrics.json",
+        "rankings.parquet",
+        "recommendations.txt",
+        "log_history.json",
+        "training.png",
+        "data.json",
+    )
+    for name in stale:
+        (model / name).write_text("of the catalogue before")
+    (model / "README.md").write_text(CARD)
     (tmp_path / "new.json").write_text(json.dumps({"n0": "The Silent Wood", "n1": "#42"}))
     arguments = ["--model_name_or_path", model, "--output_dir", tmp_path / "updated"]
     arguments += ["--add", tmp_path / "new.json", "--withdraw", "b7", "b3"]
     run(update_catalog, *arguments)
     output = capsys.readouterr().out
-    assert "14 items: 12 that the model was trained with, 2 added since, 2 withdrawn." in output
+    summary = "14 items: 12 that the model was trained with, 2 added since, 2 withdrawn."
+    assert summary in output
     assert "1 share no token with an item of the training, such as ['n1']" in output
     assert pd.read_csv(tmp_path / "updated" / "new_items.csv")["shared_tokens"].tolist()[1] == 0
-    assert not (tmp_path / "updated" / "checkpoint-1").exists()
+    names = {path.name for path in (tmp_path / "updated").iterdir()}
+    assert not names & {*stale, "checkpoint-1"} and "model.safetensors" in names
     new = ItemCatalog(["n0", "n1"], ["The Silent Wood", "#42"])
     expected = recommender.update(add=new, withdraw=["b3", "b7"]).recommend([["b3", "n0"]], k=14)
     found = Recommender.from_pretrained(tmp_path / "updated").recommend([["b3", "n0"]], k=14)
     assert found.ids == expected.ids and found.scores[0] == pytest.approx(expected.scores[0], abs=1e-5)
     with pytest.raises(ValueError, match="exists already: name another"):
         run(update_catalog, *arguments)
+
+    run(update_catalog, *arguments[:1], tmp_path / "updated", "--restore", "b7", "--output_dir", tmp_path / "again")
+    for name, count in (("updated", "2 withdrawn."), ("again", "1 withdrawn.")):
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"from_pretrained('{tmp_path / name}')" in card and "outputs/trained" not in card
+        assert card.count("It holds 14 items") == 1 and count in card and "Trained with 12 items." in card
+        assert card.count("## Evaluation\n\n*Measured before the catalogue was changed.*\n") == 1
+        assert "model-index" not in card and "license: mit" in card
+
+
+def test_items_are_added_as_those_of_the_training_were(tmp_path, tokenizer, template):
+    """HTML entities are decoded if they were; else they are kept."""
+    for policy, text in (("decode", "Pride & Prejudice"), ("keep", "Pride &amp; Prejudice")):
+        catalog = ItemCatalog(["0", "1"], ["Sense &amp; Sensibility", "Emma"], html_entities=policy)
+        model = tmp_path / policy
+        Recommender(make_model(tokenizer), RankingTask(catalog, tokenizer, template)).save_pretrained(model)
+        (tmp_path / "new.json").write_text(json.dumps({"2": "Pride &amp; Prejudice"}))
+        arguments = ["--model_name_or_path", model, "--add", tmp_path / "new.json"]
+        run(update_catalog, *arguments, "--output_dir", tmp_path / f"{policy}_updated")
+        assert Recommender.from_pretrained(tmp_path / f"{policy}_updated").task.catalog.texts[2] == text
+
+
+@pytest.fixture
+def adapter(tmp_path, tokenizer, task):
+    """An adapter and its base model, named as from the folder above both."""
+    make_model(tokenizer).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=str(tmp_path / "base"), init_lora_weights=False)
+    Recommender(get_peft_model(make_model(tokenizer), lora), task).save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="base")
+    return tmp_path / "adapter"
+
+
+def test_adapters_that_are_saved_again_name_their_base_absolutely(tmp_path, adapter):
+    Recommender.from_pretrained(adapter).save_pretrained(tmp_path / "saved")
+    updated = tmp_path / "elsewhere" / "updated"
+    run(update_catalog, "--model_name_or_path", adapter, "--withdraw", "b3", "--output_dir", updated)
+    for folder in (tmp_path / "saved", updated):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(tmp_path / "base")
+        assert Recommender.from_pretrained(folder).recommend([["b0"]], k=3).ids
+
+
+def test_merge_and_push(tmp_path, adapter, model):
+    """Another one loads it by the card's example, without the base model."""
+    (adapter / "README.md").write_text(CARD)
+    (adapter / "metrics.json").write_text("{}")
+    expected = Recommender.from_pretrained(adapter).recommend([["b0", "b4"]], k=5)
+    arguments = ["--model_name_or_path", adapter, "--output_dir", tmp_path / "merged", "--push_to_hub"]
+    with serve() as hub:
+        environment = {
+            **os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "trl_msl.scripts.merge", *arguments, "--hub_model_id", "somebody/merged"]
+        subprocess.run(list(map(str, command)), env=environment, check=True, timeout=280)
+    for name, content in hub.repos["somebody/merged"].items():
+        assert (tmp_path / "merged" / name).read_bytes() == content
+    assert "model.safetensors" in hub.repos["somebody/merged"]
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "# Model Card for merged\n\nThis is the adapter `adapter`, merged into its base model.\n" in card
+    assert "from_pretrained('somebody/merged')" in card and "| ndcg@10 | 0.5 |" in card and "model-index" in card
+    (tmp_path / "base").rename(tmp_path / "gone")
+    found = Recommender.from_pretrained(tmp_path / "merged").recommend([["b0", "b4"]], k=5)
+    assert found.ids == expected.ids
+    with pytest.raises(ValueError, match="holds no adapter .adapter_config.json.: it is a whole model already"):
+        run(merge, "--model_name_or_path", model, "--output_dir", tmp_path / "again")

@@ -72,7 +72,9 @@ def clean_windows(windows: DatasetDict, catalog: ItemCatalog, unknown_items: str
 
 def _report_unknown(unknown: set[str], catalog: ItemCatalog, where: str, policy: str, is_any_left: bool) -> None:
     """Warn that unknown items are dropped, or raise a `ValueError`."""
-    found = f"{len(unknown):,} item id(s), such as {min(unknown)!r}, are not in the catalogue of {len(catalog):,} items"
+    found = (
+        f"{len(unknown):,} item id(s), such as {min(unknown)!r}, are not in the catalogue of {len(catalog):,} items"
+    )
     ids = {_plain(item): item for item in catalog.ids}
     if alike := [item for item in sorted(unknown) if _plain(item) in ids]:
         there = ids[_plain(alike[0])]

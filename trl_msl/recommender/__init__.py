@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained model with its task, loaded from one folder or repository."""
 
-from .loading import find_folder, find_task_folder, load_adapter, load_causal_lm
+from .loading import find_base, find_folder, find_task_folder, load_adapter, load_causal_lm, name_base_absolutely
 from .recommender import AllowedItems, RecommendedItems, Recommender
 
 
@@ -9,8 +9,10 @@ __all__ = [
     "AllowedItems",
     "RecommendedItems",
     "Recommender",
+    "find_base",
     "find_folder",
     "find_task_folder",
     "load_adapter",
     "load_causal_lm",
+    "name_base_absolutely",
 ]

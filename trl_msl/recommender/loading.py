@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import TASK_FILE, TASK_FILES
-from ..trie import check_regular
+from ..trie import check_regular, replacing
 
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,17 @@ def find_base(folder: Path) -> str | None:
     return name
 
 
+def name_base_absolutely(folder: Path, base: str | None) -> None:
+    """Let the adapter in a folder, if there is one, name its base model so that it is found from everywhere."""
+    if base is None or not os.path.isdir(base):
+        return
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = os.path.abspath(base)
+    with replacing(path) as temporary:
+        Path(temporary).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def check_files(folder: Path, subfolder: str = "") -> None:
     """Raise a `ValueError` if loading the model would read a file that never ends, or weights outside its folder."""
     for place in {folder, folder / subfolder}:
@@ -134,8 +145,10 @@ def load_adapter(
     folder: Path, tokenizer: PreTrainedTokenizerBase, is_trainable: bool = False, **kwargs: Any
 ) -> PeftModel:
     """As [`load_causal_lm`], for an adapter to be merged or trained further."""
-    revision = PeftConfig.from_pretrained(folder).revision
-    model = load(AutoModelForCausalLM, find_base(folder), revision=revision, **kwargs)
+    base = find_base(folder)
+    if base is None:
+        raise ValueError(f"{str(folder)!r} holds no adapter (adapter_config.json): it is a whole model already.")
+    model = load(AutoModelForCausalLM, base, revision=PeftConfig.from_pretrained(folder).revision, **kwargs)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added before training
         model.resize_token_embeddings(len(tokenizer))
     with _damage_reported(f"The adapter in {str(folder)!r} can't be loaded"):

@@ -15,7 +15,15 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..data import TASK_FILE, TASK_FILES, ItemCatalog, RankingTask
 from ..decoding import Allowed, TrieDecoder, recommend
-from .loading import check_files, find_folder, find_task_folder, load, load_causal_lm
+from .loading import (
+    check_files,
+    find_base,
+    find_folder,
+    find_task_folder,
+    load,
+    load_causal_lm,
+    name_base_absolutely,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -150,6 +158,7 @@ class Recommender:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model (or adapter), tokenizer and catalogue into a folder, the catalogue last."""
         self.model.save_pretrained(save_directory)
+        name_base_absolutely(Path(save_directory), find_base(Path(save_directory)))
         self.task.tokenizer.save_pretrained(save_directory)
         self.task.save_pretrained(save_directory)
 

@@ -21,7 +21,6 @@ if options, users and model are still the same.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,10 +126,6 @@ def check_arguments(args: RecommendArguments) -> None:
             raise ValueError(f"`{name}` is {value}: it must be at least 1.")
     if Path(args.output).suffix not in TABLE_FORMATS:
         raise ValueError(f"`output` is {args.output!r}: its name must end in {', '.join(TABLE_FORMATS)}.")
-    folder = Path(args.output).absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"`output` = {args.output!r} can't be written: no permission to write into {str(folder)!r}.")
 
 
 @contextmanager

@@ -21,7 +21,9 @@ import pandas as pd
 from transformers import AutoTokenizer
 
 from ..data import RankingTask, read_items
-from ..recommender import find_folder, find_task_folder
+from ..recommender import find_base, find_folder, find_task_folder, name_base_absolutely
+from ..training import NEVER_PUSHED
+from .cards import write_card
 from .command_line import command
 
 
@@ -41,8 +43,10 @@ class UpdateArguments:
             Ids of items to withdraw, and of withdrawn items to restore.
         item_column, text_column (`str`, *optional*):
             Columns of `add`.
-        empty_texts, html_entities (`str`, *optional*):
-            As for [`ItemCatalog`]. Use what was used for the items of the training.
+        empty_texts (`str`, *optional*):
+            As for [`ItemCatalog`].
+        html_entities (`str`, *optional*):
+            As for [`ItemCatalog`]. Defaults to what was done with the items of the training.
     """
 
     model_name_or_path: str = field(metadata={"help": "Folder or repository of a model with its catalogue."})
@@ -53,7 +57,9 @@ class UpdateArguments:
     item_column: str = field(default="item_id", metadata={"help": "Id column of `add`."})
     text_column: str = field(default="title", metadata={"help": "Text column of `add`."})
     empty_texts: str = field(default="error", metadata={"help": "Items without text: 'error', 'keep' or 'id'."})
-    html_entities: str = field(default="keep", metadata={"help": "HTML entities in texts: 'keep' or 'decode'."})
+    html_entities: str | None = field(
+        default=None, metadata={"help": "HTML entities in texts: 'keep' or 'decode'; by default as in the training."}
+    )
 
 
 def main(args: UpdateArguments) -> None:
@@ -63,25 +69,30 @@ def main(args: UpdateArguments) -> None:
     folder = find_folder(args.model_name_or_path, "model_name_or_path")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # left out, it would ask
     task = RankingTask.from_pretrained(find_task_folder(folder), tokenizer)
-    policies = {"empty_texts": args.empty_texts, "html_entities": args.html_entities}
+    policies = {"empty_texts": args.empty_texts, "html_entities": args.html_entities or task.catalog.html_entities}
     added = read_items(args.add, args.item_column, args.text_column, **policies) if args.add else None
     updated = task.update(added, args.withdraw, args.restore)
 
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns("checkpoint-*"))
+    # Neither checkpoints nor what was measured with the catalogue as it was
+    shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(*NEVER_PUSHED, "base_model"))
+    name_base_absolutely(temporary, find_base(folder))
     updated.save_pretrained(temporary)
     shared = updated.shared_prefixes()
+    summary, *details = describe(updated, shared)
+    note = f"The catalogue was changed after the training. It holds {summary}"
+    write_card(folder, temporary, args.output_dir, note, has_changed=True)
     if shared:
         texts = updated.catalog.texts[updated.num_trained :]
         table = pd.DataFrame({"item_id": shared.keys(), "title": texts, "shared_tokens": shared.values()})
         table.to_csv(temporary / "new_items.csv", index=False)
     temporary.replace(output_dir)
-    print(describe(updated, shared))
+    print("\n".join([summary, *details]))
     print(output_dir)
 
 
-def describe(task: RankingTask, shared: dict[str, int]) -> str:
+def describe(task: RankingTask, shared: dict[str, int]) -> list[str]:
     """What the catalogue holds now, and how much new items have in common with those of the training."""
     total, withdrawn = len(task.catalog), len(task.withdrawn)
     lines = [
@@ -94,7 +105,7 @@ def describe(task: RankingTask, shared: dict[str, int]) -> str:
         lines.append(f"{count:>7,} share {number} with an item of the training, such as {examples}")
     if 0 in shared.values():
         lines.append("Those that share none begin with a token that the model has not learned to rank: retrain soon.")
-    return "\n".join(lines)
+    return lines
 
 
 run = command(main)

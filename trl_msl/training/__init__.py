@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked softmax loss: pure functions, the sparse head, the trainer."""
 
+from .hub import NEVER_PUSHED
 from .losses import adaptive_temperature, masked_softmax_loss, softmax_dpo_loss, temperature_statistics
 from .msl_config import MSLConfig, TrainingConfigMixin
 from .msl_trainer import MSLTrainer
@@ -13,6 +14,7 @@ from .temperature import TemperatureCallback
 __all__ = [
     "MSLConfig",
     "MSLTrainer",
+    "NEVER_PUSHED",
     "ResumableTrainerMixin",
     "SparseCausalLMOutput",
     "SparseHeadOptions",
