@@ -155,14 +155,16 @@ class TestDataOfTheTraining:
             with pytest.raises(ValueError, match="data.json is damaged"):
                 load(model)
 
-    def test_generated(self, tmp_path, template):
+    def test_generated(self, tmp_path, template, caplog):
         titles = generate_catalog()
         tokenizer = train_tokenizer([*titles.values(), "The user has read: ", "Next: "], vocab_size=400)
         task = RankingTask(ItemCatalog(list(titles), list(titles.values())), tokenizer, template)
         Recommender(make_model(tokenizer), task).save_pretrained(tmp_path / "model")
         write_options(DataArguments(max_test_users=5), tmp_path / "model")
+        caplog.set_level(logging.INFO)
         data, _ = load(tmp_path / "model")
         assert len(data.windows["test"]) == 5 and data.best_possible
+        assert "The data is generated, that of the quickstart: 150 items." in caplog.text
 
     def test_training_windows_are_not_for_testing(self, tmp_path, tokenizer, template, caplog):
         """Other options than in training split the same log elsewhere."""
@@ -196,14 +198,15 @@ class TestDataWithoutItems:
             run(preferences, "--model_name_or_path", model, "--data_dir", tmp_path / "only")
         assert load(model, data_dir=str(tmp_path / "only"))[0].seen_items is None
 
-    def test_unknown_targets(self, model, folder, tmp_path):
+    def test_unknown_targets(self, model, folder, tmp_path, caplog):
         windows = pd.read_csv(folder / "test.csv")
         windows.loc[0, "item_ids"] = "[1, 2, 99]"
         windows.to_csv(tmp_path / "test.csv", index=False)
-        with pytest.raises(ValueError, match="not in the catalogue of 12 items, such as .*'99'"):
+        with pytest.raises(ValueError, match="'99', are not in the catalogue of 12 items: in 1 of 6 windows"):
             evaluated(model, tmp_path, "--data_dir", tmp_path)
         found = evaluated(model, tmp_path, "--data_dir", tmp_path, "--unknown_items", "drop")
         assert found["exact"]["num_rows"] == 5
+        assert "in 1 of 6 windows, 1 of them with no target or history left" in caplog.text
 
 
 def test_where_results_are_written(model, folder, tmp_path, monkeypatch):

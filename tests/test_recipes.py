@@ -213,6 +213,8 @@ def test_trls_own_dpo_script_on_a_model_trained_with_msl(tmp_path, folder, adapt
         )  # fmt: skip
         source = {} if name == "adapter" else {"task_from": tmp_path / "merged"}
         found = Recommender.from_pretrained(tmp_path / name, **source).recommend([["0", "3"]])
+        if name == "adapter":
+            run(evaluate, "--model_name_or_path", tmp_path / name, "--output_dir", tmp_path / "evaluated")
         assert len(found.ids[0]) == 10 and found.scores != merged.scores
     with pytest.raises(ValueError, match="name a folder that has one as `task_from`"):
         Recommender.from_pretrained(tmp_path / "full")

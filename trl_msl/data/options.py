@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class DataArguments:
     """
-    Arguments that name a command's data: a folder, or an interaction log and its items. Commands that
-    train or evaluate generate data if both are left out.
+    Arguments that name a command's data: a folder, or an interaction log and its items. If both are left out, commands
+    on a trained model take the data of its training; the quickstart and the baselines generate some.
 
     Parameters:
         data_dir (`str`, *optional*):

@@ -75,6 +75,7 @@ def load_data(args: DataArguments, catalog: ItemCatalog | None = None) -> Data:
     for split, most in (("validation", args.max_validation_users), ("test", args.max_test_users)):
         windows[split] = windows[split].select(range(min(most or len(windows[split]), len(windows[split]))))
     catalog = catalog or ItemCatalog(list(titles), texts, template=args.item_template)
+    logger.info("The data is generated, that of the quickstart: %d items.", len(titles))
     return Data(catalog, windows, args, best_possible(transitions, windows["test"]))
 
 
