@@ -203,7 +203,7 @@ def test_interaction_logs(tmp_path, content, message):
         (b'{"user_id": "\xff"}\n', "cannot be read.*utf-8"),
         (DEEP.encode(), "cannot be read"),
         (b'{"user_id": "a", "item_id": "x"}\n', r"lacks the columns \['timestamp'\]"),
-        (b'{"user_id": "\\ud800", "item_id": "x", "timestamp": 1}\n', "cannot be read|must hold an id"),
+        (b'{"user_id": "\\ud800", "item_id": "x", "timestamp": 1}\n', "cannot be read: a line holds half a char"),
         (b'{"user_id": 12.0, "item_id": "x", "timestamp": 1}\n', "'user_id' has floating ids"),
         (b'{"user_id": [1], "item_id": "x", "timestamp": 1}\n', "'user_id' has mixed ids"),
         (b'{"user_id": 7, "item_id": "x", "timestamp": 1}\n{"item_id": "x", "timestamp": 1}\n', "1 of 2 rows"),

@@ -280,6 +280,7 @@ def test_interactions_on_the_command_line(tmp_path, base_model, capsys):
     assert len(notes) == 3 and "' 1 '" in notes[0] and notes[1].startswith("1 item id(s)") and "repeat" in notes[2]
     assert f" {len(errors)} errors" in shown and "train 19, validation 3, test 2" in shown
     assert shown.count("Interactions and ids") == 3
+    assert "--empty_texts id" in shown and "--unknown_items drop" in " ".join(shown.split())
     assert (
         doctor.main(doctor.DoctorArguments(str(base_model)), replace(args, empty_texts="id", unknown_items="drop"))
         == 0

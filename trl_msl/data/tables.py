@@ -97,7 +97,11 @@ def _read_jsonl(name: str) -> pd.DataFrame:
     # Not by pandas, which may make dates of numbers
     opened = gzip.open if name.lower().endswith(".gz") else open
     with opened(name, "rt", encoding="utf-8-sig") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
+        lines = [line for line in file if line.strip()]
+    rows = [json.loads(line) for line in lines]
+    for line, row in zip(lines, rows):
+        if "\\u" in line and not is_unicode(json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"a line holds half a character: {line[:200]!r}")
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError("it must have lines, each a JSON object")
     return pd.DataFrame(rows)
@@ -121,8 +125,7 @@ def _read_hub(name: str) -> pd.DataFrame:
 def ids_as_strings(column: pd.Series, name: str) -> pd.Series:
     """Ids as they are written. Raises a `ValueError` where they are missing or neither strings nor integers."""
     strings = column.astype(str)
-    broken = [item for item in strings.dropna().unique() if not is_unicode(item)]
-    _reject((column.isna() | (strings == "") | strings.isin(broken)).to_numpy(dtype=bool), column, name, "an id")
+    _reject((column.isna() | (strings == "")).to_numpy(dtype=bool), column, name, "an id")
     kind = pd.api.types.infer_dtype(column.astype(object))  # as objects, so that categories are judged by their values
     if kind not in ("string", "integer"):  # not "floating": str(12.0) is another id than str(12)
         raise ValueError(f"{name}: {column.name!r} has {kind} ids: make all strings or, by astype('int64'), integers.")

@@ -15,7 +15,7 @@ import logging
 import sys
 import textwrap
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 
 from datasets import DatasetDict
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..data import DataArguments, ItemCatalog, read_data
 from ..doctor import Finding, diagnose
 from .command_line import command
+from .console import name_options
 from .loading import make_task
 
 
@@ -50,6 +51,9 @@ class DoctorArguments:
     load_model: bool = field(default=False, metadata={"help": "Load and check the model too."})
     max_length: int = field(default=1024, metadata={"help": "Most tokens of a prompt and an item together."})
     max_rows: int = field(default=1000, metadata={"help": "Number of rows to tokenise."})
+
+
+OPTIONS = [option.name for kind in (DoctorArguments, DataArguments) for option in fields(kind)]
 
 
 def main(args: DoctorArguments, data_args: DataArguments) -> int:
@@ -97,11 +101,12 @@ def read(args: DataArguments) -> tuple[tuple[ItemCatalog, DatasetDict] | None, l
 
 
 def format_findings(findings: list[Finding]) -> str:
-    """A table: status, what was checked, what was seen, what to do."""
+    """A table: status, what was checked, what was seen, what to do, with arguments as options."""
     lines = [_format_row("", "WHAT", "SEEN ON YOUR DATA", "WHAT TO DO")]
     for found in findings:
         status = "ERROR" if found.status == "error" else found.status
-        lines.append(_format_row(status, found.what, found.seen, found.advice))
+        texts = (name_options(text, OPTIONS) for text in (found.what, found.seen, found.advice))
+        lines.append(_format_row(status, *texts))
     counts = Counter(finding.status for finding in findings)
     lines.append(f"{len(findings)} findings: {counts['error']} errors, {counts['note']} notes.")
     return "\n".join(lines)
