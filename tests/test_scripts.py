@@ -2,6 +2,7 @@
 """The command line, and what commands share: the task beside a model, checkpoints to resume from, data options."""
 
 import importlib
+import json
 import logging
 import os
 import re
@@ -12,14 +13,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
+from helpers import TITLES, make_model
 from launching import FEW_STEPS, PROMPT, launch, run
 from transformers import TrainingArguments
 
-from trl_msl import MSLConfig, SoftmaxDPOConfig
+from trl_msl import ItemCatalog, MSLConfig, RankingTask, Recommender, SoftmaxDPOConfig
 from trl_msl.data import DataArguments
 from trl_msl.experiments import pretrain
-from trl_msl.scripts import cli, command_line, doctor, train
+from trl_msl.scripts import cli, command_line, doctor, evaluate, train
 from trl_msl.scripts.loading import checkpoint_to_resume, load_data
 from trl_msl.scripts.option_parser import OptionParser
 
@@ -77,18 +80,31 @@ class TestWithoutAccelerator:
 
 def fail(capsys, *arguments, code=2) -> str:
     """The only line on stderr of a command that fails."""
+    error = fail_after_notes(capsys, *arguments, code=code)
+    assert error.startswith(f"trl-msl {arguments[0]}: ") and error.count("\n") == 1
+    return error
+
+
+def fail_after_notes(capsys, *arguments, code=2) -> str:
     with pytest.raises(SystemExit) as end:
         cli.main([str(argument) for argument in arguments])
     assert end.value.code == code
-    error = capsys.readouterr().err
-    assert error.startswith(f"trl-msl {arguments[0]}: ") and error.count("\n") == 1
-    return error
+    return capsys.readouterr().err
 
 
 @pytest.fixture
 def argv(monkeypatch):
     """`cli.main` sets `sys.argv`."""
     monkeypatch.setattr(sys, "argv", ["trl-msl"])
+
+
+@pytest.fixture
+def model_with_task(tmp_path, folder, tokenizer, template):
+    """A recommender of the items of `folder`."""
+    ids = [str(index) for index in range(len(TITLES))]
+    task = RankingTask(ItemCatalog(ids, TITLES, template='"{text}"'), tokenizer, template, max_length=99)
+    Recommender(make_model(tokenizer), task).save_pretrained(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.usefixtures("argv")
@@ -192,6 +208,44 @@ class TestErrors:
         assert "script.py: error: --output_dir is wrong here\n" in output and "the end" not in output
 
 
+@pytest.mark.usefixtures("argv")
+class TestFileOfATraining:
+    @pytest.fixture
+    def config(self, tmp_path, folder, base_model):
+        options = {"data_dir": str(folder), "prompt_text": PROMPT[1], "model_name_or_path": str(base_model)}
+        options |= {"output_dir": str(tmp_path / "trained"), "max_steps": 4, "use_peft": True, "max_test_users": 2}
+        options |= {"decoding": "beam", "save_strategy": False, "loss": ["msl"], "learning_rate": 1e-3}
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+        return tmp_path / "train.yaml"
+
+    def test_names_the_data_of_an_evaluation(self, config, tmp_path, capsys, model_with_task, caplog):
+        error = fail_after_notes(capsys, "evaluate", "--config", config)
+        left_out = "model_name_or_path, output_dir, max_steps, save_strategy, loss, learning_rate."
+        assert f"Options of a training, which this command leaves out: {left_out}\n" in error
+        assert error.endswith("--model_name_or_path is missing: pass the folder or repository of a model.\n")
+        options = ["--model_name_or_path", model_with_task, "--output_dir", tmp_path / "evaluated"]
+        with caplog.at_level("INFO"):
+            run(evaluate, "--config", config, *options)
+        assert left_out in caplog.text and not (tmp_path / "trained").exists()
+        metrics = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())
+        assert metrics["beam"]["num_rows"] == 2 and "exact" not in metrics
+
+    def test_names_data_and_base_model_for_the_doctor(self, config, capsys):
+        assert cli.main(["doctor", "--config", str(config)]) == 0
+        assert "leaves out: output_dir, max_steps, use_peft, decoding, save_strategy," in capsys.readouterr().err
+
+    def test_typos_are_errors(self, config, capsys):
+        config.write_text(config.read_text() + "max_stepps: 3\n")
+        assert "--max_stepps is not an option of this command; did you mean --max_steps?" in fail(
+            capsys, "evaluate", "--config", config
+        )
+
+    def test_is_not_for_other_trainings(self, config, capsys):
+        """The learning rate of an LLM is not that of SASRec, nor the loss's temperature that of softmax DPO."""
+        config.write_text(config.read_text() + "temperature: 2.0\n")
+        assert "--loss is not an option" in fail(capsys, "dpo", "--config", config)
+
+
 TWO_PROCESSES = """
 from accelerate import PartialState
 from trl_msl.scripts.command_line import command
@@ -215,7 +269,8 @@ def test_log_of_a_command(capsys, tmp_path, folder, base_model):
 
     def main(args: DataArguments) -> None:
         logger.info("min_interactions=%d", args.min_interactions)
-        logger.warning("`data_dir` is '%s'", args.data_dir)
+        for _ in range(2):  # as for each split
+            logger.warning("`data_dir` is '%s'", args.data_dir)
 
     main.__annotations__ = {"args": DataArguments}
     sys.argv = ["trl-msl train", "--data_dir", str(folder)]
@@ -223,6 +278,32 @@ def test_log_of_a_command(capsys, tmp_path, folder, base_model):
     assert capsys.readouterr().err == f"--min_interactions 5\n--data_dir is '{folder}'\n"
     logger.info("quiet")
     assert capsys.readouterr().err == "" and logging.getLogger("trl_msl").handlers == []
+
+
+@pytest.mark.usefixtures("argv")
+def test_nothing_foreign_on_stderr(tmp_path, folder, tokenizer, capsys, recwarn, monkeypatch):
+    """Here of a model without a padding token, whose start token is not the tokenizer's."""
+    model = make_model(tokenizer)
+    for config in (model.config, model.generation_config):
+        config.pad_token_id, config.bos_token_id = None, 7
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    handlers = logging.getLogger("transformers").handlers
+    (handler,) = (handler for handler in handlers if type(handler) is logging.StreamHandler)  # not those of pytest
+    monkeypatch.setattr(handler, "stream", sys.stderr)
+    base, data = ["--model_name_or_path", tmp_path / "base"], ["--data_dir", folder, *PROMPT]
+    trained, options = ["--model_name_or_path", tmp_path / "out"], ["--max_steps", 2, "--report_to", "none"]
+    for arguments in (
+        ["doctor", *data, *base, "--load_model"],
+        ["train", *data, *base, *options, "--output_dir", tmp_path / "out", "--use_peft"],
+        ["evaluate", *data, *trained, "--output_dir", tmp_path / "evaluated"],
+        ["dpo", *data, *trained, *options, "--output_dir", tmp_path / "dpo"],
+    ):
+        cli.main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err
+        assert not re.search("warn|deprecat|PAD/BOS/EOS", error, flags=re.IGNORECASE)
+    shown = [str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning | UserWarning)]
+    assert shown == []
 
 
 def test_doctor_takes_chat_template_kwargs_once(folder, base_model, capsys):

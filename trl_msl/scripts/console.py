@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -85,18 +86,44 @@ def name_options(message: str, options: Collection[str]) -> str:
     return message
 
 
+# Of TRL and PEFT, which still call these names
+OLD_NAMES = r"`(is_)?gradient_checkpointing\w*` is deprecated"
+# Of the trainer, which gives the model the special tokens of its tokenizer
+ALIGNED = "The tokenizer has new PAD/BOS/EOS tokens"
+
+
 @contextmanager
 def log_lines(options: Collection[str] = ()) -> Iterator[None]:
-    """The package's log from level INFO on, as lines on stderr; of several processes, that of the main one."""
-    logger, handler = logging.getLogger("trl_msl"), logging.StreamHandler()
-    formatter = logging.Formatter()
-    handler.format = lambda record: name_options(formatter.format(record), options)
+    """
+    The package's log from level INFO on, as lines on stderr, each once; of several processes, that of the main one.
+    What libraries would say in every run, and nobody can act on, is left out.
+    """
+    logger, handler, shown = logging.getLogger("trl_msl"), logging.StreamHandler(), set()
+
+    def write(record: logging.LogRecord) -> str:
+        return name_options(logging.Formatter().format(record), options)
+
+    def is_new(record: logging.LogRecord) -> bool:
+        return not (write(record) in shown or shown.add(write(record)))
+
+    def is_of_use(record: logging.LogRecord) -> bool:
+        return ALIGNED not in record.getMessage()
+
+    handler.format = write
+    handler.addFilter(is_new)
+    foreign = [*logging.getLogger("transformers").handlers]
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR if RANK else logging.INFO)
     logger.propagate = False
+    for other in foreign:
+        other.addFilter(is_of_use)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", OLD_NAMES, FutureWarning)
+            yield
     finally:
+        for other in foreign:
+            other.removeFilter(is_of_use)
         logger.removeHandler(handler)
         logger.level, logger.propagate = before

@@ -2,8 +2,10 @@
 """The options of a command: read from a command line and a YAML file, and listed by `--help`."""
 
 import argparse
+import dataclasses
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,8 @@ from trl import ModelConfig, TrlParser
 from ..data import DataArguments
 from .console import name_options
 
+
+logger = logging.getLogger(__name__)
 
 USUAL = (
     "output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -51,7 +55,7 @@ class OptionParser(TrlParser):
             kinds, usage="%(prog)s [options]", description=start.strip(), epilog=end.strip(), allow_abbrev=False,
             formatter_class=_HelpFormatter,
         )  # fmt: skip
-        self.names = {action.dest for action in self._actions}
+        self.names = self.known = {action.dest for action in self._actions}
         for action in self._actions:
             action.help = name_options(action.help or "", self.names)
 
@@ -72,13 +76,29 @@ class OptionParser(TrlParser):
         return namespace, rest
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        for name in config:
-            if name not in self.names:
+        if "learning_rate" not in self.names:  # a command that trains nothing
+            config = self._without_training(config)
+        for names in (self.known, self.names):  # a typo before an option of other commands
+            for name in config.keys() - names:
                 self.error(self._describe_unknown(f"--{name}"))
         for action in self._actions:
             if action.dest in config and config[action.dest] is not None:
                 config[action.dest] = self._config_value(action, config[action.dest])
         return super().set_defaults_with_config(**config)
+
+    def _without_training(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What this command shares with the training that the file may be for."""
+        training = _training_options()
+        self.known = self.names | training
+        if config.keys() <= self.names or not config.keys() <= self.known:
+            return config
+        # Here they would be the base model and the folder of the training; the doctor does check the base model
+        others = {"output_dir", "model_revision"} | (
+            {"model_name_or_path"} if ModelConfig in self.dataclass_types else set()
+        )
+        left_out = [name for name in config if name in others or name not in self.names]
+        logger.info("Options of a training, which this command leaves out: %s.", ", ".join(left_out))
+        return {name: value for name, value in config.items() if name not in left_out}
 
     def _config_value(self, action: argparse.Action, value: Any) -> Any:
         """A value of a YAML file, in a list where the option takes several."""
@@ -92,7 +112,7 @@ class OptionParser(TrlParser):
         return values if action.nargs == "+" else value
 
     def _describe_unknown(self, option: str) -> str:
-        near = difflib.get_close_matches(option, [f"--{name}" for name in self.names], n=1)
+        near = difflib.get_close_matches(option, [f"--{name}" for name in self.known], n=1)
         return f"{option} is not an option of this command" + (f"; did you mean {near[0]}?" if near else "")
 
     def error(self, message: str) -> None:
@@ -142,6 +162,16 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _training_options() -> set[str]:
+    from ..experiments import ablation, compare_losses
+    from . import dpo, train
+
+    kinds = [
+        kind for module in (train, dpo, compare_losses, ablation) for kind in get_type_hints(module.main).values()
+    ]
+    return {name for kind in kinds if dataclasses.is_dataclass(kind) for name in kind.__dataclass_fields__}
 
 
 def _indent(code: re.Match) -> str:
