@@ -38,7 +38,9 @@ class StopAtInterrupt(TrainerCallback):
 
     def __init__(self):
         self.process, self.is_interrupted, self.is_stopping = os.getpid(), False, False
-        self.handler_before = signal.signal(signal.SIGINT, self.interrupt)
+        self.handler_before = signal.getsignal(signal.SIGINT)
+        if self.handler_before != signal.SIG_IGN:  # as of a job in the background of a shell script
+            signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, signum, frame):
         if os.getpid() != self.process:  # a data loader's worker, which the trainer still needs
