@@ -128,7 +128,7 @@ def test_histories_as_tools_write_them(tmp_path, model, catalog):
     # "Emma" and "Dune" are titles: "Emma, Dune" could be another
     for cell in ("Emma, Dune", "Dune"):
         pd.DataFrame({"item_ids": [cell]}).to_csv(path, index=False)
-        with pytest.raises(ValueError, match="different ids that are not .*'Dune'.* holds ids .write titles as"):
+        with pytest.raises(ValueError, match="different ids that are not .*'Dune'.* holds ids; write titles as a"):
             run(recommend, *arguments)
 
 

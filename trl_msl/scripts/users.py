@@ -162,21 +162,19 @@ def check_items(
         unknown, kind = unknown_texts, "texts"
     kept = [[item for item in history if item not in unknown] for history in table["item_ids"]]
     num_items = sum(map(len, table["item_ids"])) - sum(map(len, kept))
-    advice = "Pass ids or texts of this model's catalogue"
-    if only_ids:
-        advice += "; a history that is no list, or comes from a log, holds ids (write titles as a list in JSON)"
+    about_ids = " A history that is no list, or comes from a log, holds ids; write titles as a list." if only_ids else ""
     if unknown and unknown_items == "error":
-        num_users = sum(len(history) != len(items) for history, items in zip(kept, table["item_ids"]))
+        num_users = sum(len(left) < len(history) for left, history in zip(kept, table["item_ids"]))
         raise ValueError(
             f"The histories of {num_users} of {len(table)} users hold {len(unknown)} different {kind} that are not in "
-            f"the catalogue of {len(catalog)} items, such as {sorted(unknown)[:3]}. {advice}, or leave unknown items "
-            "out, by unknown_items='drop'."
+            f"the catalogue of {len(catalog)} items, such as {sorted(unknown)[:3]}. Pass ids or texts of this model's "
+            f"catalogue, or leave unknown items out, by unknown_items='drop'.{about_ids}"
         )
     num_users = sum(len(items) == 0 for items in kept)
     if num_users == len(table):
         raise ValueError(
             f"unknown_items='drop' leaves none of the {num_users:,} users: none of their items is in the catalogue, "
-            f"such as {sorted(unknown)[:3]}. {advice}."
+            f"such as {sorted(unknown)[:3]}. Pass ids or texts of this model's catalogue.{about_ids}"
         )
     kept = table.assign(item_ids=kept)[[len(items) > 0 for items in kept]]
     dropped = f" ({num_items:,} unknown items were dropped, and {num_users:,} users without any other)"
