@@ -141,6 +141,8 @@ class TestDataOfTheTraining:
         monkeypatch.chdir(tmp_path)
         run(merge, "--model_name_or_path", "out", "--output_dir", "merged")
         caplog.set_level(logging.INFO)
+        run(update_catalog, "--model_name_or_path", "out", "--output_dir", "updated", "--withdraw", 7)
+        assert evaluated("updated", tmp_path)["exact"]["num_rows"] == 6
         for name in ("out", "out/checkpoint-4", "merged"):
             assert evaluated(name, tmp_path)["exact"]["ndcg@10"] == pytest.approx(trained["ndcg@10"])
             assert f"The data is that of the training of {name}: {folder}." in caplog.text

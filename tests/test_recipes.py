@@ -44,11 +44,13 @@ def test_quickstart_compares_losses_on_generated_data(tmp_path):
     for row in ("untrained", "lml", "msl", "best_possible"):
         assert f"\n{row:>14}" in output
 
-    again = launch("evaluate_recommender.py", "--model_name_or_path", tmp_path / "msl", "--output_dir",
-                   tmp_path / "evaluation", "--max_test_users", 20)  # fmt: skip
-    assert "ndcg@10" in again
-    metrics = read(tmp_path / "evaluation" / "metrics.json")
-    assert metrics["exact"]["ndcg@10"] == pytest.approx(summary["msl"]["ndcg@10"])
+    again = launch("evaluate_recommender.py", "--model_name_or_path", tmp_path / "msl", "--output_dir", tmp_path / "a")
+    assert "ndcg@10" in again and "The data is generated" in again
+    run(
+        evaluate, "--model_name_or_path", tmp_path / "lml", "--output_dir", tmp_path / "b"
+    )  # has no task
+    for name, place in (("msl", "a"), ("lml", "b")):
+        assert read(tmp_path / place / "metrics.json")["exact"]["ndcg@10"] == pytest.approx(summary[name]["ndcg@10"])
 
 
 def test_folder_yaml_lora_and_best_checkpoint(tmp_path, folder, base_model):

@@ -22,7 +22,7 @@ from ..training import NEVER_PUSHED
 from .cards import write_card
 from .command_line import command
 from .loading import load_tokenizer
-from .trained import DATA_FILE
+from .trained import copy_options
 
 
 @dataclass
@@ -61,8 +61,7 @@ def main(args: MergeArguments, model_args: ModelConfig) -> None:
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     Recommender(adapted.merge_and_unload(), task).save_pretrained(temporary)
-    if (folder / DATA_FILE).is_file():
-        shutil.copy(folder / DATA_FILE, temporary)
+    copy_options(folder, temporary)
     write_card(folder, temporary, model_id, f"This is the adapter `{Path(name).name}`, merged into its base model.")
     temporary.replace(output_dir)
     if args.push_to_hub:

@@ -55,6 +55,12 @@ def read_options(folder: Path) -> DataArguments | None:
     return args
 
 
+def copy_options(folder: Path, other: Path) -> None:
+    """Write the `data.json` of a model, if it has one, into the folder of another that is made of it."""
+    if args := read_options(folder):
+        write_options(args, other)
+
+
 def load_trained(
     model_args: ModelConfig, data_args: DataArguments, max_length: int | None = None, trust_remote_code: bool = False
 ) -> tuple[Data, RankingTask]:

@@ -25,6 +25,7 @@ from ..recommender import find_base, find_folder, find_task_folder, name_base_ab
 from ..training import NEVER_PUSHED
 from .cards import write_card
 from .command_line import command
+from .trained import copy_options
 
 
 @dataclass
@@ -77,6 +78,7 @@ def main(args: UpdateArguments) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     # Neither checkpoints nor what was measured with the catalogue as it was
     shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(*NEVER_PUSHED, "base_model"))
+    copy_options(folder, temporary)
     name_base_absolutely(temporary, find_base(folder))
     updated.save_pretrained(temporary)
     shared = updated.shared_prefixes()
