@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stranger's first hour: the five commands of the README on a messy log, as typed, and what each says of mistakes."""
+"""A stranger's first hour: the README's five commands on a messy log, as typed, and what they say of mistakes."""
 
 import json
 import random
@@ -112,8 +112,9 @@ class TestFiveCommands:
         assert result.code == 0, result.err
         for said in (
             "log.csv: 247 interactions, 41 users, 17 items", "items.csv: 15 items", "1 of 15 texts hold HTML entities",
-            "1 of 15 items repeat another item's text", "5-core: 242 → 240 interactions, 41 → 40 users, 15 → 14 items",
-            "steps: 4 of 8 rows",
+            "1 of 15 items repeat another item's text", "such as ' b1 ', which is another id than 'b1'",
+            "2 item id(s), such as ' b1 ', are not in the catalogue", "3 of 245 interactions repeat the user, item and time",
+            "5-core: 242 → 240 interactions, 41 → 40 users, 15 → 14 items", "steps: 4 of 8 rows",
         ):  # fmt: skip
             assert said in result.err, (said, result.err)
         for foreign in ("pin_memory", "deprecated", "accelerate", "Traceback"):
@@ -144,15 +145,17 @@ class TestWrongThings:
     @pytest.mark.parametrize(
         ("line", "said"),
         [
-            (f"evaluate {MODEL} --prompt_text 'Next to {{history}}:'", "error: The options differ from what outputs/msl"),
-            (f"evaluate {MODEL} --items other.csv", "error: `items`"),
-            ("evaluate --model_name_or_path base", "error: --data_dir and --interactions are both missing, and base has"),
-            (f"recommend {MODEL} --users users.csv --output found.txt", "error: --output"),
-            (f"recommend {MODEL} --users users.csv --top_k 99", "error: --top_k"),
+            (f"evaluate {MODEL} --prompt_text 'Next to {{history}}:'", "The options differ from what outputs/msl was"),
+            (f"evaluate {MODEL} --items other.csv", "The catalogue differs from the one that outputs/msl was trained"),
+            ("evaluate --model_name_or_path base", "--data_dir and --interactions are both missing, and base has no"),
+            (f"recommend {MODEL} --users users.csv --output found.txt", "--output"),
+            (f"recommend {MODEL} --users users.csv --top_k 99", "--top_k"),
             (f"{TRAIN} --resume_from_checkpoint last --learning_rate 0.5", "learning_rate"),
-            (f"{TRAIN} --push_to_hub", "error: --push_to_hub: the adapter's base model is the local folder 'base'"),
-            ("doctor --interactions mixed.csv --items items.csv --model_name_or_path base", "mixes"),
-            ("train --interactions log.xlsx --items items.csv --model_name_or_path base", "its format is not known"),
+            (f"{TRAIN} --push_to_hub", "--push_to_hub: the adapter's base model is the local folder 'base'"),
+            (f"train --interactions mixed.csv --items items.csv {CLEAN} --model_name_or_path base", "mixes 246 numbers"),
+            (f"train --interactions log.xlsx --items items.csv {CLEAN} --model_name_or_path base", "format is not known"),
+            (f"train {DATA} --model_name_or_path base", "pass --empty_texts id to use the id as the text"),
+            (f"train {DATA} --empty_texts id --model_name_or_path base", "or pass --unknown_items drop"),
             (f"train {DATA} --model_name_or_path base --tempature 2", "did you mean --temperature?"),
         ],
     )  # fmt: skip
@@ -162,11 +165,7 @@ class TestWrongThings:
         items.assign(title=items["title"].str.upper()).to_csv("other.csv", index=False)
         Path("log.xlsx").touch()
         before = {path: path.stat().st_mtime_ns for path in Path("outputs").rglob("*")}
-        if line.startswith("doctor"):
-            result = type_(line)
-            assert result.code == 1 and said in " ".join(result.out.split())
-        else:
-            assert said in type_(line).last_line
+        assert said in type_(line).last_line
         assert before == {path: path.stat().st_mtime_ns for path in Path("outputs").rglob("*")}
 
     def test_in_a_shell(self, here):
@@ -194,11 +193,10 @@ class TestWrongThings:
         assert not Path("outputs/new/metrics.json").exists()
 
     def test_other_formats(self, here, type_):
-        """And ids that look alike are counted."""
         log = pd.read_csv("log.csv")
         log.to_csv("log.tsv", sep="\t", index=False)
         log.to_csv("log.csv.gz", index=False)
         log.to_json("log.jsonl", orient="records", lines=True)
         for name in ("log.tsv", "log.csv.gz", "log.jsonl"):
             result = type_(f"doctor --interactions {name} --items items.csv {CLEAN} --model_name_or_path base")
-            assert result.code == 0 and " 0 errors, " in result.out and "' b1 '" in result.err
+            assert result.code == 0 and " 0 errors, " in result.out

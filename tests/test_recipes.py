@@ -46,9 +46,7 @@ def test_quickstart_compares_losses_on_generated_data(tmp_path):
 
     again = launch("evaluate_recommender.py", "--model_name_or_path", tmp_path / "msl", "--output_dir", tmp_path / "a")
     assert "ndcg@10" in again and "The data is generated" in again
-    run(
-        evaluate, "--model_name_or_path", tmp_path / "lml", "--output_dir", tmp_path / "b"
-    )  # has no task
+    run(evaluate, "--model_name_or_path", tmp_path / "lml", "--output_dir", tmp_path / "b")  # has no task
     for name, place in (("msl", "a"), ("lml", "b")):
         assert read(tmp_path / place / "metrics.json")["exact"]["ndcg@10"] == pytest.approx(summary[name]["ndcg@10"])
 
