@@ -115,7 +115,7 @@ COMMANDED = [page for page in PAGES if commands(page)]
 def workplace(tmp_path_factory):
     """A folder with all files that the commands of the documentation name, but those that they write."""
     path = tmp_path_factory.mktemp("workplace")
-    for name in ("Book", "amazon_books", "amazon_office"):
+    for name in ("Book", "new", "amazon_books", "amazon_office"):
         write_paper_folder(path / "data" / name)
     for name in ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-3B"):
         write_model(path / name)
@@ -143,8 +143,9 @@ def workplace(tmp_path_factory):
         cli.main(["quickstart", "--loss", "lml", "msl", "--max_steps", "2", "--scratch_pretrain_steps", "2",
                   "--scratch_hidden_size", "32", "--scratch_num_layers", "1", "--eval_strategy", "no",
                   "--save_strategy", "no", "--load_best_model_at_end", "false"])  # fmt: skip
-    for system in ("msl", "lml"):
-        shutil.copytree(path / "outputs" / "quickstart" / system, path / "outputs" / "mine" / system)
+        cli.main(["train", "--config", "my_run.yaml", "--max_steps", "2", "--output_dir", "outputs/mine/msl"])
+    for copy in ("outputs/mine/sasrec-sce", "user/my-recommender"):
+        shutil.copytree(path / "outputs" / "mine" / "msl", path / copy)
     return path
 
 
