@@ -79,22 +79,29 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
 
 def read(args: DataArguments) -> tuple[tuple[ItemCatalog, DatasetDict] | None, list[Finding]]:
     """The data, or `None`, and what was found while reading it: where a policy stops it, it goes on with another."""
-    data, findings = None, []
+    data, findings, said = None, [], set()
 
     def take(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
         if record.name.endswith("cleaning"):  # the catalogue's warnings have lines of their own in the table
-            findings.append(Finding("Interactions and ids", "note", record.getMessage()))
-        return record.levelno < logging.WARNING
+            findings.append(Finding("Interactions and ids", "note", message))
+        is_new = message not in said
+        said.add(message)
+        return is_new and record.levelno < logging.WARNING
 
-    loggers = [logging.getLogger(f"trl_msl.data.{name}") for name in ("catalog", "cleaning")]
+    loggers = [logging.getLogger(f"trl_msl.data.{name}") for name in ("catalog", "cleaning", "options")]
     for logger in loggers:
         logger.addFilter(take)
-    for policies in ({}, {"empty_texts": "keep"}, {"empty_texts": "keep", "unknown_items": "drop"}):
+    policies = {"empty_texts": "keep", "unknown_items": "drop"}
+    while data is None:
         try:
-            data = read_data(replace(args, **policies))
-            break
+            data = read_data(args)
         except ValueError as error:
             findings.append(Finding("Reading the data", "error", str(error)))
+            remedy = next((name for name in policies if f"{name}=" in str(error)), None)
+            if remedy is None:
+                break
+            args = replace(args, **{remedy: policies.pop(remedy)})
     for logger in loggers:
         logger.removeFilter(take)
     return data, list(dict.fromkeys(findings))
