@@ -162,9 +162,7 @@ def check_items(
         unknown, kind = unknown_texts, "texts"
     kept = [[item for item in history if item not in unknown] for history in table["item_ids"]]
     num_items = sum(map(len, table["item_ids"])) - sum(map(len, kept))
-    about_ids = (
-        " A history that is no list, or comes from a log, holds ids; write titles as a list." if only_ids else ""
-    )
+    about_ids = " A history without brackets, or from a log, holds ids; write titles as a list." if only_ids else ""
     if unknown and unknown_items == "error":
         num_users = sum(len(left) < len(history) for left, history in zip(kept, table["item_ids"]))
         raise ValueError(
