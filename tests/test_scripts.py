@@ -214,13 +214,13 @@ class TestFileOfATraining:
     def config(self, tmp_path, folder, base_model):
         options = {"data_dir": str(folder), "prompt_text": PROMPT[1], "model_name_or_path": str(base_model)}
         options |= {"output_dir": str(tmp_path / "trained"), "max_steps": 4, "use_peft": True, "max_test_users": 2}
-        options |= {"decoding": "beam", "save_strategy": False, "loss": ["msl"], "learning_rate": 1e-3}
+        options |= {"decoding": "beam", "save_strategy": False, "learning_rate": 1e-3}
         (tmp_path / "train.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
         return tmp_path / "train.yaml"
 
     def test_names_the_data_of_an_evaluation(self, config, tmp_path, capsys, model_with_task, caplog):
         error = fail_after_notes(capsys, "evaluate", "--config", config)
-        left_out = "model_name_or_path, output_dir, max_steps, save_strategy, loss, learning_rate."
+        left_out = "model_name_or_path, output_dir, max_steps, save_strategy, learning_rate."
         assert f"Options of a training, which this command leaves out: {left_out}\n" in error
         assert error.endswith("--model_name_or_path is missing: pass the folder or repository of a model.\n")
         options = ["--model_name_or_path", model_with_task, "--output_dir", tmp_path / "evaluated"]
@@ -243,7 +243,7 @@ class TestFileOfATraining:
     def test_is_not_for_other_trainings(self, config, capsys):
         """The learning rate of an LLM is not that of SASRec, nor the loss's temperature that of softmax DPO."""
         config.write_text(config.read_text() + "temperature: 2.0\n")
-        assert "--loss is not an option" in fail(capsys, "dpo", "--config", config)
+        assert "--temperature is not an option" in fail(capsys, "dpo", "--config", config)
 
 
 TWO_PROCESSES = """

@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import difflib
+import importlib
 import inspect
 import logging
 import re
@@ -16,6 +17,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
 from ..data import DataArguments
+from .cli import COMMANDS
 from .console import name_options
 
 
@@ -79,8 +81,8 @@ class OptionParser(TrlParser):
         if "learning_rate" not in self.names:  # a command that trains nothing
             config = self._without_training(config)
         for names in (self.known, self.names):  # a typo before an option of other commands
-            for name in config.keys() - names:
-                self.error(self._describe_unknown(f"--{name}"))
+            if unknown := [name for name in config if name not in names]:
+                self.error(self._describe_unknown(f"--{unknown[0]}"))
         for action in self._actions:
             if action.dest in config and config[action.dest] is not None:
                 config[action.dest] = self._config_value(action, config[action.dest])
@@ -88,14 +90,15 @@ class OptionParser(TrlParser):
 
     def _without_training(self, config: dict[str, Any]) -> dict[str, Any]:
         """What this command shares with the training that the file may be for."""
-        training = _training_options()
-        self.known = self.names | training
-        if config.keys() <= self.names or not config.keys() <= self.known:
+        if config.keys() <= self.names:
+            return config
+        self.known = self.names | _training_options()
+        if not config.keys() <= self.known:
             return config
         # Here they would be the base model and the folder of the training; the doctor does check the base model
-        others = {"output_dir", "model_revision"} | (
-            {"model_name_or_path"} if ModelConfig in self.dataclass_types else set()
-        )
+        others = {"output_dir", "model_revision"}
+        if ModelConfig in self.dataclass_types:
+            others.add("model_name_or_path")
         left_out = [name for name in config if name in others or name not in self.names]
         logger.info("Options of a training, which this command leaves out: %s.", ", ".join(left_out))
         return {name: value for name, value in config.items() if name not in left_out}
@@ -165,13 +168,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def _training_options() -> set[str]:
-    from ..experiments import ablation, compare_losses
-    from . import dpo, train
-
-    kinds = [
-        kind for module in (train, dpo, compare_losses, ablation) for kind in get_type_hints(module.main).values()
-    ]
-    return {name for kind in kinds if dataclasses.is_dataclass(kind) for name in kind.__dataclass_fields__}
+    # By their names, as the commands import this module
+    mains = [importlib.import_module(COMMANDS[name][0]).main for name in ("train", "dpo")]
+    kinds = [kind for main in mains for kind in get_type_hints(main).values() if dataclasses.is_dataclass(kind)]
+    return {name for kind in kinds for name in kind.__dataclass_fields__}
 
 
 def _indent(code: re.Match) -> str:
