@@ -167,7 +167,7 @@ def test_what_is_a_system(tmp_path, add):
 
 
 def test_errors(tmp_path, add):
-    with pytest.raises(SystemExit):  # `runs` is required
+    with pytest.raises(ValueError, match="required: --runs"):
         report.run([])
     with pytest.raises(ValueError, match="no folder has both metrics.json and rankings.parquet"):
         run(tmp_path)
