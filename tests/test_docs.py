@@ -205,6 +205,11 @@ def test_commands_exist():
     assert not missing
 
 
+def test_commands_that_are_not_run_are_there():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert not [part for part in NOT_RUN if part not in text]
+
+
 def test_pages_are_in_the_index():
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     missing = [page.name for page in DOCS.glob("*.md") if page.name != "index.md" and f"({page.name})" not in index]
