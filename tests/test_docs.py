@@ -127,7 +127,7 @@ def workplace(tmp_path_factory):
     log.to_parquet(path / "log.parquet")
     titles = pd.DataFrame({"item_id": map(str, range(10)), "title": TITLES[:10]})
     titles.to_csv(path / "items.csv", index=False)
-    users = pd.DataFrame({"user_id": ["u1", "u2"], "item_ids": ['["1", "2"]', '["3"]']})
+    users = pd.DataFrame({"user_id": ["u1", "u2"], "item_ids": ["1,2", "3"]})
     users.to_csv(path / "users.csv", index=False)
     users.to_parquet(path / "users.parquet")
     titles.iloc[:2].assign(item_id=["new1", "new2"]).to_csv(path / "new_items.csv", index=False)
@@ -139,6 +139,7 @@ def workplace(tmp_path_factory):
     (path / "recipes").symlink_to(ROOT / "recipes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
+        patch.setattr(sys, "argv", ["trl-msl"])
         patch.setattr(loading, "generate_windows", partial(generate_windows, num_users=40))
         cli.main(["quickstart", "--loss", "lml", "msl", "--max_steps", "2", "--scratch_pretrain_steps", "2",
                   "--scratch_hidden_size", "32", "--scratch_num_layers", "1", "--eval_strategy", "no",
@@ -159,6 +160,7 @@ def test_commands(page, workplace, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, ShortTraining])
     shutil.copytree(workplace, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["trl-msl"])
     for program, *words in commands(page):
         if program == "trl-msl":
             assert not cli.main(words), words
