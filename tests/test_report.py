@@ -7,11 +7,12 @@ import json
 import math
 import sys
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from trl_msl.scripts import report
-from trl_msl.scripts.outputs import write_json, write_results
+from trl_msl.scripts.outputs import plot_training, write_json, write_results
 from trl_msl.scripts.report import ReportArguments, find_systems, format_count, holm, main, sign_flip_p_value
 from trl_msl.scripts.report_plots import make_styles
 
@@ -166,7 +167,7 @@ def test_what_is_a_system(tmp_path, add):
 
 
 def test_errors(tmp_path, add):
-    with pytest.raises(SystemExit):  # `runs` is required
+    with pytest.raises(ValueError, match="required: --runs"):
         report.run([])
     with pytest.raises(ValueError, match="no folder has both metrics.json and rankings.parquet"):
         run(tmp_path)
@@ -215,6 +216,62 @@ def test_plots_that_there_is_data_for(tmp_path, add):
     run(tmp_path, reference="msl-tau1", systems=["msl-tau1", "msl-ats/beam"])  # plots without data are gone
     expected = [*ALWAYS, "gradients.png", "logits.png", "notes.txt", "target_probability.png", "training.png"]
     assert files(tmp_path) == sorted(expected)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, which stay open."""
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    yield drawn
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def panels(figure) -> dict[str, list]:
+    """The lines that can be seen in each panel: of several points, or with markers."""
+    lines = {axis.get_ylabel() or axis.get_title(): axis.lines for axis in figure.axes}
+    return {
+        label: [list(line.get_ydata()) for line in drawn if len(line.get_ydata()) > (line.get_marker() == "None")]
+        for label, drawn in lines.items()
+    }
+
+
+class TestTrainingPlot:
+    def test_has_a_panel_for_what_was_logged(self, tmp_path, figures):
+        history = [{"step": 10, "loss": 3.0, "temperature": 1.5}, {"step": 10, "train_loss": 3.0}]
+        plot_training({"msl": history}, tmp_path / "training.png")
+        plot_training({"msl": [*history, {"step": 10, "eval_ndcg@10": 0.2}]}, tmp_path / "training.png")
+        assert panels(figures[0]) == {"training loss": [[3.0]], "temperature τ": [[1.5]]}
+        assert panels(figures[1])["validation NDCG@10"] == [[0.2]]
+        (tmp_path / "training.png").unlink()
+        plot_training({"msl": history[1:]}, tmp_path / "training.png")
+        assert len(figures) == 2 and not list(tmp_path.iterdir())
+
+    def test_losses_on_different_scales(self, tmp_path, figures):
+        """And a system has one colour, also where another has no line."""
+        lml = [{"step": step, "loss": 8.0 / step} for step in (1, 2)]
+        msl = [{"step": step, "loss": 1.0 / step, "temperature": 1.5} for step in (1, 2)]
+        plot_training({"lml": lml, "msl": msl}, tmp_path / "training.png")
+        assert panels(figures[0])["training loss, first value = 1"] == [[1.0, 0.5], [1.0, 0.5]]
+        colours = [[line.get_color() for line in axis.lines] for axis in figures[0].axes]
+        assert colours[0] == colours[1] and len(set(colours[0])) == 2
+
+
+def test_plots_of_one_measurement(tmp_path, add, figures):
+    """With no gradient, which a logarithmic axis would not show, and without logits of invalid tokens."""
+    entry = {"step": 0, "lml1": 3.0, "lml2": 4.0, "lml1_grad_norm": 0.0, "lml2_grad_norm": 0.0}
+    folder = add("msl", [0, 2])
+    write_json(folder / "log_history.json", [{"step": 1, "train_loss": 1.0}])
+    empty = {"edges": [0, 1], "counts": [0], "target": [0]}
+    for probe, written in (
+        ({"history": [entry]}, ["gradients.png"]),
+        ({"history": [{"step": 0}], "target_probability": empty, "logits": empty}, []),
+    ):
+        write_json(folder / "probe.json", probe)
+        run(tmp_path, reference="msl")
+        assert files(tmp_path) == sorted([*ALWAYS, *written])
+    assert all(lines for figure in figures for lines in panels(figure).values())
 
 
 def test_without_matplotlib(tmp_path, add, monkeypatch, capsys):

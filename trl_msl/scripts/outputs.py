@@ -112,25 +112,42 @@ def format_table(results: dict[str, dict[str, float]], columns: tuple[str, ...] 
 
 
 def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Training loss, temperature τ and validation NDCG@10 over steps, a line per system. Needs matplotlib."""
+    """
+    Training loss, temperature τ and validation NDCG@10 over steps, a line per system, in a panel for each that was
+    logged; no file if none was. Losses of several systems may be on different scales, so each is then divided by its
+    first value. Needs matplotlib.
+    """
+    panels = {"loss": "training loss", "temperature": "temperature τ", "eval_ndcg@10": "validation NDCG@10"}
+    points = {
+        key: {name: [(e["step"], e[key]) for e in history if key in e] for name, history in histories.items()}
+        for key in panels
+    }
+    logged = [key for key in panels if any(points[key].values())]
+    if not logged:
+        return
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         logger.warning('%s was left out, as matplotlib is not installed: pip install "trl_msl[plots]".', path)
         return
     plt.switch_backend("Agg")
-    panels = {"loss": "training loss", "temperature": "temperature τ", "eval_ndcg@10": "validation NDCG@10"}
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True)
-    for axis, (key, label) in zip(axes, panels.items()):
-        for name, history in histories.items():
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+    if len(histories) > 1:
+        panels["loss"] += ", first value = 1"
+        points["loss"] = {
+            name: [(step, value / (line[0][1] or 1)) for step, value in line] for name, line in points["loss"].items()
+        }
+    size = (4 * len(logged), 3.4)
+    figure, axes = plt.subplots(1, len(logged), figsize=size, squeeze=False, constrained_layout=True)
+    for axis, key in zip(axes.flat, logged):
+        for name, line in points[key].items():
             # Plotted even if empty, so that a system has the same colour in all panels
-            steps, values = zip(*points) if points else ((), ())
-            axis.plot(steps, values, label=name if points else None, marker="o" if key.startswith("eval") else None)
-        axis.set(xlabel="step", ylabel=label)
+            steps, values = zip(*line) if line else ((), ())
+            marker = "o" if len(line) <= 40 else None  # a line of one point is invisible without
+            axis.plot(steps, values, label=name if line else None, marker=marker, markersize=4)
+        axis.set(xlabel="step", ylabel=panels[key])
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
+        axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

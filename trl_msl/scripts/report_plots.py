@@ -47,22 +47,22 @@ def write_plots(output_dir: Path, rows: Rows, reference: str, runs: Path) -> lis
         "comparison.png": (plot_comparison, (rows, reference)),
         "cost.png": (plot_cost, ({name: row for name, row in rows.items() if row["train_seconds"]},)),
         "training.png": (plot_histories, (histories,)),
-        "gradients.png": (plot_gradients, (having(probes, "history"),)),
-        "target_probability.png": (plot_target_probability, (having(probes, "target_probability"),)),
-        "logits.png": (plot_logits, (having(probes, "logits"),)),
+        "gradients.png": (plot_gradients, (measured_losses(probes),)),
+        "target_probability.png": (plot_target_probability, (counted(probes, "target_probability"),)),
+        "logits.png": (plot_logits, (counted(probes, "logits"),)),
         "temperature.png": (plot_temperature, (temperature_sweep(rows), rows[reference], reference)),
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     is_again, written = (output_dir / "report.json").is_file(), []
     for name, (plot, data) in plots.items():
-        if not data[0]:
-            if is_again:  # remove an earlier report's plot
-                (output_dir / name).unlink(missing_ok=True)
-            continue
         temporary = output_dir / f".{name}"
-        with plt.rc_context(STYLE):
-            plot(*data, styles, temporary)
-        written.append(temporary.replace(output_dir / name))
+        if data[0]:
+            with plt.rc_context(STYLE):
+                plot(*data, styles, temporary)
+        if temporary.is_file():
+            written.append(temporary.replace(output_dir / name))
+        elif is_again:  # remove an earlier report's plot
+            (output_dir / name).unlink(missing_ok=True)
     return written
 
 
@@ -92,8 +92,20 @@ def read_beside(rows: Rows, name: str, runs: Path | None = None) -> dict[str, An
     return {system: json.loads(paths[system].read_text(encoding="utf-8")) for system in rows if system in paths}
 
 
-def having(probes: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: probe for name, probe in probes.items() if probe.get(key)}
+def measured_losses(probes: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """The measurements of each system that has any."""
+    measured = {name: [entry for entry in probe["history"] if "lml1" in entry] for name, probe in probes.items()}
+    return {name: entries for name, entries in measured.items() if entries}
+
+
+def counted(probes: dict[str, Any], key: str) -> dict[str, dict[str, list[float]]]:
+    """The histograms `key` of each system that has any, without edges on their own."""
+    histograms = {name: probe.get(key, {}) for name, probe in probes.items()}
+    return {
+        name: found
+        for name, found in histograms.items()
+        if any(any(counts) for kind, counts in found.items() if kind != "edges")
+    }
 
 
 def temperature_sweep(rows: Rows) -> Rows:
@@ -188,52 +200,51 @@ def plot_histories(histories: dict[str, Any], styles: Styles, path: Path) -> Non
         plot_training(histories, path)
 
 
-def plot_gradients(probes: dict[str, Any], styles: Styles, path: Path) -> None:
+def plot_gradients(measured: dict[str, list[dict[str, float]]], styles: Styles, path: Path) -> None:
     """LML¹ and LML² over steps, and the norms of their gradients, a line per system (Figures 3 and 4 of the paper)."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, constrained_layout=True)
     axes[1, 1].sharey(axes[0, 1])  # to compare the gradients
     for row, (key, label) in enumerate({"lml1": "LML¹ (valid tokens)", "lml2": "LML² (ranking)"}.items()):
         for axis, end, title in zip(axes[row], ("", "_grad_norm"), ("loss", "norm of its gradient")):
-            for name, probe in probes.items():
-                points = [(entry["step"], entry[key + end]) for entry in probe["history"] if key + end in entry]
-                if points:
-                    axis.plot(*zip(*points), label=name, markersize=4, **styles[name])
+            for name, entries in measured.items():
+                points = [(entry["step"], entry[key + end]) for entry in entries]
+                axis.plot(*zip(*points), label=name, markersize=4, **styles[name])
             axis.set(xlabel="step" if row else None)
+            axis.locator_params(axis="x", integer=True, min_n_ticks=1)
             axis.set_title(f"{label}, {title}", fontsize=10)
             axis.grid(alpha=0.3)
-    axes[0, 1].set_yscale("log")
-    for axis in axes[:, 1]:
-        plain_ticks(axis.yaxis)
+    if any(entry["lml1_grad_norm"] and entry["lml2_grad_norm"] for entries in measured.values() for entry in entries):
+        axes[0, 1].set_yscale("log")
+        for axis in axes[:, 1]:
+            plain_ticks(axis.yaxis)
     legend_below(figure, axes[0, 0])
     save(figure, path)
 
 
-def plot_target_probability(probes: dict[str, Any], styles: Styles, path: Path) -> None:
+def plot_target_probability(histograms: dict[str, Any], styles: Styles, path: Path) -> None:
     """Distribution of the target's probability among the valid tokens, a line per system (Figure 5 of the paper)."""
     figure, axis = plt.subplots(figsize=(6.5, 4.2), constrained_layout=True)
-    for name, probe in probes.items():
-        histogram = probe["target_probability"]
+    for name, histogram in histograms.items():
         counts = np.asarray(histogram["counts"], dtype=float)
         line = {key: styles[name][key] for key in ("color", "linestyle")}
-        axis.stairs(counts / max(1, counts.sum()), histogram["edges"], label=name, linewidth=1.6, **line)
+        axis.stairs(counts / counts.sum(), histogram["edges"], label=name, linewidth=1.6, **line)
     axis.set(xlabel="target's probability among the valid tokens, p; its weight is 1 − p", ylabel="share of positions")
     axis.grid(alpha=0.3)
     legend_below(figure, axis)
     save(figure, path)
 
 
-def plot_logits(probes: dict[str, Any], styles: Styles, path: Path) -> None:
+def plot_logits(histograms: dict[str, Any], styles: Styles, path: Path) -> None:
     """Distributions of the logits of targets, other valid and invalid tokens, a panel per system (Figure 8)."""
-    num_columns = min(3, len(probes))
-    num_rows = -(-len(probes) // num_columns)
+    num_columns = min(3, len(histograms))
+    num_rows = -(-len(histograms) // num_columns)
     figure, axes = plt.subplots(
         num_rows, num_columns, figsize=(max(5, 3.6 * num_columns), 0.5 + 2.8 * num_rows), sharex=True, squeeze=False,
         constrained_layout=True,
     )  # fmt: skip
     kinds = {"target": "target", "valid": "other valid tokens", "invalid": "invalid tokens"}
     ends: list[float] = []  # of the bins in use
-    for axis, (name, probe) in zip(axes.flat, probes.items()):
-        logits = probe["logits"]
+    for axis, (name, logits) in zip(axes.flat, histograms.items()):
         widths = np.diff(logits["edges"])
         for colour, (kind, label) in zip((COLOURS[1], COLOURS[0], "0.5"), kinds.items()):
             counts = np.asarray(logits.get(kind, np.zeros(len(widths))), dtype=float)
@@ -245,15 +256,14 @@ def plot_logits(probes: dict[str, Any], styles: Styles, path: Path) -> None:
                 ends += [logits["edges"][seen[0]], logits["edges"][seen[-1] + 1]]
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
-    for axis in axes.flat[len(probes) :]:
+    for axis in axes.flat[len(histograms) :]:
         axis.axis("off")
-    for axis in axes.flat[max(0, len(probes) - num_columns) : len(probes)]:
+    for axis in axes.flat[max(0, len(histograms) - num_columns) : len(histograms)]:
         axis.set(xlabel="logit")
         axis.tick_params(labelbottom=True)  # also above an empty place
     for axis in axes[:, 0]:
         axis.set(ylabel="density")
-    if ends:
-        axes[0, 0].set_xlim(min(ends), max(ends))
+    axes[0, 0].set_xlim(min(ends), max(ends))
     legend_below(figure, axes[0, 0])
     save(figure, path)
 
