@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
+import io
 import json
 import re
+import tokenize
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,7 +50,7 @@ def read_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
     except Exception as error:  # the parsers of formats and compressions raise errors of many kinds
         raise ValueError(f"{name} cannot be read: {error}. Check its path, type and format.") from error
     if repeated := [column for column in columns if names.count(column) > 1]:
-        raise ValueError(f"{name} has the columns {repeated} more than once: rename or drop those not meant.")
+        raise ValueError(f"{name} has the columns {repeated} more than once: rename or drop the others.")
     if missing := [column for column in columns if column not in table.columns]:
         raise ValueError(f"{name} lacks the columns {missing} and has {list(table.columns)}: name or rename them.")
     if table.empty:
@@ -97,14 +101,17 @@ def _read_jsonl(name: str) -> pd.DataFrame:
     # Not by pandas, which may make dates of numbers
     opened = gzip.open if name.lower().endswith(".gz") else open
     with opened(name, "rt", encoding="utf-8-sig") as file:
-        lines = [line for line in file if line.strip()]
-    rows = [json.loads(line) for line in lines]
-    for line, row in zip(lines, rows):
-        if "\\u" in line and not is_unicode(json.dumps(row, ensure_ascii=False)):
-            raise ValueError(f"a line holds half a character: {line[:200]!r}")
+        rows = [_parse_line(line) for line in file if line.strip()]
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError("it must have lines, each a JSON object")
     return pd.DataFrame(rows)
+
+
+def _parse_line(line: str) -> Any:
+    row = json.loads(line)
+    if "\\u" in line and not is_unicode(json.dumps(row, ensure_ascii=False)):
+        raise ValueError(f"a line holds half a character: {line[:200]!r}")
+    return row
 
 
 def _read_parquet(name: str) -> pd.DataFrame:
@@ -119,7 +126,7 @@ def _read_hub(name: str) -> pd.DataFrame:
     try:
         return load_dataset(name, split="train").to_pandas()
     except Exception as error:
-        raise ValueError(f"it is no file, and as a dataset on the Hub: {error}") from error
+        raise ValueError(f"it is not a file, and as a dataset on the Hub: {error}") from error
 
 
 def ids_as_strings(column: pd.Series, name: str) -> pd.Series:
@@ -130,6 +137,28 @@ def ids_as_strings(column: pd.Series, name: str) -> pd.Series:
     if kind not in ("string", "integer"):  # not "floating": str(12.0) is another id than str(12)
         raise ValueError(f"{name}: {column.name!r} has {kind} ids: make all strings or, by astype('int64'), integers.")
     return strings
+
+
+def parse_list(text: str) -> list | None:
+    """The list that a text holds, written as in JSON or Python; `None` if it holds anything else."""
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            items = _parse_python(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
+            return None
+    return items if isinstance(items, list) else None
+
+
+def _parse_python(text: str) -> Any:
+    items = ast.literal_eval(text)
+    # NumPy writes arrays as ['a' 'b'], which Python reads as ['ab']
+    if re.search(r"""['"]\s*['"]""", text):
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        if sum(token.type == tokenize.STRING for token in tokens) != sum(isinstance(item, str) for item in items):
+            raise ValueError("two strings without a comma between them")
+    return items
 
 
 def as_timestamps(column: pd.Series, name: str) -> np.ndarray:
