@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import ast
 import gzip
-import io
 import json
 import re
-import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,9 @@ Source = str | Path | Dataset | pd.DataFrame
 _FILE = re.compile(
     r".*\.(?:(csv|tsv)(?:\.(?:gz|bz2|xz|zip|zst))?|(jsonl|ndjson)(?:\.gz)?|(parquet))", re.IGNORECASE | re.DOTALL
 )
+_ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+)"""
+# With commas: NumPy writes ['a' 'b'], which Python would read as ['ab']
+_PYTHON_LIST = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*,?\s*\]")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -140,25 +141,15 @@ def ids_as_strings(column: pd.Series, name: str) -> pd.Series:
 
 
 def parse_list(text: str) -> list | None:
-    """The list that a text holds, written as in JSON or Python; `None` if it holds anything else."""
+    """The list in a text, in JSON or Python syntax; `None` for any other text."""
     try:
         items = json.loads(text)
     except (ValueError, RecursionError):
         try:
-            items = _parse_python(text.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
+            items = ast.literal_eval(text.strip()) if _PYTHON_LIST.fullmatch(text.strip()) else None
+        except (ValueError, SyntaxError):
             return None
     return items if isinstance(items, list) else None
-
-
-def _parse_python(text: str) -> Any:
-    items = ast.literal_eval(text)
-    # NumPy writes arrays as ['a' 'b'], which Python reads as ['ab']
-    if re.search(r"""['"]\s*['"]""", text):
-        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-        if sum(token.type == tokenize.STRING for token in tokens) != sum(isinstance(item, str) for item in items):
-            raise ValueError("two strings without a comma between them")
-    return items
 
 
 def as_timestamps(column: pd.Series, name: str) -> np.ndarray:
