@@ -73,13 +73,8 @@ def clean_windows(windows: DatasetDict, catalog: ItemCatalog, unknown_items: str
 
 def _report_unknown(unknown: set[str], catalog: ItemCatalog, where: str, policy: str, is_any_left: bool) -> None:
     """Warn that unknown items are dropped, or raise a `ValueError`."""
-    found = f"{len(unknown):,} item id(s), such as {min(unknown)!r}, are not in the catalogue"
-    found += f" of {len(catalog):,} items"
-    ids = {_plain(item): item for item in catalog.ids}
-    if alike := [item for item in sorted(unknown) if _plain(item) in ids]:
-        there = ids[_plain(alike[0])]
-        found += f" ({len(alike):,} are there in another spelling, such as {alike[0]!r} as {there!r})"
-    found += f": in {where}"
+    missing = f"{len(unknown):,} item id(s), such as {min(unknown)!r}"
+    found = f"{missing}, are not in the catalogue of {len(catalog):,} items: in {where}"
     if policy == "error":
         raise ValueError(f"{found}. Correct the ids, add the items, or pass unknown_items='drop'.")
     if not is_any_left:

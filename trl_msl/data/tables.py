@@ -8,7 +8,6 @@ import gzip
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -94,25 +93,21 @@ def _read_csv(name: str, separator: str) -> tuple[pd.DataFrame, list[str]]:
     table = pd.read_csv(name, na_values=[""], **options)
     if not isinstance(table.index, pd.RangeIndex):  # pandas has made an index of surplus cells
         raise ValueError("its rows have more cells than its header; quote cells that hold commas")
-    # Read again, as pandas has renamed the second of two columns with the same name
+    # Read the header again, as pandas has renamed the second of two columns with the same name
     return table, pd.read_csv(name, header=None, nrows=1, **options).iloc[0].tolist()
 
 
 def _read_jsonl(name: str) -> pd.DataFrame:
     # Not by pandas, which may make dates of numbers
-    opened = gzip.open if name.lower().endswith(".gz") else open
+    rows, opened = [], gzip.open if name.lower().endswith(".gz") else open
     with opened(name, "rt", encoding="utf-8-sig") as file:
-        rows = [_parse_line(line) for line in file if line.strip()]
+        for line in filter(str.strip, file):
+            rows.append(json.loads(line))
+            if "\\u" in line and not is_unicode(json.dumps(rows[-1], ensure_ascii=False)):
+                raise ValueError(f"a line holds half a character: {line[:200]!r}")
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError("it must have lines, each a JSON object")
     return pd.DataFrame(rows)
-
-
-def _parse_line(line: str) -> Any:
-    row = json.loads(line)
-    if "\\u" in line and not is_unicode(json.dumps(row, ensure_ascii=False)):
-        raise ValueError(f"a line holds half a character: {line[:200]!r}")
-    return row
 
 
 def _read_parquet(name: str) -> pd.DataFrame:
@@ -153,7 +148,7 @@ def parse_list(text: str) -> list | None:
 
 
 def as_timestamps(column: pd.Series, name: str) -> np.ndarray:
-    """Numbers as they are, dates as seconds since 1970; int64 if all are whole, else float64."""
+    """Numbers as they are, dates as seconds since 1970; int64 if all are whole, otherwise float64."""
     numbers = pd.to_numeric(column, errors="coerce")
     if pd.api.types.is_datetime64_any_dtype(column) or numbers.isna().all():
         dates = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
@@ -171,14 +166,14 @@ def as_timestamps(column: pd.Series, name: str) -> np.ndarray:
 
 
 def _reject_mixed(numbers: pd.Series, column: pd.Series, name: str) -> None:
-    """Raise a `ValueError` if some of what is not a number is a date."""
+    """Raise a `ValueError` if some of the values that are not numbers are dates."""
     others = column[numbers.isna().to_numpy()]
     dates = others[pd.to_datetime(others, format="ISO8601", utc=True, errors="coerce").notna().to_numpy()]
     if len(dates):
         number = column[numbers.notna().to_numpy()].iloc[0]
         raise ValueError(
             f"{name}: {column.name!r} mixes {numbers.notna().sum()} numbers, such as {number!r}, with {len(dates)} "
-            f"ISO 8601 dates, such as {dates.iloc[0]!r}: write all of them in one way."
+            f"ISO 8601 dates, such as {dates.iloc[0]!r}: write all of them alike."
         )
 
 

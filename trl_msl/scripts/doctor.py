@@ -79,17 +79,13 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
 
 
 def read(args: DataArguments) -> tuple[tuple[ItemCatalog, DatasetDict] | None, list[Finding]]:
-    """
-    The data, or `None` if it can't be read, and the findings of reading it. An error that another policy avoids is
-    one of them, and reading goes on with that policy.
-    """
+    """The data, or `None`, and what was found while reading it, which goes on after errors that a policy avoids."""
     findings, policies = [], {"empty_texts": "keep", "unknown_items": "drop"}
 
     def take(record: logging.LogRecord) -> bool:
-        """Warnings are shown in the table instead. Those of the catalogue are found there again."""
         if record.name.endswith("cleaning"):
             findings.append(Finding("Interactions and ids", "note", record.getMessage()))
-        return record.levelno < logging.WARNING
+        return record.levelno < logging.WARNING  # the table has a line for each warning
 
     def attempt(args: DataArguments) -> tuple[ItemCatalog, DatasetDict] | None:
         try:
