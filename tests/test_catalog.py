@@ -50,6 +50,15 @@ def test_policies_and_counts(caplog):
     assert ItemCatalog(ids, texts, empty_texts="keep").texts == texts
 
 
+def test_a_saved_catalogue_does_not_warn_again(tmp_path, caplog):
+    catalog = ItemCatalog(["0", "1", "2"], ["Salt &amp; Tea", "", ""], empty_texts="keep")
+    catalog.save_pretrained(tmp_path)
+    assert len(caplog.messages) == 3
+    caplog.clear()
+    saved = ItemCatalog.from_pretrained(tmp_path)
+    assert not caplog.messages and saved.counts == catalog.counts
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_entities_of_added_items_are_decoded_where_those_of_the_catalogue_were(saved, tmp_path):
     new = ItemCatalog(["1"], ["Tea &amp; &amp;lt;"])

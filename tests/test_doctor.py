@@ -251,6 +251,7 @@ def test_on_the_command_line(tmp_path, folder, base_model):
     assert result.returncode == 0, result.stderr[-2000:]
     assert "WHAT TO DO" in result.stdout and " 0 errors, " in result.stdout
     assert "Exact decoding" in result.stdout
+    assert "Filter" not in result.stderr and "Building rows" not in result.stderr  # progress bars
 
     titles = json.loads((data / "id2name4Rec.json").read_text())
     (data / "id2name4Rec.json").write_text(json.dumps({**titles, "99": " "}))

@@ -73,7 +73,7 @@ class TestReadWindows:
     @pytest.mark.parametrize(
         "cell",
         ['"[1, 2"', '"[1 2 3]"', '"{1, 2}"', '"(1, 2)"', "12", "[3]", "[]", "", '"[1.5, 2]"', '"[None, 2]"']
-        + ['"[True, 2]"', "\"['', 'a']\"", '"[1, [2]]"', '"__import__(1), 2"'],
+        + ['"[True, 2]"', "\"['', 'a']\"", "\"['a' 'b', 'c']\"", '"[1, [2]]"', '"__import__(1), 2"'],
     )
     def test_malformed_list(self, tmp_path, cell):
         write_windows(tmp_path, '1,"[1, 2]",30', f"2,{cell},40")
@@ -260,7 +260,7 @@ class TestReadInteractions:
 
         monkeypatch.setattr(tables, "load_dataset", not_found)
         with pytest.raises(
-            ValueError, match="someone/typo cannot be read: it is no file, .*: no dataset someone/typo"
+            ValueError, match="someone/typo cannot be read: it is not a file, .*: no dataset someone/typo"
         ):
             read_interactions("someone/typo")
 

@@ -9,7 +9,7 @@ from .item_tokens import encode_items, texts_with_special_tokens
 from .options import DataArguments, read_data, read_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
 from .rows import build_rows, check_columns, completion_text, have_single_items, tokenize_rows
-from .tables import ids_as_strings, read_table
+from .tables import ids_as_strings, parse_list, read_table
 from .task import RankingTask
 from .task_files import TASK_FILE, TASK_FILES
 
@@ -35,6 +35,7 @@ __all__ = [
     "have_single_items",
     "ids_as_strings",
     "k_core",
+    "parse_list",
     "read_data",
     "read_interactions",
     "read_items",

@@ -45,8 +45,8 @@ class ItemCatalog:
         duplicate_texts (`str`, *optional*, defaults to `"share"`):
             What to do with texts that occur several times: `"share"` (with a warning) or `"error"`.
         html_entities (`str`, *optional*, defaults to `"keep"`):
-            What to do with entities such as `&amp;`: `"keep"` (with a warning) or `"decode"`. Also done
-            to items that are added later.
+            What to do with entities such as `&amp;`: `"keep"` (with a warning) or `"decode"`. It applies to items
+            added later too.
 
     Raises:
         `ValueError`: if there are no items, an id is neither string nor integer, ids repeat, a text is not a string or
@@ -75,6 +75,7 @@ class ItemCatalog:
         empty_texts: str = "error",
         duplicate_texts: str = "share",
         html_entities: str = "keep",
+        _level: int = logging.WARNING,
     ):
         _check_choice("empty_texts", empty_texts, ("error", "keep", "id"))
         _check_choice("duplicate_texts", duplicate_texts, ("share", "error"))
@@ -111,8 +112,8 @@ class ItemCatalog:
                 f"{broken[0]!r}. Fix them, by text.encode(errors='replace').decode() for example."
             )
         self.html_entities = html_entities
-        self.texts = self._with_empty_texts(self._with_html_entities(texts), empty_texts)
-        self._report_duplicates(duplicate_texts)
+        self.texts = self._with_empty_texts(self._with_html_entities(texts, _level), empty_texts, _level)
+        self._report_duplicates(duplicate_texts, _level)
 
     # ------------------------------------------------------------------ reading
 
@@ -144,8 +145,8 @@ class ItemCatalog:
 
     def extend(self, items: ItemCatalog) -> ItemCatalog:
         """
-        This catalogue with further items after its own, written in its own template, and with HTML entities decoded
-        if they are in this one.
+        This catalogue with further items after its own, in its own template, and with HTML entities decoded if its
+        own are.
 
         Raises:
             `ValueError`: if an id is there already.
@@ -183,7 +184,8 @@ class ItemCatalog:
                 f"`save_directory` = {str(save_directory)!r} does not hold a readable {ITEMS_FILE} ({error}). Save it "
                 "again with `ItemCatalog.save_pretrained`."
             ) from error
-        catalog = cls(ids, texts, template=template, empty_texts="keep")
+        # What there is to warn of was said when the catalogue was made
+        catalog = cls(ids, texts, template=template, empty_texts="keep", _level=logging.DEBUG)
         catalog.html_entities = html_entities  # not applied again
         return catalog
 
@@ -260,15 +262,15 @@ class ItemCatalog:
 
     # ------------------------------------------------------------------ policies
 
-    def _with_html_entities(self, texts: Sequence[str]) -> list[str]:
+    def _with_html_entities(self, texts: Sequence[str], level: int) -> list[str]:
         decoded = [html.unescape(text) for text in texts]
         self._num_entities = sum(before != after for before, after in zip(texts, decoded))
         if self._num_entities:
             done = "decoded" if self.html_entities == "decode" else "kept as they are: consider html_entities='decode'"
-            logger.warning("%d of %d texts hold HTML entities (%s).", self._num_entities, len(self), done)
+            logger.log(level, "%d of %d texts hold HTML entities (%s).", self._num_entities, len(self), done)
         return decoded if self.html_entities == "decode" else list(texts)
 
-    def _with_empty_texts(self, texts: list[str], policy: str) -> list[str]:
+    def _with_empty_texts(self, texts: list[str], policy: str, level: int) -> list[str]:
         empty = [item for item, text in zip(self.ids, texts) if not text.strip()]
         self._num_empty = len(empty)
         if not empty:
@@ -278,10 +280,10 @@ class ItemCatalog:
             raise ValueError(
                 f"`texts`: {found}. Fix them, or pass empty_texts='id' to use the id as the text, or 'keep'."
             )
-        logger.warning("%s (empty_texts=%r).", found, policy)
+        logger.log(level, "%s (empty_texts=%r).", found, policy)
         return texts if policy == "keep" else [text if text.strip() else item for item, text in zip(self.ids, texts)]
 
-    def _report_duplicates(self, policy: str) -> None:
+    def _report_duplicates(self, policy: str, level: int) -> None:
         count = self.counts["duplicate_texts"]
         if count == 0:
             return
@@ -290,7 +292,7 @@ class ItemCatalog:
         found = f"{count} of {len(self)} items repeat another item's text ({shared} share theirs), such as {example!r}"
         if policy == "error":
             raise ValueError(f"`texts`: {found}. Make texts unique, or pass duplicate_texts='share'.")
-        logger.warning("%s: they share a leaf and are recommended together.", found)
+        logger.log(level, "%s: they share a leaf and are recommended together.", found)
 
 
 def is_unicode(text: str) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ids that are unknown or oddly written, and repeated interactions: counted, reported, and dropped where asked for."""
+"""Unknown items, repeated interactions and oddly written ids: reported, and dropped on request."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections.abc import Collection
 
 import pandas as pd
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 
 from .catalog import ItemCatalog
@@ -26,10 +27,10 @@ def report_odd_ids(name: str, ids: Collection[str]) -> None:
 
 def clean_log(log: pd.DataFrame, catalog: ItemCatalog, unknown_items: str, drop_duplicates: bool) -> pd.DataFrame:
     """
-    The interactions to use, by `unknown_items` and `drop_duplicates` of [`DataArguments`].
+    Interactions cleaned according to `unknown_items` and `drop_duplicates` of [`DataArguments`].
 
     Raises:
-        `ValueError`: if there are unknown items that are not to be dropped, or nothing is left without them.
+        `ValueError`: if there are unknown items and they are not to be dropped, or nothing else is left.
     """
     is_known = log["item_id"].isin(catalog.index_of_id.keys())
     if not is_known.all():
@@ -46,13 +47,13 @@ def clean_log(log: pd.DataFrame, catalog: ItemCatalog, unknown_items: str, drop_
 
 def clean_windows(windows: DatasetDict, catalog: ItemCatalog, unknown_items: str) -> DatasetDict:
     """
-    The windows without items that the catalogue lacks; those that lose their target or their whole history are left
-    out.
+    Windows without unknown items. Those that lose their target or their whole history are dropped.
 
     Raises:
-        `ValueError`: if there are unknown items that are not to be dropped, or a split is empty without them.
+        `ValueError`: if there are unknown items and they are not to be dropped, or a split loses all its windows.
     """
-    unknown = {item for split in windows.values() for ids in split["item_ids"] for item in ids}
+    lists = [split.with_format("arrow")[:]["item_ids"] for split in windows.values()]  # may be many millions of ids
+    unknown = {item for ids in lists for item in pc.unique(pc.list_flatten(ids)).to_pylist()}
     unknown -= catalog.index_of_id.keys()
     if not unknown:
         return windows
@@ -72,19 +73,13 @@ def clean_windows(windows: DatasetDict, catalog: ItemCatalog, unknown_items: str
 
 def _report_unknown(unknown: set[str], catalog: ItemCatalog, where: str, policy: str, is_any_left: bool) -> None:
     """Warn that unknown items are dropped, or raise a `ValueError`."""
-    found = (
-        f"{len(unknown):,} item id(s), such as {min(unknown)!r}, are not in the catalogue of {len(catalog):,} items"
-    )
-    ids = {_plain(item): item for item in catalog.ids}
-    if alike := [item for item in sorted(unknown) if _plain(item) in ids]:
-        there = ids[_plain(alike[0])]
-        found += f" ({len(alike):,} of them are there in another spelling, such as {alike[0]!r} as {there!r})"
-    found += f": in {where}"
+    missing = f"{len(unknown):,} item id(s), such as {min(unknown)!r}"
+    found = f"{missing}, are not in the catalogue of {len(catalog):,} items: in {where}"
     if policy == "error":
         raise ValueError(f"{found}. Correct the ids, add the items, or pass unknown_items='drop'.")
     if not is_any_left:
-        raise ValueError(f"{found}, without which too little is left: check that items and interactions fit.")
-    logger.warning("%s. They are left out.", found)
+        raise ValueError(f"{found}, and too little is left without them: check that items and interactions match.")
+    logger.warning("%s. They are dropped.", found)
 
 
 def _plain(item: str) -> str:

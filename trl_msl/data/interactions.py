@@ -7,7 +7,6 @@ of the target (a float where the log has fractions). Ids are always strings. Err
 the header.
 """
 
-import ast
 import logging
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
 from .catalog import is_unicode
-from .tables import Source, as_timestamps, ids_as_strings, read_table
+from .tables import Source, as_timestamps, ids_as_strings, parse_list, read_table
 
 
 logger = logging.getLogger(__name__)
@@ -193,11 +192,8 @@ def _read_window_file(path: Path) -> Dataset:
 
 
 def _parse_items(cell: str, where: str) -> list[str]:
-    try:
-        items = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        items = None
-    ids = items if isinstance(items, list) and all(type(item) in (int, str) and item != "" for item in items) else []
+    items = parse_list(cell) if isinstance(cell, str) else None
+    ids = items if items and all(type(item) in (int, str) and item != "" for item in items) else []
     if len(ids) < 2 or not all(is_unicode(item) for item in ids if isinstance(item, str)):
         got = repr(cell) if len(repr(cell)) <= 200 else f"{cell[:200]!r}…"
         raise ValueError(f"{where}: item_ids must be a list of at least 2 ids, like [12, 7], not {got}: fix it.")

@@ -20,7 +20,7 @@ _MAX_SMALL, _MAX_RATIO = 64 << 20, 100  # titles compress by less than 10
 
 
 def write_items(folder: Path, ids: list[str], texts: list[str], template: str, html_entities: str) -> None:
-    """Write items, with the template and what was done with HTML entities as metadata."""
+    """Write items, with the template and `html_entities` as metadata."""
     metadata = {_TEMPLATE_KEY: template, _ENTITIES_KEY: html_entities}
     schema = pa.schema([(name, pa.string()) for name in _COLUMNS], metadata)
     with replacing(folder / ITEMS_FILE) as temporary:
@@ -29,8 +29,8 @@ def write_items(folder: Path, ids: list[str], texts: list[str], template: str, h
 
 def read_items_file(folder: Path) -> tuple[list[str], list[str], str, str]:
     """
-    What `write_items` wrote; files of earlier versions do not have `html_entities`, which is then `"keep"`. Memory
-    stays in proportion to the size of the file, unless the sizes in its metadata are false.
+    What `write_items` wrote; `html_entities` is `"keep"` in files of earlier versions, which lack it. Memory stays in
+    proportion to the size of the file, unless the sizes in its metadata are false.
 
     Raises:
         `ValueError`, `OSError` or `pyarrow.ArrowException`: if the file can't be read.

@@ -36,7 +36,7 @@ class DataArguments:
             Interaction log: a file or a dataset on the Hub, as for [`read_table`]. 5-core, windows of 11, split 8:1:1
             by time.
         items (`str`, *optional*):
-            Items of the log: the same, or a JSON file that maps ids to texts.
+            Items of the log: likewise, or a JSON file that maps ids to texts.
         user_column, item_column, timestamp_column, text_column (`str`, *optional*):
             Columns of the log and of the items.
         min_interactions (`int`, *optional*, defaults to `5`):
@@ -48,11 +48,10 @@ class DataArguments:
         empty_texts, html_entities (`str`, *optional*):
             As for [`ItemCatalog`].
         unknown_items (`str`, *optional*, defaults to `"error"`):
-            What to do with interactions with items that the catalogue lacks: `"error"`, or `"drop"` them. In a folder,
-            `"drop"` shortens the histories that hold such items, and drops windows without a target or a history.
+            What to do with items of interactions that are not in the catalogue: `"error"` or `"drop"`. In a folder,
+            `"drop"` also drops windows that lose their target or their whole history.
         drop_duplicates (`bool`, *optional*, defaults to `False`):
-            Whether to drop interactions of the log that repeat the user, item and time of another. They are counted
-            in any case.
+            Whether to drop interactions of the log that repeat the user, item and time of another.
         prompt_words (`list[str]`, *optional*, defaults to `["item", "items", "interacted with"]`):
             Singular, plural and verb of the paper's prompt: `book books read`.
         prompt_text (`str`, *optional*):
@@ -72,7 +71,7 @@ class DataArguments:
     interactions: str | None = field(
         default=None, metadata={"help": "Interaction log: CSV, TSV, JSONL, Parquet or Hub dataset."}
     )
-    items: str | None = field(default=None, metadata={"help": "Items of the log: the same, or JSON."})
+    items: str | None = field(default=None, metadata={"help": "Items of the log: likewise, or JSON."})
     user_column: str = field(default="user_id", metadata={"help": "User column of the log."})
     item_column: str = field(default="item_id", metadata={"help": "Item column of the log and of the items."})
     timestamp_column: str = field(default="timestamp", metadata={"help": "Time column of the log."})
@@ -98,8 +97,9 @@ class DataArguments:
     max_test_users: int | None = field(default=None, metadata={"help": "Maximum number of test users."})
 
     def __post_init__(self):
-        if self.data_dir and self.interactions:
-            raise ValueError("`data_dir` and `interactions` are both given: pass only one of them.")
+        for name in ("interactions", "items", "drop_duplicates"):  # of a folder they would be ignored
+            if self.data_dir and getattr(self, name):
+                raise ValueError(f"`data_dir` and `{name}` are both given: pass only one of them.")
         if self.item_text not in ("text", "id"):
             raise ValueError(f"`item_text` is {self.item_text!r}: it must be 'text' or 'id'.")
         if self.unknown_items not in ("error", "drop"):
@@ -127,19 +127,18 @@ class DataArguments:
 
 def read_data(args: DataArguments, catalog: ItemCatalog | None = None) -> tuple[ItemCatalog, DatasetDict]:
     """
-    The catalogue that `args` name, and their windows of interactions in splits that follow each other in time:
-    `train`, `validation` and `test`. With `data_dir`, `train` and `validation` together are the train file, unless
-    `max_validation_users` is given.
+    Catalogue and windows, split by time into `train`, `validation` and `test`. With `data_dir`, `train` and
+    `validation` together are the train file, unless `max_validation_users` is given.
 
     Args:
         args ([`DataArguments`]):
             What to read.
         catalog ([`ItemCatalog`], *optional*):
-            That of a trained model, which is then returned: the items that `args` name are not read, and of `data_dir`
-            only `test.csv` must be there.
+            That of a trained model, to use instead of the items that `args` name. Of `data_dir`, only `test.csv` must
+            then exist.
 
     Raises:
-        `ValueError`: if no data is named, it can't be read, or it does not fit the catalogue.
+        `ValueError`: if no data is named, it can't be read, or items are unknown.
     """
     if not (args.data_dir or args.interactions):
         raise ValueError("`data_dir` and `interactions` are both missing: pass one of them.")
@@ -161,7 +160,7 @@ def read_data(args: DataArguments, catalog: ItemCatalog | None = None) -> tuple[
 
 
 def _read_log(args: DataArguments, catalog: ItemCatalog) -> pd.DataFrame:
-    """The interaction log that the options name, cleaned."""
+    """The interaction log, cleaned."""
     log = read_interactions(args.interactions, args.user_column, args.item_column, args.timestamp_column)
     users, items = log["user_id"].unique(), log["item_id"].unique()
     sizes = [f"{len(values):,}" for values in (log, users, items)]
@@ -172,7 +171,6 @@ def _read_log(args: DataArguments, catalog: ItemCatalog) -> pd.DataFrame:
 
 
 def _read_catalog(args: DataArguments) -> ItemCatalog:
-    """The items that the options name."""
     empty_texts = "keep" if args.item_text == "id" else args.empty_texts  # texts are not used
     policies = {"template": args.item_template, "empty_texts": empty_texts, "html_entities": args.html_entities}
     if args.data_dir:
@@ -188,17 +186,15 @@ def _read_catalog(args: DataArguments) -> ItemCatalog:
 
 def read_items(source: str, item_column: str = "item_id", text_column: str = "title", **policies: str) -> ItemCatalog:
     """
-    Catalogue from a JSON file that maps ids to texts, or from a table as for [`read_table`]; a warning counts ids with
-    spaces around them or `.0` at their end.
+    Catalogue from a JSON file that maps ids to texts, or from a table as for [`read_table`].
     """
     if source.endswith(".json"):
         catalog = ItemCatalog.from_json(source, **policies)
     else:
         table, _ = read_table(source, [item_column, text_column])
-        texts = (
-            table[text_column].astype(object).where(table[text_column].notna(), "")
-        )  # a missing text is an empty one
-        catalog = ItemCatalog(table[item_column].tolist(), texts.tolist(), **policies)
+        texts = table[text_column].astype(object)
+        texts = texts.where(texts.notna(), "").tolist()  # a missing text is an empty one
+        catalog = ItemCatalog(table[item_column].tolist(), texts, **policies)
     logger.info("%s: %s items.", source, f"{len(catalog):,}")
     report_odd_ids(source, catalog.ids)
     return catalog

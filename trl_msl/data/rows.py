@@ -25,8 +25,8 @@ def build_rows(windows: Dataset, task: RankingTask) -> Dataset:
             The items, and how a history becomes a prompt.
 
     Returns:
-        [`~datasets.Dataset`] with `prompt`, `completion`, `history` (the items in the prompt as written, so that one
-        that is too long can be shortened), `history_ids` (all of them) and `item_id` (the target).
+        [`~datasets.Dataset`] with `prompt`, `completion`, `history` (the prompt's items as written, by which it can be
+        shortened), `history_ids` (of the whole history) and `item_id` (the target).
 
     Raises:
         `ValueError`: if an item is not in the catalogue, or a window has no history.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import re
@@ -20,6 +21,9 @@ Source = str | Path | Dataset | pd.DataFrame
 _FILE = re.compile(
     r".*\.(?:(csv|tsv)(?:\.(?:gz|bz2|xz|zip|zst))?|(jsonl|ndjson)(?:\.gz)?|(parquet))", re.IGNORECASE | re.DOTALL
 )
+_ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+)"""
+# With commas: NumPy writes ['a' 'b'], which Python would read as ['ab']
+_PYTHON_LIST = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*,?\s*\]")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -46,7 +50,7 @@ def read_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
     except Exception as error:  # the parsers of formats and compressions raise errors of many kinds
         raise ValueError(f"{name} cannot be read: {error}. Check its path, type and format.") from error
     if repeated := [column for column in columns if names.count(column) > 1]:
-        raise ValueError(f"{name} has the columns {repeated} more than once: rename or drop those not meant.")
+        raise ValueError(f"{name} has the columns {repeated} more than once: rename or drop the others.")
     if missing := [column for column in columns if column not in table.columns]:
         raise ValueError(f"{name} lacks the columns {missing} and has {list(table.columns)}: name or rename them.")
     if table.empty:
@@ -89,19 +93,18 @@ def _read_csv(name: str, separator: str) -> tuple[pd.DataFrame, list[str]]:
     table = pd.read_csv(name, na_values=[""], **options)
     if not isinstance(table.index, pd.RangeIndex):  # pandas has made an index of surplus cells
         raise ValueError("its rows have more cells than its header; quote cells that hold commas")
-    # Read again, as pandas has renamed the second of two columns with the same name
+    # Read the header again, as pandas has renamed the second of two columns with the same name
     return table, pd.read_csv(name, header=None, nrows=1, **options).iloc[0].tolist()
 
 
 def _read_jsonl(name: str) -> pd.DataFrame:
     # Not by pandas, which may make dates of numbers
-    opened = gzip.open if name.lower().endswith(".gz") else open
+    rows, opened = [], gzip.open if name.lower().endswith(".gz") else open
     with opened(name, "rt", encoding="utf-8-sig") as file:
-        lines = [line for line in file if line.strip()]
-    rows = [json.loads(line) for line in lines]
-    for line, row in zip(lines, rows):
-        if "\\u" in line and not is_unicode(json.dumps(row, ensure_ascii=False)):
-            raise ValueError(f"a line holds half a character: {line[:200]!r}")
+        for line in filter(str.strip, file):
+            rows.append(json.loads(line))
+            if "\\u" in line and not is_unicode(json.dumps(rows[-1], ensure_ascii=False)):
+                raise ValueError(f"a line holds half a character: {line[:200]!r}")
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError("it must have lines, each a JSON object")
     return pd.DataFrame(rows)
@@ -119,7 +122,7 @@ def _read_hub(name: str) -> pd.DataFrame:
     try:
         return load_dataset(name, split="train").to_pandas()
     except Exception as error:
-        raise ValueError(f"it is no file, and as a dataset on the Hub: {error}") from error
+        raise ValueError(f"it is not a file, and as a dataset on the Hub: {error}") from error
 
 
 def ids_as_strings(column: pd.Series, name: str) -> pd.Series:
@@ -132,8 +135,20 @@ def ids_as_strings(column: pd.Series, name: str) -> pd.Series:
     return strings
 
 
+def parse_list(text: str) -> list | None:
+    """The list in a text, in JSON or Python syntax; `None` for any other text."""
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            items = ast.literal_eval(text.strip()) if _PYTHON_LIST.fullmatch(text.strip()) else None
+        except (ValueError, SyntaxError):
+            return None
+    return items if isinstance(items, list) else None
+
+
 def as_timestamps(column: pd.Series, name: str) -> np.ndarray:
-    """Numbers as they are, dates as seconds since 1970; int64 if all are whole, else float64."""
+    """Numbers as they are, dates as seconds since 1970; int64 if all are whole, otherwise float64."""
     numbers = pd.to_numeric(column, errors="coerce")
     if pd.api.types.is_datetime64_any_dtype(column) or numbers.isna().all():
         dates = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
@@ -151,14 +166,14 @@ def as_timestamps(column: pd.Series, name: str) -> np.ndarray:
 
 
 def _reject_mixed(numbers: pd.Series, column: pd.Series, name: str) -> None:
-    """Raise a `ValueError` if some of what is not a number is a date."""
+    """Raise a `ValueError` if some of the values that are not numbers are dates."""
     others = column[numbers.isna().to_numpy()]
     dates = others[pd.to_datetime(others, format="ISO8601", utc=True, errors="coerce").notna().to_numpy()]
     if len(dates):
         number = column[numbers.notna().to_numpy()].iloc[0]
         raise ValueError(
             f"{name}: {column.name!r} mixes {numbers.notna().sum()} numbers, such as {number!r}, with {len(dates)} "
-            f"ISO 8601 dates, such as {dates.iloc[0]!r}: write all of them in one way."
+            f"ISO 8601 dates, such as {dates.iloc[0]!r}: write all of them alike."
         )
 
 

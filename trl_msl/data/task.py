@@ -46,8 +46,8 @@ class RankingTask:
             Maximum number of tokens of a prompt and an item together; longer prompts lose the oldest items of their
             history. `None` for no limit.
         max_history (`int`, *optional*):
-            Maximum number of items of a history in a prompt, the last ones. The training commands set it to that of
-            the longest history that the model is trained with, so that serving does not ask about longer ones.
+            Maximum number of history items in a prompt, the most recent ones. The training commands set it to the
+            longest history in training, so that serving prompts are like those the model was trained on.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template, e.g. `{"enable_thinking": False}`.
         decoding (`dict[str, Any]`, *optional*):
@@ -172,7 +172,7 @@ class RankingTask:
         return sequences
 
     def shown(self, history: list[Any]) -> list[Any]:
-        """The items of a history that a prompt shows: the last `max_history`."""
+        """The items of a history that a prompt shows, at most `max_history`."""
         return history if self.max_history is None else history[-self.max_history :]
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -282,7 +282,7 @@ class RankingTask:
         if strangers := restore - self.withdrawn:
             raise ValueError(f"`restore` holds {len(strangers)} id(s) not withdrawn, such as {sorted(strangers)[:3]}.")
         catalog = self.catalog if add is None else self.catalog.extend(add)
-        catalog.indices(withdraw, "withdraw")
+        withdrawn_indices = catalog.indices(withdraw, "withdraw")
         updated = dataclasses.replace(
             self,
             catalog=catalog,
@@ -291,7 +291,7 @@ class RankingTask:
             withdrawn=(self.withdrawn - restore) | withdraw,
         )
         catalog, withdrawn, leaves = updated.catalog, updated.withdrawn, updated.trie.item_nodes.tolist()
-        gone = {leaves[index] for index in catalog.indices(withdraw)}
+        gone = {leaves[index] for index in withdrawn_indices}
         twins = [item for item, leaf in zip(catalog.ids, leaves) if leaf in gone and item not in withdrawn]
         if twins:
             logger.warning(

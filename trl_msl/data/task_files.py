@@ -119,7 +119,7 @@ def _check_types(content: Any) -> None:
         "tokenizer_fingerprint": str,
         "sha256": dict,
     }
-    content.setdefault("max_history", None)  # files of earlier versions do not have it
+    content.setdefault("max_history", None)  # absent from files of earlier versions
     if missing := expected.keys() - content.keys():
         raise ValueError(f"it lacks {sorted(missing)}")
     for name, kind in expected.items():

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import ItemCatalog, RankingTask, build_rows
+from ..data import ItemCatalog, RankingTask, build_rows, completion_text
 from ..trie import ItemTrie
 
 
@@ -73,8 +73,14 @@ class Case:
         first split: `(num_items,)`, int64.
         """
         names = [name for name in ("train", "validation") if name in self.windows] or list(self.windows)[:1]
-        targets = [ids[-1] for name in names for ids in self.windows[name]["item_ids"]]
+        targets = [ids[-1] for name in names for ids in self.windows[name]["item_ids"][:]]
         return torch.bincount(torch.tensor(self.catalog.indices(targets)), minlength=len(self.catalog))
+
+    @cached_property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Numbers of tokens of the prompt, of any length, and the item of each row."""
+        texts = [completion_text(text, self.task.conversational) for text in self.rows["completion"]]
+        return [(len(a), len(b)) for a, b in zip(self.prompts(self.rows), self.task.encode_items(texts))]
 
     def prompts(self, rows: Dataset) -> list[list[int]]:
         """Token ids of the prompts of rows, of any length."""

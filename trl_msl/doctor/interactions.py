@@ -17,23 +17,28 @@ _TOP_K = 10
 
 def usable_windows(catalog: ItemCatalog, windows: DatasetDict) -> tuple[DatasetDict, list[Finding]]:
     """The windows that can become rows, without empty splits, and findings about the others."""
-    known_ids, total, findings = catalog.index_of_id.keys(), _count(windows), []
-    unknown = {item for split in windows.values() for ids in split["item_ids"] for item in ids} - known_ids
+    unknown, num_unknown, num_short, usable, findings = set(), 0, 0, DatasetDict(), []
+    for name, split in windows.items():
+        rows = []
+        for row, ids in enumerate(split["item_ids"][:]):
+            if strange := [item for item in ids if item not in catalog.index_of_id]:
+                unknown.update(strange)
+                num_unknown += 1
+            elif len(ids) < 2:
+                num_short += 1
+            else:
+                rows.append(row)
+        if rows:
+            usable[name] = split.select(rows)
+    total = sum(map(len, windows.values()))
     if unknown:
-        known = windows.filter(lambda row: known_ids >= set(row["item_ids"]))
-        seen = f"{len(unknown)} ids, such as {min(unknown)!r}, in {total - _count(known)} of {total} windows"
+        seen = f"{len(unknown)} ids, such as {min(unknown)!r}, in {num_unknown} of {total} windows"
         advice = "Add these items to the catalogue, or leave their interactions out."
         findings.append(Finding("Items that the catalogue lacks", "error", seen, advice))
-        windows = known
-    usable = windows.filter(lambda row: len(row["item_ids"]) > 1)
-    if short := _count(windows) - _count(usable):
+    if num_short:
         advice = "A target needs a history: leave them out."
-        findings.append(Finding("Windows of a single item", "error", f"{short} of {total}", advice))
-    return DatasetDict({name: split for name, split in usable.items() if len(split)}), findings
-
-
-def _count(windows: DatasetDict) -> int:
-    return sum(map(len, windows.values()))
+        findings.append(Finding("Windows of a single item", "error", f"{num_short} of {total}", advice))
+    return usable, findings
 
 
 def check_splits(case: Case) -> Iterator[Finding]:
@@ -52,19 +57,19 @@ def check_leaks(case: Case) -> Iterator[Finding]:
         return
     train, test = case.windows["train"], case.windows["test"]
     if "timestamp" in train.column_names and "timestamp" in test.column_names:
-        last = max(train["timestamp"])
-        early = [str(time) for time in test["timestamp"] if time < last]
+        last = max(train["timestamp"][:])
+        early = [str(time) for time in test["timestamp"][:] if time < last]
         advice = "The model has seen the future of these users' items: split by time."
         yield from note_if("Test windows before the end of train", early, len(test), advice)
-    seen = {tuple(ids) for ids in train["item_ids"]}
-    leaked = [", ".join(ids) for ids in test["item_ids"] if tuple(ids) in seen]
+    seen = {tuple(ids) for ids in train["item_ids"][:]}
+    leaked = [", ".join(ids) for ids in test["item_ids"][:] if tuple(ids) in seen]
     yield from note_if("Test windows that are also in train", leaked, len(test), "Remove them from train.")
 
 
 def check_users(case: Case) -> Iterator[Finding]:
     if "validation" not in case.windows or "user_id" not in case.windows["validation"].column_names:
         return
-    users = Counter(case.windows["validation"]["user_id"])
+    users = Counter(case.windows["validation"]["user_id"][:])
     repeated = [str(user) for user, count in users.items() if count > 1]
     advice = (
         "Windows of a user overlap, so metrics look better and intervals narrower than they are: compare them, but "
@@ -74,7 +79,7 @@ def check_users(case: Case) -> Iterator[Finding]:
 
 
 def check_targets(case: Case) -> Iterator[Finding]:
-    windows = [ids for split in case.windows.values() for ids in split["item_ids"]]
+    windows = [ids for split in case.windows.values() for ids in split["item_ids"][:]]
     repeated = [ids[-1] for ids in windows if ids[-1] in ids[:-1]]
     advice = "`Recommender` excludes the history by default: pass `exclude_history=False` where users buy again."
     yield from note_if("Targets that are in their history", repeated, len(windows), advice)

@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
-from ..data import completion_text
 from ..decoding import TrieDecoder
 from ..model import backbone, check_head, check_length, head_projection
 from .findings import Case, Finding
@@ -96,21 +95,19 @@ def check_precision(case: Case) -> Iterator[Finding]:
 
 
 def check_positions(case: Case) -> Iterator[Finding]:
-    """Rows that the task's `max_length` lets be longer than the model's positions."""
+    """Rows that are longer than the model's positions, within `max_length`."""
     positions, most = _num_positions(case), case.task.max_length or sys.maxsize
-    completions = [completion_text(text, case.task.conversational) for text in case.rows["completion"]]
-    rows = zip(case.prompts(case.rows), case.task.encode_items(completions))
-    num_long = sum(min(len(prompt) + len(item), most) > positions for prompt, item in rows)
+    num_long = sum(min(sum(lengths), most) > positions for lengths in case.lengths)
     if not num_long:
         return
     try:
         check_length(backbone(_base(case)), positions, 1)
-    except ValueError:  # learned positions: there are no others
+    except ValueError:  # learned positions
         status, advice = "error", "They stop the training"
     else:
         status, advice = "note", "The model was not made for them"
     what = f"Rows longer than the model's {positions} positions"
-    yield Finding(what, status, f"{num_long} of {len(completions)}", f"{advice}: set `max_length` to {positions}.")
+    yield Finding(what, status, f"{num_long} of {len(case.lengths)}", f"{advice}: set `max_length` to {positions}.")
 
 
 def _base(case: Case) -> PreTrainedModel:

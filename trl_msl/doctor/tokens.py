@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 
-from ..data import completion_text
 from .findings import Case, Finding, shorten
 
 
@@ -68,9 +67,8 @@ def check_item_lengths(case: Case) -> Iterator[Finding]:
 def check_row_lengths(case: Case) -> Iterator[Finding]:
     if case.task.max_length is None:
         return
-    completions = [completion_text(text, case.task.conversational) for text in case.rows["completion"]]
-    room = [case.task.max_length - len(item) for item in case.task.encode_items(completions)]
-    num_long = sum(len(prompt) > most for prompt, most in zip(case.prompts(case.rows), room))
+    room = [case.task.max_length - item for _, item in case.lengths]
+    num_long = sum(prompt > most for (prompt, _), most in zip(case.lengths, room))
     if not num_long:
         return
     what, seen = f"Rows longer than {case.task.max_length} tokens", f"{num_long} of {len(room)}"

@@ -7,8 +7,8 @@ trl-msl doctor --data_dir data/Book --train_file train_10000.csv --prompt_words 
     --model_name_or_path Qwen/Qwen3-0.6B --load_model
 ```
 
-It prints what was looked at, what was seen on your data, and what to do. The exit code is 1 if there is an error,
-which would stop the training or spoil its result, and 0 if there are only notes.
+It prints what was checked, what was seen on your data, and what to do. The exit code is 1 if there is an error, which
+would stop the training or spoil its result, and 0 otherwise.
 """
 
 import logging
@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 
-from datasets import DatasetDict
+from datasets import DatasetDict, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import DataArguments, ItemCatalog, read_data
@@ -42,14 +42,14 @@ class DoctorArguments:
         load_model (`bool`, *optional*, defaults to `False`):
             Whether to load and check the model too.
         max_length (`int`, *optional*, defaults to `1024`):
-            Most tokens of a prompt and an item together.
+            Maximum number of tokens of a prompt and an item together.
         max_rows (`int`, *optional*, defaults to `1000`):
             Number of rows to tokenise.
     """
 
     model_name_or_path: str = field(metadata={"help": "Folder or repository of the model."})
     load_model: bool = field(default=False, metadata={"help": "Load and check the model too."})
-    max_length: int = field(default=1024, metadata={"help": "Most tokens of a prompt and an item together."})
+    max_length: int = field(default=1024, metadata={"help": "Maximum tokens of a prompt and an item together."})
     max_rows: int = field(default=1000, metadata={"help": "Number of rows to tokenise."})
 
 
@@ -57,6 +57,7 @@ OPTIONS = [option.name for kind in (DoctorArguments, DataArguments) for option i
 
 
 def main(args: DoctorArguments, data_args: DataArguments) -> int:
+    disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     model = None
     if args.load_model:
@@ -78,33 +79,30 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
 
 
 def read(args: DataArguments) -> tuple[tuple[ItemCatalog, DatasetDict] | None, list[Finding]]:
-    """The data, or `None`, and what was found while reading it: where a policy stops it, it goes on with another."""
-    data, findings, said = None, [], set()
+    """The data, or `None`, and what was found while reading it, which goes on after errors that a policy avoids."""
+    findings, policies = [], {"empty_texts": "keep", "unknown_items": "drop"}
 
     def take(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        if record.name.endswith("cleaning"):  # the catalogue's warnings have lines of their own in the table
-            findings.append(Finding("Interactions and ids", "note", message))
-        is_new = message not in said
-        said.add(message)
-        return is_new and record.levelno < logging.WARNING
+        if record.name.endswith("cleaning"):
+            findings.append(Finding("Interactions and ids", "note", record.getMessage()))
+        return record.levelno < logging.WARNING  # the table has a line for each warning
 
-    loggers = [logging.getLogger(f"trl_msl.data.{name}") for name in ("catalog", "cleaning", "options")]
-    for logger in loggers:
-        logger.addFilter(take)
-    policies = {"empty_texts": "keep", "unknown_items": "drop"}
-    while data is None:
+    def attempt(args: DataArguments) -> tuple[ItemCatalog, DatasetDict] | None:
         try:
-            data = read_data(args)
+            return read_data(args)
         except ValueError as error:
             findings.append(Finding("Reading the data", "error", str(error)))
             remedy = next((name for name in policies if f"{name}=" in str(error)), None)
-            if remedy is None:
-                break
-            args = replace(args, **{remedy: policies.pop(remedy)})
+            return attempt(replace(args, **{remedy: policies.pop(remedy)})) if remedy else None
+
+    loggers = [logging.getLogger(f"trl_msl.data.{name}") for name in ("catalog", "cleaning")]
     for logger in loggers:
-        logger.removeFilter(take)
-    return data, list(dict.fromkeys(findings))
+        logger.addFilter(take)
+    try:
+        return attempt(args), list(dict.fromkeys(findings))
+    finally:
+        for logger in loggers:
+            logger.removeFilter(take)
 
 
 def format_findings(findings: list[Finding]) -> str:
