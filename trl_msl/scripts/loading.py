@@ -58,7 +58,7 @@ class Data:
     def seen_items(self) -> set[str] | None:
         """Ids of the items in the training windows, if there are any."""
         windows = self.windows.get("train")
-        return None if windows is None else {item for window in windows["item_ids"] for item in window}
+        return None if windows is None else {item for window in windows["item_ids"][:] for item in window}
 
 
 def load_data(args: DataArguments, catalog: ItemCatalog | None = None) -> Data:
@@ -116,7 +116,7 @@ def make_task(tokenizer: PreTrainedTokenizerBase, data: Data, max_length: int | 
         data.catalog,
         tokenizer,
         data.args.prompt_template,
-        max_history=None if windows is None else max(map(len, windows["item_ids"])) - 1,
+        max_history=None if windows is None else max(map(len, windows["item_ids"][:])) - 1,
         chat_template_kwargs=data.args.chat_template_kwargs,
         **({} if max_length is None else {"max_length": max_length}),
     )
