@@ -153,10 +153,10 @@ def test_users_of_a_log(tmp_path, model):
     assert found[["reader", "segment"]].values.tolist() == [["u2", "new"]]
     assert json.loads(found["recommended_ids"][0]) == expected.ids[1]
     pd.DataFrame({"reader": ["u2", "u3"]}).to_csv(tmp_path / "users.csv", index=False)
-    with pytest.raises(ValueError, match="1 user.s. of 2 who have no interactions .* such as .'u3'"):
+    with pytest.raises(ValueError, match="1 user.s. of 2 without interactions .* such as .'u3'"):
         run(recommend, *arguments)
     pd.DataFrame({"reader": ["u2"], "item_ids": ["b0"]}).to_csv(tmp_path / "users.csv", index=False)
-    with pytest.raises(ValueError, match="a column 'item_ids', but `interactions` holds the histories"):
+    with pytest.raises(ValueError, match="a column 'item_ids', but histories come from `interactions`"):
         run(recommend, *arguments)
 
 
