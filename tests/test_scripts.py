@@ -154,7 +154,7 @@ class TestErrors:
             (["--config"], "--config needs a file."),
             (
                 ["--config", tmp_path / "config.yaml"],
-                "--decoding is 'exakt' in the file after --config: choose from exact, beam,",
+                "--decoding is 'exakt' in the YAML file: choose from exact, beam,",
             ),
             (["--config", tmp_path / "typo.yaml"], "did you mean --temperature?"),
             ([f"--config={tmp_path}/broken.yaml"], "The file after --config can't be read"),
@@ -198,8 +198,7 @@ class TestErrors:
         """As `| head` does; stdout here is a pipe without a reader."""
         reading, writing = os.pipe()
         os.close(reading)
-        code = "from trl_msl.scripts.console import one_line_errors as errors\nwith errors():\n    print('much')"
-        command = [sys.executable, "-c", code]
+        command = [sys.executable, "-m", "trl_msl.scripts.cli", "--help"]
         ended = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
         os.close(writing)
         assert (ended.returncode, ended.stderr) == (141, "")

@@ -79,10 +79,10 @@ class OptionParser(TrlParser):
     def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         namespace, rest = super().parse_known_args(args, namespace)
         unknown = [part.split("=")[0] for part in rest if part.startswith("--")]
+        if unknown:
+            self.error(self._describe_unknown(unknown[0]))
         if rest:
-            self.error(
-                self._describe_unknown(unknown[0]) if unknown else f"{rest[0]!r} is not the value of any option"
-            )
+            self.error(f"{rest[0]!r} is not the value of any option")
         return namespace, rest
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
@@ -119,7 +119,7 @@ class OptionParser(TrlParser):
         for choice in values if action.choices else ():
             if choice not in action.choices:
                 names = ", ".join(map(str, action.choices))
-                self.error(f"{action.option_strings[0]} is {choice!r} in the file after --config: choose from {names}")
+                self.error(f"{action.option_strings[0]} is {choice!r} in the YAML file: choose from {names}")
         return values if action.nargs == "+" else value
 
     def _describe_unknown(self, option: str) -> str:
