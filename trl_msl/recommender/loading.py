@@ -60,15 +60,14 @@ def find_base(folder: Path) -> str | None:
         `ValueError`: if it is a folder that does not exist.
     """
     name = _base_in_config(folder)
-    # With a config.json beside it, the folder holds the base model, too
-    if name is None or os.path.isdir(name) or (folder / "config.json").exists():
+    if name is None or (folder / "config.json").exists():  # the latter: the base model lies beside it
         return name
-    if not os.path.isabs(name):
-        above = folder.resolve()
-        for place in (above, *above.parents):
-            if (place / name / "config.json").is_file():  # not any folder called as a repository
-                logger.info("The base model of %s is %s.", folder, place / name)
-                return str(place / name)
+    for place in ("", folder.resolve(), *folder.resolve().parents):
+        path = os.path.join(place, name)
+        if os.path.isfile(os.path.join(path, "config.json")):  # a folder may just share its name with a repository
+            if place:
+                logger.info("The base model of %s is %s.", folder, path)
+            return path
     try:
         validate_repo_id(name)
     except HFValidationError as error:
