@@ -235,7 +235,7 @@ model-index:
 
 # Model Card for trained
 
-A recommender.
+This is the recommender of our shop.
 
 ## Quick start
 
@@ -340,6 +340,7 @@ def test_merge_and_push(tmp_path, adapter, model):
     assert "model.safetensors" in hub.repos["somebody/merged"]
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "# Model Card for merged\n\nThis is the adapter `adapter`, merged into its base model.\n" in card
+    assert "This is the recommender of our shop." in card
     assert "from_pretrained('somebody/merged')" in card and "| ndcg@10 | 0.5 |" in card and "model-index" in card
     (tmp_path / "base").rename(tmp_path / "gone")
     found = Recommender.from_pretrained(tmp_path / "merged").recommend([["b0", "b4"]], k=5)
