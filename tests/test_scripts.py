@@ -137,6 +137,11 @@ class TestHelp:
         end = text[text.index("Your own log, a chat model, on one GPU or CPU:\n\n    trl-msl train --inter") :]
         assert "--conversational \\\n        --model_name_or_path Qwen" in end and "```" not in end
 
+    def test_examples_at_the_start_are_indented(self, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["recommend", "--help"])
+        assert "\n\n    accelerate launch -m trl_msl.scripts.recommend " in capsys.readouterr().out
+
 
 @pytest.mark.usefixtures("argv")
 class TestErrors:
