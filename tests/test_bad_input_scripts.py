@@ -77,6 +77,8 @@ def test_users_that_are_not_a_file_or_have_no_history(tmp_path):
     users, only_ids = read_users(UserArguments(path, unknown_items="drop"))
     assert not only_ids
     assert users.to_dict("list") == {"user_id": ["007", "NA"], "item_ids": [["1", "2"], []]}
+    path = write(tmp_path / "users.parquet", table(item_ids=['["Dune"]', ""]))  # an empty cell is not an id
+    assert not read_users(UserArguments(path, unknown_items="drop"))[1]
 
 
 # ---------------------------------------------------------------------- code that comes with a model

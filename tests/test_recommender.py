@@ -164,12 +164,16 @@ def test_an_adapter_whose_base_is_named_relative_to_another_folder(folder, moved
     expected = Recommender.from_pretrained(folder).recommend(HISTORIES, k=5)
     check_same(Recommender.from_pretrained(moved).recommend(HISTORIES, k=5), expected)
     check_same(Recommender.from_pretrained("moved/out").recommend(HISTORIES, k=5), expected)
+    Recommender.from_pretrained(moved).save_pretrained(tmp_path / "saved" / "elsewhere")
+    check_same(Recommender.from_pretrained(tmp_path / "saved" / "elsewhere").recommend(HISTORIES, k=5), expected)
+    (tmp_path / "base").mkdir()  # a folder of that name, but not a model
     task = Recommender.from_pretrained(moved).task
     model = load_model(ModelConfig(model_name_or_path="moved/out"))
     check_same(Recommender(model, task).recommend(HISTORIES, k=5), expected)
     config = SoftmaxDPOConfig("dpo", bf16=False, use_cpu=True)
     model = load_policy(ModelConfig(model_name_or_path="moved/out"), config, task.tokenizer)
     assert any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora" in name)
+    assert model.peft_config["default"].base_model_name_or_path == str(moved.parent / "base")
     check_same(Recommender(model, task).recommend(HISTORIES, k=5), expected)
     run(merge, "--model_name_or_path", moved, "--output_dir", tmp_path / "merged")
     found = Recommender.from_pretrained(tmp_path / "merged").recommend(HISTORIES, k=5)

@@ -131,10 +131,16 @@ class TestHelp:
         text = " ".join(text.split())
         assert "--learning_rate VALUE The initial learning rate for AdamW. (default: 2e-05)" in text
         assert "weights initialization. --model_revision" in text  # no default
+        assert "--no_gradient_checkpointing The same as --gradient_checkpointing false. --" in text
 
     def test_ends_with_the_examples_of_the_module(self, text):
         end = text[text.index("Your own log, a chat model, on one GPU or CPU:\n\n    trl-msl train --inter") :]
         assert "--conversational \\\n        --model_name_or_path Qwen" in end and "```" not in end
+
+    def test_examples_at_the_start_are_indented(self, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["recommend", "--help"])
+        assert "\n\n    accelerate launch -m trl_msl.scripts.recommend " in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("argv")
@@ -149,9 +155,12 @@ class TestErrors:
             (["--normalize", "tree"], "argument --normalize: invalid choice: 'tree' (choose from 'trie', 'vocab')."),
             (["--temperature_positions", "x"], "argument --temperature_positions: invalid choice"),
             (["--max_length", "x"], "argument --max_length: invalid int value: 'x'."),
-            (["x"], "'x' belongs to no option."),
-            (["--config"], "--config lacks its file."),
-            (["--config", tmp_path / "config.yaml"], "--decoding is 'exakt' in a file: choose from exact, beam,"),
+            (["x"], "'x' is not the value of any option."),
+            (["--config"], "--config needs a file."),
+            (
+                ["--config", tmp_path / "config.yaml"],
+                "--decoding is 'exakt' in the YAML file: choose from exact, beam,",
+            ),
             (["--config", tmp_path / "typo.yaml"], "did you mean --temperature?"),
             ([f"--config={tmp_path}/broken.yaml"], "The file after --config can't be read"),
             (["--config", tmp_path / "none"], "none: No such file or directory"),
@@ -194,8 +203,7 @@ class TestErrors:
         """As `| head` does; stdout here is a pipe without a reader."""
         reading, writing = os.pipe()
         os.close(reading)
-        code = "from trl_msl.scripts.console import one_line_errors as errors\nwith errors():\n    print('much')"
-        command = [sys.executable, "-c", code]
+        command = [sys.executable, "-m", "trl_msl.scripts.cli", "--help"]
         ended = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
         os.close(writing)
         assert (ended.returncode, ended.stderr) == (141, "")
@@ -221,7 +229,7 @@ class TestFileOfATraining:
     def test_names_the_data_of_an_evaluation(self, config, tmp_path, capsys, model_with_task, caplog):
         error = fail_after_notes(capsys, "evaluate", "--config", config)
         left_out = "model_name_or_path, output_dir, max_steps, save_strategy, learning_rate."
-        assert f"Options of a training, which this command leaves out: {left_out}\n" in error
+        assert f"Options of a training that this command ignores: {left_out}\n" in error
         assert error.endswith("--model_name_or_path is missing: pass the folder or repository of a model.\n")
         options = ["--model_name_or_path", model_with_task, "--output_dir", tmp_path / "evaluated"]
         with caplog.at_level("INFO"):
@@ -232,7 +240,7 @@ class TestFileOfATraining:
 
     def test_names_data_and_base_model_for_the_doctor(self, config, capsys):
         assert cli.main(["doctor", "--config", str(config)]) == 0
-        assert "leaves out: output_dir, max_steps, use_peft, decoding, save_strategy," in capsys.readouterr().err
+        assert "ignores: output_dir, max_steps, use_peft, decoding, save_strategy," in capsys.readouterr().err
 
     def test_typos_are_errors(self, config, capsys):
         config.write_text(config.read_text() + "max_stepps: 3\n")
@@ -361,9 +369,6 @@ def test_training_without_matplotlib(tmp_path, folder, base_model, monkeypatch, 
 
 
 def test_generated_data():
-    options = command_line.with_generated_data(["--max_test_users", "7"])
-    assert options[:2] == ["--prompt_text", "The user has read: {history}\nNext: "] and options[-1] == "7"
-    assert command_line.with_generated_data(["--data_dir=data"]) == ["--data_dir=data"]
     data = load_data(DataArguments(max_validation_users=5, max_test_users=10**6))
     assert [len(split) for split in data.windows.values()] == [4000, 5, 500]
     assert 0.5 < data.best_possible["ndcg@10"] < 0.7

@@ -17,7 +17,9 @@ from peft import LoraConfig, get_peft_model
 from test_bad_input import edit
 
 from trl_msl import ItemCatalog, RankingTask, Recommender
+from trl_msl.data import DataArguments
 from trl_msl.scripts import merge, recommend, update_catalog
+from trl_msl.scripts.trained import write_options
 
 
 @pytest.fixture
@@ -153,10 +155,10 @@ def test_users_of_a_log(tmp_path, model):
     assert found[["reader", "segment"]].values.tolist() == [["u2", "new"]]
     assert json.loads(found["recommended_ids"][0]) == expected.ids[1]
     pd.DataFrame({"reader": ["u2", "u3"]}).to_csv(tmp_path / "users.csv", index=False)
-    with pytest.raises(ValueError, match="1 user.s. of 2 who have no interactions .* such as .'u3'"):
+    with pytest.raises(ValueError, match="1 user.s. of 2 without interactions .* such as .'u3'"):
         run(recommend, *arguments)
     pd.DataFrame({"reader": ["u2"], "item_ids": ["b0"]}).to_csv(tmp_path / "users.csv", index=False)
-    with pytest.raises(ValueError, match="a column 'item_ids', but `interactions` holds the histories"):
+    with pytest.raises(ValueError, match="a column 'item_ids', but histories come from `interactions`"):
         run(recommend, *arguments)
 
 
@@ -164,9 +166,10 @@ def test_users_of_a_log(tmp_path, model):
 def test_the_output_is_in_the_format_of_its_name(name, tmp_path, model, users):
     table = pd.read_parquet(users).assign(user_id=range(7, 18), name='Ann, "B"', age=30, tags=[["x", 1]] * 11)
     table["tags"] = table["tags"].map(lambda tags: [tags[0]])
+    table["sessions"] = [[["b0"], ["b1", "b2"]]] * 11
     table.to_parquet(users)
     run(recommend, "--model_name_or_path", model, "--top_k", 3, "--users", users, "--output", tmp_path / name)
-    lists = ["item_ids", "tags", "recommended_ids", "recommended_texts", "scores"]
+    lists = ["item_ids", "tags", "sessions", "recommended_ids", "recommended_texts", "scores"]
     if name.endswith(".csv"):
         found = pd.read_csv(tmp_path / name, dtype={"user_id": str})
         found[lists] = found[lists].map(json.loads)
@@ -179,6 +182,7 @@ def test_the_output_is_in_the_format_of_its_name(name, tmp_path, model, users):
     assert found["user_id"].tolist() == [str(user) for user in range(7, 18)]
     assert found["name"].tolist() == ['Ann, "B"'] * 11 and found["age"].tolist() == [30] * 11
     assert found["tags"].map(list).tolist() == [["x"]] * 11
+    assert [list(map(list, sessions)) for sessions in found["sessions"]] == [[["b0"], ["b1", "b2"]]] * 11
     assert found["recommended_ids"].map(list).tolist() == expected.ids
     assert found["recommended_texts"].map(list).tolist() == expected.texts
     assert found["scores"][0][0] == pytest.approx(expected.scores[0][0], abs=1e-6)
@@ -231,7 +235,7 @@ model-index:
 
 # Model Card for trained
 
-A recommender.
+This is the recommender of our shop.
 
 ## Quick start
 
@@ -254,14 +258,8 @@ On 6 test rows:
 def test_update_the_catalogue_of_a_trained_model(tmp_path, model, capsys):
     recommender = Recommender.from_pretrained(model)
     (model / "checkpoint-1").mkdir()
-    stale = (
-        "metrics.json",
-        "rankings.parquet",
-        "recommendations.txt",
-        "log_history.json",
-        "training.png",
-        "data.json",
-    )
+    write_options(DataArguments(), model)
+    stale = ("metrics.json", "rankings.parquet", "recommendations.txt", "log_history.json", "training.png")
     for name in stale:
         (model / name).write_text("of the catalogue before")
     (model / "README.md").write_text(CARD)
@@ -275,7 +273,7 @@ def test_update_the_catalogue_of_a_trained_model(tmp_path, model, capsys):
     assert "1 share no token with an item of the training, such as ['n1']" in output
     assert pd.read_csv(tmp_path / "updated" / "new_items.csv")["shared_tokens"].tolist()[1] == 0
     names = {path.name for path in (tmp_path / "updated").iterdir()}
-    assert not names & {*stale, "checkpoint-1"} and "model.safetensors" in names
+    assert not names & {*stale, "checkpoint-1"} and {"model.safetensors", "data.json"} <= names
     new = ItemCatalog(["n0", "n1"], ["The Silent Wood", "#42"])
     expected = recommender.update(add=new, withdraw=["b3", "b7"]).recommend([["b3", "n0"]], k=14)
     found = Recommender.from_pretrained(tmp_path / "updated").recommend([["b3", "n0"]], k=14)
@@ -342,6 +340,7 @@ def test_merge_and_push(tmp_path, adapter, model):
     assert "model.safetensors" in hub.repos["somebody/merged"]
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "# Model Card for merged\n\nThis is the adapter `adapter`, merged into its base model.\n" in card
+    assert "This is the recommender of our shop." in card
     assert "from_pretrained('somebody/merged')" in card and "| ndcg@10 | 0.5 |" in card and "model-index" in card
     (tmp_path / "base").rename(tmp_path / "gone")
     found = Recommender.from_pretrained(tmp_path / "merged").recommend([["b0", "b4"]], k=5)

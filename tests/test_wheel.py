@@ -56,7 +56,7 @@ def test_the_wheel_holds_the_package(site):
         {str(path.relative_to(root)) for path in root.rglob("*") if path.suffix in (".py", ".yaml", ".typed")}
         for root in (ROOT / "trl_msl", site / "trl_msl")
     )
-    assert installed == source and "scripts/quickstart.yaml" in installed
+    assert installed == source and "experiments/quickstart.yaml" in installed
     code = "import trl_msl; print(trl_msl.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(site)}
     command = [sys.executable, "-c", code]

@@ -8,11 +8,13 @@ trl-msl quickstart
 ```
 """
 
-from ..scripts.command_line import QUICKSTART, command
+from pathlib import Path
+
+from ..scripts.command_line import command
 from .compare_losses import main
 
 
-run = command(main, model_is_optional=True, config=QUICKSTART, doc=__doc__)
+run = command(main, model_is_optional=True, config=Path(__file__).with_suffix(".yaml"), doc=__doc__)
 
 
 if __name__ == "__main__":

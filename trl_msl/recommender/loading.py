@@ -53,21 +53,21 @@ def find_task_folder(folder: Path, subfolder: str = "") -> Path:
 
 def find_base(folder: Path) -> str | None:
     """
-    Folder or repository of the base model, if there is an adapter in the folder. A relative folder is looked for in
-    the current one, then in that of the adapter and those above it, as it was written where the training ran.
+    Folder or repository of the base model, if there is an adapter in the folder. A relative path, which was written
+    where the training ran, is resolved from the current folder, else from that of the adapter or one above it.
 
     Raises:
-        `ValueError`: if it is a folder that is not there.
+        `ValueError`: if it is a folder that does not exist.
     """
     name = _base_in_config(folder)
-    if name is None or os.path.isdir(name) or (folder / "config.json").exists():  # the last: the base is beside it
+    if name is None or (folder / "config.json").exists():  # the latter: the base model lies beside it
         return name
-    if not os.path.isabs(name):
-        above = folder.resolve()
-        for place in (above, *above.parents):
-            if os.path.isdir(place / name):
-                logger.info("The base model of %s is %s.", folder, place / name)
-                return str(place / name)
+    for place in ("", folder.resolve(), *folder.resolve().parents):
+        path = os.path.join(place, name)
+        if os.path.isfile(os.path.join(path, "config.json")):  # a folder may just share its name with a repository
+            if place:
+                logger.info("The base model of %s is %s.", folder, path)
+            return path
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -87,7 +87,7 @@ def name_base_absolutely(folder: Path, base: str | None) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = os.path.abspath(base)
     with replacing(path) as temporary:
-        Path(temporary).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def check_files(folder: Path, subfolder: str = "") -> None:
@@ -138,6 +138,7 @@ def load_causal_lm(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     model = load(AutoModelForCausalLM, base, **{**kwargs, "subfolder": ""})
     with _damage_reported(f"The adapter in {str(adapter)!r} can't be loaded"):
         model.load_adapter(str(adapter))
+    _name_base(model, base)
     return model
 
 
@@ -152,7 +153,15 @@ def load_adapter(
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added before training
         model.resize_token_embeddings(len(tokenizer))
     with _damage_reported(f"The adapter in {str(folder)!r} can't be loaded"):
-        return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+    _name_base(adapted, base)
+    return adapted
+
+
+def _name_base(model: PreTrainedModel | PeftModel, base: str) -> None:
+    """Let an adapter name its base model by where it was found, for when it is saved elsewhere."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base
 
 
 def load(auto_class: type, folder: str | Path, **kwargs: Any) -> Any:

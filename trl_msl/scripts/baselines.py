@@ -300,7 +300,7 @@ class ItemKNN(CosineRecommender):
         self.scorer = NearestNeighboursScorer(self.similarity)
 
 
-run = command(main, generated_data=True)
+run = command(main)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int | None:
-    """Run the command that the first argument names, with the others as its options, and return its exit code."""
+    """Run the command that the first argument names, with the others as its options; return its exit code."""
     name, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
-        print(usage())
+        with one_line_errors():
+            print(usage())
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -1,41 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to the arguments of a command's `main`; the generated data where it names no data."""
+"""From a command line to the arguments of a command's `main`."""
 
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..data import DataArguments
 from .console import log_lines, one_line_errors
 from .option_parser import OptionParser
 
 
-QUICKSTART = Path(__file__).with_name("quickstart.yaml")
-
-
 def command(
-    main: Callable[..., Any],
-    generated_data: bool = False,
-    model_is_optional: bool = False,
-    config: Path | None = None,
-    doc: str | None = None,
+    main: Callable[..., Any], model_is_optional: bool = False, config: Path | None = None, doc: str | None = None
 ) -> Callable[..., Any]:
     """
-    A function that parses options into the dataclasses that annotate the parameters of `main`, and calls it.
+    A function that parses options into the dataclasses that annotate the parameters of `main`, and calls `main`.
 
-    Without arguments it takes those of the command line, and errors end the process in one line. Arguments are given
-    in Python, where errors pass through.
+    Called without arguments it reads the command line, and an error ends the process in one line. Called from Python
+    with a list of arguments it lets errors pass.
 
     Args:
         main (`Callable`):
             What the command does.
-        generated_data (`bool`, *optional*, defaults to `False`):
-            Whether options that name no data mean the quickstart's.
         model_is_optional (`bool`, *optional*, defaults to `False`):
             Whether `model_name_or_path` may be left out.
         config (`Path`, *optional*):
@@ -45,8 +32,6 @@ def command(
     """
 
     def call(arguments: list[str], parser: OptionParser) -> Any:
-        if generated_data:
-            arguments = with_generated_data(arguments)
         parsed = parser.parse(arguments, config)
         if not model_is_optional and any(getattr(args, "model_name_or_path", "") is None for args in parsed):
             raise ValueError("`model_name_or_path` is missing: pass the folder or repository of a model.")
@@ -65,7 +50,7 @@ def command(
 
 
 def take_debug(arguments: list[str]) -> tuple[list[str], bool]:
-    """The arguments without `--debug`, and whether it was there; with a value it is an option of the trainer."""
+    """The arguments without `--debug`, and whether it was there. With a value it is an option of the trainer."""
     for place, (name, following) in enumerate(zip(arguments, [*arguments[1:], "--"])):
         if name == "--debug" and following.startswith("--"):
             return arguments[:place] + arguments[place + 1 :], True
@@ -73,7 +58,7 @@ def take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def check_outputs(parsed: tuple[Any, ...]) -> None:
-    """Raise a `ValueError` if a folder or file to write can't be written, before anything is read."""
+    """Raise a `ValueError` if `output_dir` or `output` can't be written, before anything is read."""
     for name in ("output_dir", "output"):
         for path in (getattr(args, name, None) for args in parsed):
             if path is None:
@@ -90,13 +75,3 @@ def check_outputs(parsed: tuple[Any, ...]) -> None:
 def names_data(arguments: list[str]) -> bool:
     """Whether a command line names data of its own."""
     return bool({"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments})
-
-
-def with_generated_data(arguments: list[str]) -> list[str]:
-    """The arguments, preceded by the data options of the quickstart if they name no data of their own."""
-    if names_data(arguments):
-        return arguments
-    names = {f.name for f in dataclasses.fields(DataArguments)}
-    config = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
-    options = [part for name, value in config.items() if name in names for part in (f"--{name}", str(value))]
-    return [*options, *arguments]

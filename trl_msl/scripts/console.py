@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command speaks to the one who runs it: progress and errors in lines on stderr, and exit codes."""
+"""What a command says on stderr: log lines, and errors in one line; and its exit codes."""
 
 import logging
 import os
@@ -19,8 +19,8 @@ RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("R
 @contextmanager
 def one_line_errors(debug: bool = False, options: Collection[str] = ()) -> Iterator[None]:
     """
-    End the process with exit code 2 and one line on stderr at a `ValueError` or `OSError`, with 130 at Ctrl-C, and
-    quietly where nobody reads stdout any more, as in `| head`. With `debug`, all of them pass through.
+    End the process with one line on stderr and exit code 2 at a `ValueError` or `OSError`, with 130 at Ctrl-C, and
+    without a word when the reader of stdout has left, as in `| head`. With `debug`, exceptions pass through.
     """
     try:
         yield
@@ -66,7 +66,7 @@ ARGUMENTS = [
 
 def name_options(message: str, options: Collection[str]) -> str:
     """
-    A message about arguments of Python as one about options of a command, where it has them.
+    A message about Python arguments, with those that are options of the command written as options.
 
     ```python
     >>> name_options("`max_length` is 5: consider html_entities='decode' (of `task`)", ["max_length", "html_entities"])
@@ -86,17 +86,17 @@ def name_options(message: str, options: Collection[str]) -> str:
     return message
 
 
-# Of TRL and PEFT, which still call these names
+# TRL and PEFT still use these names
 OLD_NAMES = r"`(is_)?gradient_checkpointing\w*` is deprecated"
-# Of the trainer, which gives the model the special tokens of its tokenizer
+# The trainer says so when it gives the model the special tokens of its tokenizer
 ALIGNED = "The tokenizer has new PAD/BOS/EOS tokens"
 
 
 @contextmanager
 def log_lines(options: Collection[str] = ()) -> Iterator[None]:
     """
-    The package's log from level INFO on, as lines on stderr, each once; of several processes, that of the main one.
-    What libraries would say in every run, and nobody can act on, is left out.
+    Show the package's log from level INFO on as lines on stderr, each once, and on other processes than the main one
+    only errors. Messages of libraries that come in every run and that nobody can act on are left out.
     """
     logger, handler, shown = logging.getLogger("trl_msl"), logging.StreamHandler(), set()
 
@@ -104,14 +104,16 @@ def log_lines(options: Collection[str] = ()) -> Iterator[None]:
         return name_options(logging.Formatter().format(record), options)
 
     def is_new(record: logging.LogRecord) -> bool:
-        return not (write(record) in shown or shown.add(write(record)))
+        line, count = write(record), len(shown)
+        shown.add(line)
+        return len(shown) > count
 
     def is_of_use(record: logging.LogRecord) -> bool:
         return ALIGNED not in record.getMessage()
 
     handler.format = write
     handler.addFilter(is_new)
-    foreign = [*logging.getLogger("transformers").handlers]
+    foreign = list(logging.getLogger("transformers").handlers)
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR if RANK else logging.INFO)

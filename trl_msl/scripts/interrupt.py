@@ -21,8 +21,8 @@ def train(trainer: Trainer) -> None:
     Train, from the checkpoint that the config names.
 
     Raises:
-        `KeyboardInterrupt`: at the first Ctrl-C after the current step, when its checkpoint is complete; at a second
-            one at once.
+        `KeyboardInterrupt`: at the first Ctrl-C, once the current step is done and its checkpoint complete; at the
+            second, at once.
     """
     callback = StopAtInterrupt()
     trainer.add_callback(callback)
@@ -34,7 +34,7 @@ def train(trainer: Trainer) -> None:
 
 
 class StopAtInterrupt(TrainerCallback):
-    """Takes over SIGINT: the training ends after the current step, with a checkpoint and a `KeyboardInterrupt`."""
+    """Handles SIGINT: the training ends after the current step, with a checkpoint and a `KeyboardInterrupt`."""
 
     def __init__(self):
         self.process, self.is_interrupted, self.is_stopping = os.getpid(), False, False

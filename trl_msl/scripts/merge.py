@@ -9,7 +9,6 @@ trl-msl merge --model_name_or_path outputs/mine --output_dir outputs/merged --pu
 ```
 """
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from trl import ModelConfig
 from ..data import RankingTask
 from ..recommender import Recommender, find_folder, find_task_folder, load_adapter
 from ..training import NEVER_PUSHED
-from .cards import write_card
 from .command_line import command
+from .derived import new_folder, write_card
 from .loading import load_tokenizer
 from .trained import copy_options
 
@@ -34,7 +33,7 @@ class MergeArguments:
         output_dir (`str`):
             Folder to write, which must not exist.
         push_to_hub (`bool`, *optional*, defaults to `False`):
-            Whether to upload it, too, with a model card.
+            Whether to upload it, too.
         hub_model_id (`str`, *optional*):
             Repository to upload to. Defaults to one named like the folder.
         hub_private_repo (`bool`, *optional*, defaults to `False`):
@@ -48,26 +47,21 @@ class MergeArguments:
 
 
 def main(args: MergeArguments, model_args: ModelConfig) -> None:
-    output_dir, name = Path(args.output_dir), model_args.model_name_or_path
-    if output_dir.exists():
-        raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
-    folder = find_folder(name, "model_name_or_path", model_args.model_revision)
-    task = RankingTask.from_pretrained(find_task_folder(folder), load_tokenizer(model_args))
-    adapted = load_adapter(folder, task.tokenizer, dtype="auto", trust_remote_code=False)
-    model_id = args.output_dir
+    name, model_id = model_args.model_name_or_path, args.output_dir
+    with new_folder(args.output_dir) as folder:
+        adapter = find_folder(name, "model_name_or_path", model_args.model_revision)
+        task = RankingTask.from_pretrained(find_task_folder(adapter), load_tokenizer(model_args))
+        model = load_adapter(adapter, task.tokenizer, dtype="auto", trust_remote_code=False)
+        if args.push_to_hub:  # before the work, as it may be refused
+            repo = args.hub_model_id or Path(args.output_dir).resolve().name
+            model_id = create_repo(repo, private=args.hub_private_repo, exist_ok=True).repo_id
+        Recommender(model.merge_and_unload(), task).save_pretrained(folder)
+        copy_options(adapter, folder)
+        write_card(adapter, folder, model_id, f"This is the adapter `{Path(name).name}`, merged into its base model.")
     if args.push_to_hub:
-        repo = args.hub_model_id or output_dir.resolve().name
-        model_id = create_repo(repo, private=args.hub_private_repo, exist_ok=True).repo_id
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    Recommender(adapted.merge_and_unload(), task).save_pretrained(temporary)
-    copy_options(folder, temporary)
-    write_card(folder, temporary, model_id, f"This is the adapter `{Path(name).name}`, merged into its base model.")
-    temporary.replace(output_dir)
-    if args.push_to_hub:
-        ignored = list(NEVER_PUSHED)
-        print(upload_folder(repo_id=model_id, folder_path=output_dir, ignore_patterns=ignored).commit_url)
-    print(output_dir)
+        options = {"folder_path": args.output_dir, "ignore_patterns": list(NEVER_PUSHED)}
+        print(upload_folder(repo_id=model_id, **options).commit_url)
+    print(args.output_dir)
 
 
 run = command(main)

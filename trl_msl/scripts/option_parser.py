@@ -32,7 +32,9 @@ USUAL = (
 GROUPS = ("data", "this command", "loss", "model", "training", "all other options of the trainer")
 CONFIG_OPTIONS = """\
   --config FILE         Take options from a YAML file; those of the command line count more.
-  --debug               Show the traceback of an error."""
+  --debug               Show the traceback of an error.
+
+"""
 
 
 class OptionParser(TrlParser):
@@ -46,23 +48,27 @@ class OptionParser(TrlParser):
             Docstring of the command's module: the start and the end of the help.
 
     Raises:
-        `ValueError`: at options that are unknown, missing or of another kind.
+        `ValueError`: if an option is unknown or missing, or its value is invalid.
     """
 
     def __init__(self, main: Callable[..., Any], doc: str):
         kinds = [kind for name, kind in get_type_hints(main).items() if name != "return"]
         start, _, end = doc.partition("\n\n")
-        end = re.sub(r"^```bash\n(.*?)^```$", _indent, end, flags=re.DOTALL | re.MULTILINE)
+        end = CONFIG_OPTIONS + re.sub(r"^```bash\n(.*?)^```$", _indent, end.strip(), flags=re.DOTALL | re.MULTILINE)
         super().__init__(
-            kinds, usage="%(prog)s [options]", description=start.strip(), epilog=end.strip(), allow_abbrev=False,
+            kinds, usage="%(prog)s [options]", description=start.strip(), epilog=end, allow_abbrev=False,
             formatter_class=_HelpFormatter,
         )  # fmt: skip
         self.names = self.known = {action.dest for action in self._actions}
-        for action in self._actions:
+        groups = {title: self.add_argument_group(title)._group_actions for title in GROUPS}
+        for action in self._actions[1:]:  # without --help
             action.help = name_options(action.help or "", self.names)
+            groups[self._group(action.dest)].append(action)
+        groups["training"].sort(key=lambda action: USUAL.index(action.dest))
+        self._action_groups = self._action_groups[-len(GROUPS) :]
 
     def parse(self, arguments: list[str], config: Path | None = None) -> tuple[Any, ...]:
-        """The dataclasses, filled from `arguments`, from the file after `--config` and, before it, from `config`."""
+        """The dataclasses, filled from `arguments`, else from the file after `--config`, else from `config`."""
         if config is not None:
             self.set_defaults_with_config(**yaml.safe_load(config.read_text(encoding="utf-8")))
         try:
@@ -73,14 +79,16 @@ class OptionParser(TrlParser):
     def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         namespace, rest = super().parse_known_args(args, namespace)
         unknown = [part.split("=")[0] for part in rest if part.startswith("--")]
+        if unknown:
+            self.error(self._describe_unknown(unknown[0]))
         if rest:
-            self.error(self._describe_unknown(unknown[0]) if unknown else f"{rest[0]!r} belongs to no option")
+            self.error(f"{rest[0]!r} is not the value of any option")
         return namespace, rest
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         if "learning_rate" not in self.names:  # a command that trains nothing
             config = self._without_training(config)
-        for names in (self.known, self.names):  # a typo before an option of other commands
+        for names in (self.known, self.names):  # typos are reported before options of other commands
             if unknown := [name for name in config if name not in names]:
                 self.error(self._describe_unknown(f"--{unknown[0]}"))
         for action in self._actions:
@@ -89,29 +97,29 @@ class OptionParser(TrlParser):
         return super().set_defaults_with_config(**config)
 
     def _without_training(self, config: dict[str, Any]) -> dict[str, Any]:
-        """What this command shares with the training that the file may be for."""
+        """The options that this command shares with the training, if the file is that of one."""
         if config.keys() <= self.names:
             return config
         self.known = self.names | _training_options()
         if not config.keys() <= self.known:
             return config
-        # Here they would be the base model and the folder of the training; the doctor does check the base model
+        # The file's are the training's base model and folder; the doctor does check the base model
         others = {"output_dir", "model_revision"}
         if ModelConfig in self.dataclass_types:
             others.add("model_name_or_path")
         left_out = [name for name in config if name in others or name not in self.names]
-        logger.info("Options of a training, which this command leaves out: %s.", ", ".join(left_out))
+        logger.info("Options of a training that this command ignores: %s.", ", ".join(left_out))
         return {name: value for name, value in config.items() if name not in left_out}
 
     def _config_value(self, action: argparse.Action, value: Any) -> Any:
-        """A value of a YAML file, in a list where the option takes several."""
+        """A value from a YAML file, made a list where the option takes several."""
         if value is False and "no" in (action.choices or ()):
-            value = "no"  # YAML takes it for a boolean
+            value = "no"  # which YAML reads as a boolean
         values = value if isinstance(value, list) else [value]
         for choice in values if action.choices else ():
             if choice not in action.choices:
                 names = ", ".join(map(str, action.choices))
-                self.error(f"{action.option_strings[0]} is {choice!r} in a file: choose from {names}")
+                self.error(f"{action.option_strings[0]} is {choice!r} in the YAML file: choose from {names}")
         return values if action.nargs == "+" else value
 
     def _describe_unknown(self, option: str) -> str:
@@ -123,25 +131,8 @@ class OptionParser(TrlParser):
         end = "" if message.endswith("?") else "."
         raise ValueError(f"{message}{end} See {self.prog} --help.")
 
-    def format_help(self) -> str:
-        """The options in groups, those of the package first and the trainer's several hundred last."""
-        groups = {title: [] for title in GROUPS}
-        for action in self._actions:
-            if action.dest != "help":
-                groups[self._group(action.dest)].append(action)
-        groups["training"].sort(key=lambda action: USUAL.index(action.dest))
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, [], [])
-        formatter.add_text(self.description)
-        for title, actions in groups.items():
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        formatter.add_text(CONFIG_OPTIONS)
-        formatter.add_text(self.epilog)
-        return formatter.format_help()
-
     def _group(self, name: str) -> str:
+        """Where `--help` lists an option: those of the package first, the trainer's several hundred last."""
         kind = next(kind for kind in self.dataclass_types if name in kind.__dataclass_fields__)
         if not issubclass(kind, TrainingArguments):
             return {DataArguments: "data", ModelConfig: "model"}.get(kind, "this command")
@@ -164,24 +155,26 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return form.format(action.option_strings[0], value)
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        if action.nargs == 0:  # `--no_x`, which the parser gives the help of `--x`
+            return f"The same as --{action.dest} false."
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _training_options() -> set[str]:
-    # By their names, as the commands import this module
+    # Imported here, as the commands import this module
     mains = [importlib.import_module(COMMANDS[name][0]).main for name in ("train", "dpo")]
     kinds = [kind for main in mains for kind in get_type_hints(main).values() if dataclasses.is_dataclass(kind)]
     return {name for kind in kinds for name in kind.__dataclass_fields__}
 
 
 def _indent(code: re.Match) -> str:
-    lines = re.sub(r" {4,}", " \\\\\n    ", code[1].rstrip("\n"))  # a docstring joins lines that end in a backslash
+    lines = re.sub(r" {4,}", " \\\\\n    ", code[1].rstrip("\n"))  # Python has joined lines that end in a backslash
     return re.sub(r"^(?=.)", "    ", lines, flags=re.MULTILINE)
 
 
 def _separate_config(arguments: list[str]) -> list[str]:
-    """`--config=FILE` as two arguments, as TRL takes it."""
+    """`--config=FILE` as the two arguments that TRL expects."""
     parts = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if parts and parts[-1] == "--config":
-        raise ValueError("--config lacks its file.")
+        raise ValueError("--config needs a file.")
     return parts

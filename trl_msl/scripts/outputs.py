@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from datasets import Dataset
 
 from ..data import ItemCatalog
 from ..decoding import Recommendations
+from ..trie import replacing
 
 
 logger = logging.getLogger(__name__)
@@ -28,37 +28,33 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_parquet(path: Path, table: pd.DataFrame | Dataset) -> None:
     options = {"index": False} if isinstance(table, pd.DataFrame) else {}
-    _write(path, lambda temporary: table.to_parquet(str(temporary), **options))
+    with replacing(path) as temporary:
+        table.to_parquet(str(temporary), **options)
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table in the format of [`TABLE_FORMATS`] that the file's name ends in. Lists in CSV are JSON."""
+    """Write a table in the format of [`TABLE_FORMATS`] that the file's name ends in. In CSV, lists are JSON."""
     if path.suffix == ".parquet":
         write_parquet(path, table)
-    elif path.suffix == ".csv":
-        written = table.map(_as_cell)
-        _write(path, lambda temporary: written.to_csv(temporary, index=False))
-    else:
-        options = {"orient": "records", "lines": True, "force_ascii": False, "date_format": "iso"}
-        _write(path, lambda temporary: table.to_json(temporary, double_precision=15, **options))
+        return
+    with replacing(path) as temporary:
+        if path.suffix == ".csv":
+            table.map(_as_cell).to_csv(temporary, index=False)
+        else:
+            options = {"orient": "records", "lines": True, "force_ascii": False, "date_format": "iso"}
+            table.to_json(temporary, double_precision=15, **options)
 
 
 def _as_cell(value: Any) -> Any:
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write the whole file, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    write(temporary)
-    temporary.replace(path)
+    if not isinstance(value, list | dict | np.ndarray):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
 
 
 def write_results(

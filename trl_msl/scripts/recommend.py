@@ -9,13 +9,12 @@ trl-msl recommend --model_name_or_path outputs/mine --interactions log.csv --out
 ```
 
 `users` is a CSV, TSV, JSON lines or Parquet file with a column `item_ids`: the history of each user, oldest item
-first. A cell that begins with `[` is a list of ids or texts, in JSON or as Python writes it; any other is ids,
-separated by commas or by spaces. With `interactions` the histories are those of the log, and `users` may be a file of
-user ids.
+first. A cell that begins with `[` is a list of ids or texts, in JSON or Python syntax; any other holds ids, separated
+by commas or spaces. With `interactions` the histories come from the log, and `users` may be a file of user ids.
 
 `recommended_ids`, `recommended_texts`, `scores` and `exact` are added to the columns of `users`. Ids of users and
-items are strings in the output. It is made in parts: a killed run resumes where it was, on any number of processes,
-if options, users and model are still the same.
+items are strings in the output. A killed run resumes where it was, on any number of processes, if options, users and
+model are the same.
 """
 
 import hashlib
@@ -51,7 +50,7 @@ class RecommendArguments(UserArguments):
 
     Parameters:
         output (`str`, *optional*, defaults to `"recommendations.parquet"`):
-            File to write, in the format that its name ends in: `.csv`, with lists as JSON, `.jsonl` or `.parquet`.
+            File to write: `.csv`, in which lists are JSON, `.jsonl` or `.parquet`.
         top_k (`int`, *optional*, defaults to `10`):
             Number of items to recommend.
         exclude_history (`bool`, *optional*, defaults to `True`):
@@ -59,17 +58,19 @@ class RecommendArguments(UserArguments):
         max_expansions (`int`, *optional*):
             As for [`TrieDecoder.search`]. Defaults to the task's, or 1,024.
         part_size (`int`, *optional*, defaults to `1000`):
-            Users of a part. A killed run loses the part at work.
+            Number of users per part. A killed run loses at most one part.
         batch_size (`int`, *optional*, defaults to `16`):
-            Users per process that are decoded at a time.
+            Number of users decoded at a time by each process.
     """
 
     output: str = field(default="recommendations.parquet", metadata={"help": "A .csv, .jsonl or .parquet file."})
     top_k: int = field(default=10, metadata={"help": "Number of items to recommend."})
     exclude_history: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
-    max_expansions: int | None = field(default=None, metadata={"help": "Search steps of a user: 1,024 by default."})
-    part_size: int = field(default=1000, metadata={"help": "Users of a part."})
-    batch_size: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
+    max_expansions: int | None = field(
+        default=None, metadata={"help": "Most search steps per user. 1,024 by default."}
+    )
+    part_size: int = field(default=1000, metadata={"help": "Number of users per part."})
+    batch_size: int = field(default=16, metadata={"help": "Users decoded at a time by each process."})
 
 
 def main(args: RecommendArguments, model_args: ModelConfig) -> None:
@@ -94,12 +95,12 @@ def main(args: RecommendArguments, model_args: ModelConfig) -> None:
     }
     missing = [path for path, part in parts.items() if not is_complete(path, part)]
     if len(missing) < len(parts):
-        logger.info("%d of %d parts are there already.", len(parts) - len(missing), len(parts))
+        logger.info("%d of %d parts are done already.", len(parts) - len(missing), len(parts))
     options = {"batch_size": args.batch_size}
     if args.max_expansions is not None:
         options["max_expansions"] = args.max_expansions
     process.wait_for_everyone()  # all must see the same parts missing before one writes any
-    with silent("trl_msl.decoding"):  # which would warn in each part of what is reported for all users below
+    with silent("trl_msl.decoding"):  # it would warn in each part of what is reported once for all users below
         for path in tqdm(missing, desc="Parts", initial=len(parts) - len(missing), total=len(parts),
                          disable=not process.is_main_process):  # fmt: skip
             histories = parts[path]["item_ids"].tolist()
@@ -119,7 +120,7 @@ def main(args: RecommendArguments, model_args: ModelConfig) -> None:
 
 
 def check_arguments(args: RecommendArguments) -> None:
-    """Raise a `ValueError` for what would only be found after some work."""
+    """Raise a `ValueError` for an option whose error would otherwise come after some work."""
     for name in ("top_k", "max_expansions", "part_size", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -130,14 +131,14 @@ def check_arguments(args: RecommendArguments) -> None:
 
 @contextmanager
 def silent(name: str) -> Iterator[None]:
-    """Without the warnings of a logger."""
-    silenced = logging.getLogger(name)
-    level = silenced.level
-    silenced.setLevel(logging.ERROR)
+    """Mute the warnings of a logger."""
+    muted = logging.getLogger(name)
+    level = muted.level
+    muted.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        silenced.setLevel(level)
+        muted.setLevel(level)
 
 
 def report_shortcomings(found: pd.DataFrame, top_k: int, is_exact: bool) -> None:
@@ -156,9 +157,8 @@ def report_shortcomings(found: pd.DataFrame, top_k: int, is_exact: bool) -> None
 
 def fingerprints(recommender: Recommender, users: pd.DataFrame, args: RecommendArguments) -> dict[str, str]:
     """
-    SHA-256 of what the recommendations depend on: the users (their histories, and their file), the weights, and the
-    task. The weights are those in memory, which include an adapter's base model and the current state of a branch on
-    the Hub.
+    SHA-256 of what the recommendations depend on: the users (histories and file), the weights and the task. The
+    weights are those in memory: they include an adapter's base model, and follow a branch on the Hub.
     """
     read = [users[name].tolist() for name in (args.user_column, "item_ids") if name in users.columns]
     file = Path(args.users).read_bytes() if args.users and Path(args.users).is_file() else b""
@@ -189,7 +189,7 @@ def check_job(folder: Path, job: dict) -> None:
 
 
 def is_complete(path: Path, users: pd.DataFrame) -> bool:
-    """Whether a part is complete, and of these users."""
+    """Whether a part is complete and belongs to these users."""
     if not path.exists():
         return False
     try:

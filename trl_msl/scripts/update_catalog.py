@@ -7,15 +7,14 @@ trl-msl update-catalog --model_name_or_path outputs/quickstart/msl \
     --add new_items.csv --withdraw 17 204 --output_dir outputs/updated
 ```
 
-`add` is a JSON file that maps ids to texts, or a CSV or Parquet file with columns `item_id` and `title`. The model
-knows of a new item only the first tokens that it shares with items of the training: their number is printed, and
+`add` is a JSON file that maps ids to texts, or a CSV or Parquet file with columns `item_id` and `title`. All that the
+model knows of a new item is the first tokens that it shares with items of the training: their number is printed, and
 written to `new_items.csv`.
 """
 
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pandas as pd
 from transformers import AutoTokenizer
@@ -23,8 +22,8 @@ from transformers import AutoTokenizer
 from ..data import RankingTask, read_items
 from ..recommender import find_base, find_folder, find_task_folder, name_base_absolutely
 from ..training import NEVER_PUSHED
-from .cards import write_card
 from .command_line import command
+from .derived import new_folder, write_card
 from .trained import copy_options
 
 
@@ -47,7 +46,7 @@ class UpdateArguments:
         empty_texts (`str`, *optional*):
             As for [`ItemCatalog`].
         html_entities (`str`, *optional*):
-            As for [`ItemCatalog`]. Defaults to what was done with the items of the training.
+            As for [`ItemCatalog`]. Defaults to that of the training.
     """
 
     model_name_or_path: str = field(metadata={"help": "Folder or repository of a model with its catalogue."})
@@ -59,43 +58,37 @@ class UpdateArguments:
     text_column: str = field(default="title", metadata={"help": "Text column of `add`."})
     empty_texts: str = field(default="error", metadata={"help": "Items without text: 'error', 'keep' or 'id'."})
     html_entities: str | None = field(
-        default=None, metadata={"help": "HTML entities in texts: 'keep' or 'decode'; by default as in the training."}
+        default=None, metadata={"help": "HTML entities in texts: 'keep' or 'decode'. By default as in training."}
     )
 
 
 def main(args: UpdateArguments) -> None:
-    output_dir = Path(args.output_dir)
-    if output_dir.exists():
-        raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
-    folder = find_folder(args.model_name_or_path, "model_name_or_path")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # left out, it would ask
-    task = RankingTask.from_pretrained(find_task_folder(folder), tokenizer)
-    policies = {"empty_texts": args.empty_texts, "html_entities": args.html_entities or task.catalog.html_entities}
-    added = read_items(args.add, args.item_column, args.text_column, **policies) if args.add else None
-    updated = task.update(added, args.withdraw, args.restore)
-
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    # Neither checkpoints nor what was measured with the catalogue as it was
-    shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(*NEVER_PUSHED, "base_model"))
-    copy_options(folder, temporary)
-    name_base_absolutely(temporary, find_base(folder))
-    updated.save_pretrained(temporary)
-    shared = updated.shared_prefixes()
-    summary, *details = describe(updated, shared)
-    note = f"The catalogue was changed after the training. It holds {summary}"
-    write_card(folder, temporary, args.output_dir, note, has_changed=True)
-    if shared:
-        texts = updated.catalog.texts[updated.num_trained :]
-        table = pd.DataFrame({"item_id": shared.keys(), "title": texts, "shared_tokens": shared.values()})
-        table.to_csv(temporary / "new_items.csv", index=False)
-    temporary.replace(output_dir)
-    print("\n".join([summary, *details]))
-    print(output_dir)
+    with new_folder(args.output_dir) as updated_folder:
+        folder = find_folder(args.model_name_or_path, "model_name_or_path")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # left out, it would ask
+        task = RankingTask.from_pretrained(find_task_folder(folder), tokenizer)
+        html_entities = args.html_entities or task.catalog.html_entities
+        policies = {"empty_texts": args.empty_texts, "html_entities": html_entities}
+        added = read_items(args.add, args.item_column, args.text_column, **policies) if args.add else None
+        updated = task.update(added, args.withdraw, args.restore)
+        # Without checkpoints, and without what was measured on the old catalogue
+        shutil.copytree(folder, updated_folder, ignore=shutil.ignore_patterns(*NEVER_PUSHED, "base_model"))
+        copy_options(folder, updated_folder)
+        name_base_absolutely(updated_folder, find_base(folder))
+        updated.save_pretrained(updated_folder)
+        shared = updated.shared_prefixes()
+        summary, *details = describe(updated, shared)
+        note = f"The catalogue was changed after the training. It holds {summary}"
+        write_card(folder, updated_folder, args.output_dir, note, has_changed=True)
+        if shared:
+            texts = updated.catalog.texts[updated.num_trained :]
+            table = pd.DataFrame({"item_id": shared.keys(), "title": texts, "shared_tokens": shared.values()})
+            table.to_csv(updated_folder / "new_items.csv", index=False)
+    print("\n".join([summary, *details, args.output_dir]))
 
 
 def describe(task: RankingTask, shared: dict[str, int]) -> list[str]:
-    """What the catalogue holds now, and how much new items have in common with those of the training."""
+    """What the catalogue holds now, and then what new items share with those of the training: lines of text."""
     total, withdrawn = len(task.catalog), len(task.withdrawn)
     lines = [
         f"{total:,} items: {task.num_trained:,} that the model was trained with, {len(shared):,} added since, "

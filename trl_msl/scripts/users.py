@@ -2,10 +2,8 @@
 """Users to recommend to, and their histories: from a file, or from an interaction log."""
 
 import ast
-import io
 import json
 import re
-import tokenize
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +14,10 @@ from ..data import ItemCatalog, ids_as_strings, read_interactions, read_table
 
 ADDED = {"recommended_ids", "recommended_texts", "scores", "exact"}
 
+_ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+)"""
+# With commas: NumPy writes ['a' 'b'], which Python would read as ['ab']
+_PYTHON_LIST = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*,?\s*\]")
+
 
 @dataclass
 class UserArguments:
@@ -24,15 +26,15 @@ class UserArguments:
 
     Parameters:
         users (`str`, *optional*):
-            File (CSV, TSV, JSON lines or Parquet) with a column `item_ids`; or, with `interactions`, one with user
-            ids. By default, all users of the log.
+            File (CSV, TSV, JSON lines or Parquet) with a column `item_ids`. With `interactions`, a file with user
+            ids; defaults to all users of the log.
         interactions (`str`, *optional*):
-            Interaction log: its users' histories are all their items in the order of time.
+            Interaction log: the history of a user is all of their items, in the order of time.
         user_column, item_column, timestamp_column (`str`, *optional*):
-            Columns of the log; the first also of `users`.
+            Columns of the log. `user_column` is that of `users`, too.
         unknown_items (`str`, *optional*, defaults to `"error"`):
             What to do with items of a history that are not in the catalogue: `error`, or `drop`, which also drops
-            users who have no others, and reports the numbers.
+            users without any other items, and reports the numbers.
     """
 
     users: str | None = field(default=None, metadata={"help": "File with a column `item_ids`, or with user ids."})
@@ -47,8 +49,8 @@ class UserArguments:
 
 def read_users(args: UserArguments) -> tuple[pd.DataFrame, bool]:
     """
-    The users as a table, with `item_ids` as lists of strings; and whether these can only be ids, not texts. User ids
-    are strings; other columns of the file are as [`read_table`] reads them.
+    The users as a table, with `item_ids` as lists of strings, and whether these can only be ids, not texts. User ids
+    are strings; other columns are as [`read_table`] reads them.
     """
     if args.interactions:
         return _users_of_log(args), True
@@ -60,18 +62,17 @@ def read_users(args: UserArguments) -> tuple[pd.DataFrame, bool]:
     malformed = [row for row, items in enumerate(histories) if items is None]
     if malformed:
         raise ValueError(
-            f"`users` = {args.users!r}: `item_ids` must hold lists of ids or texts, in JSON or as Python writes them, "
-            f"or ids separated by commas or by spaces, but {len(malformed)} of {len(table)} rows do not (the first: "
+            f"`users` = {args.users!r}: `item_ids` must hold lists of ids or texts, in JSON or Python syntax, or ids "
+            f"separated by commas or spaces, but {len(malformed)} of {len(table)} rows do not (the first: "
             f"{malformed[:5]}, with {repr(cells[malformed[0]])[:200]}). Correct them."
         )
     empty = [row for row, items in enumerate(histories) if not items]
     if empty and args.unknown_items == "error":
         raise ValueError(
             f"`users` = {args.users!r}: {len(empty)} of {len(table)} users have an empty history (the first rows: "
-            f"{empty[:5]}). Leave them out, by unknown_items='drop' for example, and recommend what is popular to "
-            "them."
+            f"{empty[:5]}). Leave them out, for example by unknown_items='drop', and recommend popular items to them."
         )
-    only_ids = any(isinstance(cell, str) and not _is_list(cell) for cell in cells)
+    only_ids = any(isinstance(cell, str) and cell.strip() and not _is_list(cell) for cell in cells)
     return table.assign(item_ids=histories), only_ids
 
 
@@ -83,13 +84,13 @@ def _users_of_log(args: UserArguments) -> pd.DataFrame:
     table = _read_file(args, args.user_column)
     if "item_ids" in table.columns:
         raise ValueError(
-            f"`users` = {args.users!r} has a column 'item_ids', but `interactions` holds the histories: leave out "
-            "either of them."
+            f"`users` = {args.users!r} has a column 'item_ids', but histories come from `interactions`: leave one of "
+            "the two out."
         )
     users = table[args.user_column]
     if len(unknown := users[~users.isin(histories.index)]):
         raise ValueError(
-            f"`users` = {args.users!r} holds {len(unknown)} user(s) of {len(users)} who have no interactions in "
+            f"`users` = {args.users!r} holds {len(unknown)} user(s) of {len(users)} without interactions in "
             f"{args.interactions!r}, such as {unknown.tolist()[:3]}: leave them out."
         )
     return table.assign(item_ids=histories.loc[users].tolist())
@@ -107,8 +108,8 @@ def _read_file(args: UserArguments, column: str) -> pd.DataFrame:
 
 def parse_history(cell: object) -> list[str] | None:
     """
-    The items of a list; of a text that begins with `[`, which is a list in JSON or as Python writes it; or of any
-    other text, which is ids separated by commas or by spaces. `None` for anything else, none if there is nothing.
+    The items of a list, of a string that begins with `[` (a list in JSON or Python syntax), or of any other string
+    (ids separated by commas or spaces). An empty cell has none; `None` stands for anything malformed.
     """
     if cell is None or (isinstance(cell, float) and np.isnan(cell)):
         return []
@@ -131,19 +132,13 @@ def _parse_list(cell: str) -> list | None:
     except (ValueError, RecursionError):
         pass
     try:
-        items = ast.literal_eval(cell)
-        # NumPy writes arrays as ['a' 'b'], which Python reads as ['ab']
-        if re.search(r"""['"]\s*['"]""", cell):
-            tokens = tokenize.generate_tokens(io.StringIO(cell).readline)
-            if sum(token.type == tokenize.STRING for token in tokens) != sum(isinstance(item, str) for item in items):
-                return None
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
+        return ast.literal_eval(cell) if _PYTHON_LIST.fullmatch(cell) else None
+    except (ValueError, SyntaxError):
         return None
-    return items
 
 
 def _split_ids(cell: str) -> list[str] | None:
-    """Not a title that holds commas and spaces, nor what is left of a list."""
+    """`None` for a title with commas and spaces, or the remains of a list."""
     ids = [item.strip() for item in cell.split(",")] if "," in cell else cell.split()
     return ids if all(re.fullmatch(r"""[^\s'"\[\]{}]+""", item) for item in ids) else None
 
@@ -152,30 +147,33 @@ def check_items(
     table: pd.DataFrame, only_ids: bool, catalog: ItemCatalog, unknown_items: str
 ) -> tuple[pd.DataFrame, str]:
     """
-    The users, if their histories hold only items of the catalogue; or, with `unknown_items="drop"`, without the other
-    items, and without users who have none left. Also what was dropped, in words.
+    The users with their histories reduced to items of the catalogue, without those who have none left, and a note on
+    what was dropped.
+
+    Raises:
+        `ValueError`: if there are unknown items and `unknown_items` is not `"drop"`, or no user is left.
     """
     items = {item for history in table["item_ids"] for item in history}
     unknown, kind = items - catalog.index_of_id.keys(), "ids"
-    # All ids or all texts: an unknown id may be the title of another item, such as 1984
+    # Either all ids or all texts: an unknown id may be the title of another item, such as 1984
     if not only_ids and len(unknown_texts := items - set(catalog.texts)) < len(unknown):
         unknown, kind = unknown_texts, "texts"
     kept = [[item for item in history if item not in unknown] for history in table["item_ids"]]
     num_items = sum(map(len, table["item_ids"])) - sum(map(len, kept))
-    about_ids = " A history without brackets, or from a log, holds ids; write titles as a list." if only_ids else ""
+    hint = " A history from a log or without brackets holds ids; write titles as a list." if only_ids else ""
     if unknown and unknown_items == "error":
         num_users = sum(len(left) < len(history) for left, history in zip(kept, table["item_ids"]))
         raise ValueError(
             f"The histories of {num_users} of {len(table)} users hold {len(unknown)} different {kind} that are not in "
             f"the catalogue of {len(catalog)} items, such as {sorted(unknown)[:3]}. Pass ids or texts of this model's "
-            f"catalogue, or leave unknown items out, by unknown_items='drop'.{about_ids}"
+            f"catalogue, or drop unknown items by unknown_items='drop'.{hint}"
         )
     num_users = sum(len(items) == 0 for items in kept)
     if num_users == len(table):
         raise ValueError(
             f"unknown_items='drop' leaves none of the {num_users:,} users: none of their items is in the catalogue, "
-            f"such as {sorted(unknown)[:3]}. Pass ids or texts of this model's catalogue.{about_ids}"
+            f"such as {sorted(unknown)[:3]}. Pass ids or texts of this model's catalogue.{hint}"
         )
     kept = table.assign(item_ids=kept)[[len(items) > 0 for items in kept]]
-    dropped = f" ({num_items:,} unknown items were dropped, and {num_users:,} users without any other)"
-    return kept, dropped if num_items or num_users else ""
+    note = f" ({num_items:,} unknown items were dropped, and {num_users:,} users without any other)"
+    return kept, note if num_items or num_users else ""
