@@ -1,22 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Users to recommend to, and their histories: from a file, or from an interaction log."""
 
-import ast
-import json
 import re
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
-from ..data import ItemCatalog, ids_as_strings, read_interactions, read_table
+from ..data import ItemCatalog, ids_as_strings, parse_list, read_interactions, read_table
 
 
 ADDED = {"recommended_ids", "recommended_texts", "scores", "exact"}
-
-_ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+)"""
-# With commas: NumPy writes ['a' 'b'], which Python would read as ['ab']
-_PYTHON_LIST = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*,?\s*\]")
 
 
 @dataclass
@@ -114,7 +108,7 @@ def parse_history(cell: object) -> list[str] | None:
     if cell is None or (isinstance(cell, float) and np.isnan(cell)):
         return []
     if isinstance(cell, str):
-        cell = _parse_list(cell.strip()) if _is_list(cell) else _split_ids(cell)
+        cell = parse_list(cell) if _is_list(cell) else _split_ids(cell)
     items = cell.tolist() if isinstance(cell, np.ndarray) else cell
     # Not floats: pandas turns integers into floats where one is missing, and the id 12.0 is not 12
     if not isinstance(items, list) or any(isinstance(i, bool) or not isinstance(i, str | int) for i in items):
@@ -124,17 +118,6 @@ def parse_history(cell: object) -> list[str] | None:
 
 def _is_list(cell: str) -> bool:
     return cell.lstrip().startswith("[")
-
-
-def _parse_list(cell: str) -> list | None:
-    try:
-        return json.loads(cell)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(cell) if _PYTHON_LIST.fullmatch(cell) else None
-    except (ValueError, SyntaxError):
-        return None
 
 
 def _split_ids(cell: str) -> list[str] | None:
