@@ -179,6 +179,27 @@ def test_what_may_differ(trained, task, caplog):
     assert "was trained with `max_steps` 4 (here 6): the run will not end as an uninterrupted one" in caplog.text
 
 
+def test_the_base_of_an_adapter_is_known_by_its_weights(tmp_path, task, tokenizer):
+    """Wherever it lies, whatever its folder is called, and in any dtype."""
+    rows, made = build_rows(make_windows(task.catalog.ids), task), make_model(tokenizer)
+    for name in ("base", "renamed", "other/base"):
+        made.save_pretrained(tmp_path / name)
+        made.model.layers[1].self_attn.v_proj.weight.data += 0.01 * (name == "renamed")  # as a merged adapter does
+
+    def trainer(name, adapter=True, **dtype):
+        config = MSLConfig(str(tmp_path / "out"), **CPU, model_init_kwargs=dtype)
+        adapter = LoraConfig(task_type="CAUSAL_LM") if adapter else None
+        return MSLTrainer(str(tmp_path / name), config, task=task, train_dataset=rows, peft_config=adapter)
+
+    trainer("base").train()
+    for name, dtype in (("renamed", "float32"), ("base", "float16"), ("base", "bfloat16")):
+        trainer(name, dtype=dtype).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"was trained with `base_weights` '\w+' \(here '\w+'\)\. Pass"):
+        trainer("other/base").train(resume_from_checkpoint=True)
+    trainer("base", adapter=False).train()  # all of its weights are in the checkpoint
+    trainer("other/base", adapter=False).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_that_does_not_say_what_it_was_trained_with(trained, task, caplog, tmp_path):
     (trained / "checkpoint-2" / "training.json").rename(tmp_path / "training.json")
     make_trainer(tmp_path, task, save_strategy="no").train(str(trained / "checkpoint-2"))

@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft import PeftModel
 from pyarrow import compute
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -64,8 +65,9 @@ class ResumableTrainerMixin:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self._record = None  # the rows may have been replaced
-        if resume_from_checkpoint:
-            check_resumable(resume_from_checkpoint, self.record)
+        record = self.record  # made before the model is sharded
+        if resume_from_checkpoint and self.is_world_process_zero():  # with FSDP the only one with all weights
+            check_resumable(resume_from_checkpoint, record)
         callback = _StartCallback(self, resume_from_checkpoint)
         self.add_callback(callback)
         try:
@@ -144,7 +146,8 @@ def describe_options(trainer: Trainer) -> dict[str, Any]:
     names += [f.name for f in dataclasses.fields(args) if f.name not in inherited and not f.name.startswith("log")]
     options = {
         "base_model": base_name(model),
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_parameters": get_model_param_count(model),
+        "base_weights": hash_frozen_weights(model),
         **{name: getattr(args, name) for name in names},
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "num_train_epochs": args.num_train_epochs,
@@ -173,6 +176,19 @@ def hyperparameters(trainer: Trainer) -> dict[str, Any]:
     return {**shown, "steps": state.global_step, "epochs": round(state.epoch or 0, 2)} if state.global_step else shown
 
 
+def hash_frozen_weights(model: PreTrainedModel | PeftModel) -> str:
+    """
+    Fingerprint of the weights that are not in a checkpoint, those of an adapter's base model: the signs of some of
+    them, which are the same in each dtype.
+    """
+    digest, adapters = hashlib.sha256(), getattr(model, "peft_config", ())
+    for name, weight in model.named_parameters():
+        # Of DPO's adapters, the reference is not trained either, but is made anew
+        if not weight.requires_grad and weight.is_floating_point() and not any(f".{a}." in name for a in adapters):
+            digest.update(weight.detach().flatten()[:4096].signbit().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def hash_rows(rows: Dataset) -> str:
     """SHA-256 of the rows' tokens and labels, in order."""
     names = sorted(name for name in rows.column_names if name == "labels" or name.endswith("_ids"))
@@ -199,7 +215,7 @@ def check_resumable(checkpoint: str | Path, record: dict[str, Any]) -> None:
         logger.warning("%s has no %s: whether its data and options are the same is unknown.", checkpoint, path.name)
         return
     there = json.loads(path.read_text(encoding="utf-8"))
-    if different := differences(record, there, leave_out=_MAY_DIFFER):
+    if different := differences(record, there, leave_out=(*_MAY_DIFFER, "base_model")):
         raise ValueError(
             f"`resume_from_checkpoint`: {str(checkpoint)!r} was trained with {different}. Pass what it was trained "
             "with, or start anew in another `output_dir`."
