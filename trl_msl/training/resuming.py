@@ -79,10 +79,10 @@ class ResumableTrainerMixin:
     def record(self) -> dict[str, Any]:
         """What shapes the training, as it is written to `training.json`."""
         if self._record is None:
-            self._record = json.loads(json.dumps({**self._describe_data(), **describe_options(self)}, default=str))
+            self._record = json.loads(json.dumps({**self._describe(), **describe_options(self)}, default=str))
         return self._record
 
-    def _describe_data(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         rows = self.train_dataset
         return {"training_rows": f"{len(rows):,} rows, {hash_rows(rows)[:16]}"} if isinstance(rows, Dataset) else {}
 

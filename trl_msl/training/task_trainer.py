@@ -138,7 +138,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
         self._has_diverged = False
         return super().train(*args, **kwargs)
 
-    def _describe_data(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         task = self.task
         content = json.dumps([task.catalog.ids, task.catalog.completions, sorted(task.tokenizer.get_vocab().items())])
         prompt = dataclasses.asdict(task.prompt_template)
@@ -148,7 +148,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
             **prompt,
             "chat_template_kwargs": task.chat_template_kwargs,
             "max_length": task.max_length,
-            **super()._describe_data(),
+            **super()._describe(),
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
