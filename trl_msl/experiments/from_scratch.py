@@ -229,7 +229,7 @@ def write_base_model(
         if different := differences(made_of, json.loads(record.read_text())):
             raise ValueError(
                 f"`resume_from_checkpoint`: the base model in {str(path)!r} was made with {different}. Pass the same, "
-                "or start anew in another `output_dir`."
+                "or start over in another `output_dir`."
             )
         logger.info("The base model in %s is used again.", path)
         return
