@@ -103,7 +103,7 @@ def test_train_push_and_pull(tmp_path, tokenizer, catalog, task):
     )
     card = files["README.md"].decode()
     assert (
-        "Trained with 12 items" in card
+        "Trained on a catalogue of 12 items" in card
         and "40 training rows" in card
         and "| ndcg@10 | 0." in card
         and "2504.04178" in card

@@ -123,8 +123,8 @@ def test_no_complete_checkpoint(tmp_path):
 CPU = {"max_steps": 4, "save_steps": 2, "report_to": "none", "bf16": False, "use_cpu": True, "learning_rate": 1e-2}
 
 
-def make_trainer(output_dir, task, seed=0, adapter=None, **options):
-    rows = build_rows(make_windows(task.catalog.ids, seed=seed), task)
+def make_trainer(output_dir, task, rows_seed=0, adapter=None, **options):
+    rows = build_rows(make_windows(task.catalog.ids, seed=rows_seed), task)
     config = MSLConfig(str(output_dir), **{**CPU, **options})
     return MSLTrainer(make_model(task.tokenizer), config, task=task, train_dataset=rows, peft_config=adapter)
 
@@ -145,9 +145,10 @@ def replaced(task, catalog=None, **template):
     ("options", "message"),
     [
         ({"learning_rate": 1e-3}, r"trained with `learning_rate` 0.01 \(here 0.001\)\. Pass what it was"),
-        ({"temperature": 1.0}, r"with `temperature` 'adaptive' \(here '?1.0'?\)\."),
+        ({"temperature": 1.0}, r"with `temperature` 'adaptive' \(here 1.0\)\."),
         ({"per_device_train_batch_size": 4}, r"with `batch_size` 8 \(here 4\)\."),
-        ({"seed": 1}, r"with `training_rows` '40 rows, \w+' \(here '40 rows, \w+'\), `seed`|with `training_rows`"),
+        ({"rows_seed": 1}, r"with `training_rows` '40 rows, \w+' \(here '40 rows, \w+'\)\."),
+        ({"seed": 1}, r"with `seed` 42 \(here 1\)\."),
         ({"adapter": LoraConfig(task_type="CAUSAL_LM")}, r"`peft_type` None \(here 'LORA'\)"),
         ({"text": "Read: {history}\nNext: "}, r"`prompt_text` 'The user has read: .*`training_rows`"),
         ({"catalog": True}, r"`catalog` '12 items, \w+' \(here '12 items, \w+'\), `training_rows`"),
@@ -247,7 +248,7 @@ def test_a_scratch_base_is_made_once(tmp_path, folder, caplog):
     command = ["--data_dir", folder, "--output_dir", tmp_path, *PROMPT, *TINY, "--loss", "lml", "msl"]
     command += ["--save_steps", 2, "--learning_rate", 1e-3]
     run(compare_losses, *command)
-    assert "No `model_name_or_path`: a model of" in caplog.text
+    assert "No `model_name_or_path`: making a model of" in caplog.text
     weights = tmp_path / "base_model" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     run(compare_losses, *command, "--resume_from_checkpoint", "last")
