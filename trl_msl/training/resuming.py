@@ -63,9 +63,10 @@ class ResumableTrainerMixin:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self._record = None  # the rows may have been replaced
-        record = self.record  # made before the model is sharded
-        if resume_from_checkpoint and self.is_world_process_zero():  # with FSDP the only one with all weights
-            check_resumable(resume_from_checkpoint, record)
+        if self.args.should_save:  # with FSDP such a process alone has all weights, until they are sharded
+            record = self.record
+            if resume_from_checkpoint:
+                check_resumable(resume_from_checkpoint, record)
         callback = _StartCallback(self, resume_from_checkpoint)
         self.add_callback(callback)
         try:
