@@ -54,6 +54,14 @@ def test_row(name, runs, folder):
     assert len(recommender.recommend([history], k=5).ids[0]) == 5
 
 
+def test_another_scale_of_the_loss_does_not_resume(runs, folder):
+    options = ["--data_dir", folder, "--output_dir", runs, *SMALL, "--run_name", "msl", *ROWS["msl"].split()]
+    options += ["--model_name_or_path", runs / "base", "--config", CONFIGS / "ablation.yaml"]
+    options += ["--resume_from_checkpoint", "last", "--loss_scale", 3]
+    with pytest.raises(ValueError, match=r"was trained with `loss_scale` 1.0 \(here 3.0\)\."):
+        run(ablation, *options)
+
+
 def test_probe_of_a_row(runs):
     probe = json.loads((runs / "lml" / "probe.json").read_text())
     steps = [entry["step"] for entry in probe["history"]]
@@ -91,7 +99,7 @@ def test_prompts_that_the_model_was_not_trained_with(runs, folder):
         (["--item_template", "{text}"], "'item_template'"),
         (["--max_length", 99], r"'max_length': \(99, 256\)"),
     ):
-        with pytest.raises(ValueError, match=f"The prompt differs from the one that .*msl-ats was trained.*{named}"):
+        with pytest.raises(ValueError, match=f"The options differ from what .*msl-ats was trained with.*{named}"):
             run(evaluate, *options, *given)
     assert not (runs / "never").exists()
 

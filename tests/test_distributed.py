@@ -87,6 +87,7 @@ def test_the_recipe_with_a_sharded_model(tmp_path):
     launch("evaluate_recommender.py", *arguments)
     # Preferences that do not come from the model, which is sharded
     rows = ["--preferences", tmp_path / "preferences"]
+    shutil.copy(tmp_path / "msl" / "data.json", tmp_path / "base_model")
     source = ["--model_name_or_path", tmp_path / "base_model", "--max_test_users", 8]
     launch("make_preferences.py", *source, "--negatives", "near", "--output_dir", rows[1])
     arguments = [*source, *rows, "--output_dir", tmp_path / "dpo", "--max_steps", 2, "--report_to", "none"]

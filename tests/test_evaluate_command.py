@@ -113,7 +113,7 @@ class TestTaskOfTheModel:
         options = {"prompt_text": "Read {history}", "separate_items": True}
         _, task = load(base_model, 77, data_dir=str(folder), **options)
         assert (task.prompt_template, task.max_length) == (DataArguments(**options).prompt_template, 77)
-        assert "has no catalogue and prompt of its own: those of the data options are used" in caplog.text
+        assert "has no catalogue and prompt of its own: using those of the data options" in caplog.text
 
     def test_withdrawn_items(self, model, folder, tmp_path, capsys):
         targets = [json.loads(ids)[-1] for ids in pd.read_csv(folder / "test.csv")["item_ids"]]
@@ -145,11 +145,11 @@ class TestDataOfTheTraining:
         assert evaluated("updated", tmp_path)["exact"]["num_rows"] == 6
         for name in ("out", "out/checkpoint-4", "merged"):
             assert evaluated(name, tmp_path)["exact"]["ndcg@10"] == pytest.approx(trained["ndcg@10"])
-            assert f"The data is that of the training of {name}: {folder}." in caplog.text
+            assert f"Using the data that {name} was trained on: {folder}." in caplog.text
         validation = evaluated("out", tmp_path, "--split", "validation")
         assert validation["exact"]["num_rows"] == validation["arguments"]["data"]["max_validation_users"] == 3
         assert evaluated("out", tmp_path, "--max_test_users", 2)["exact"]["num_rows"] == 2
-        assert "was trained on" not in caplog.text
+        assert "The model was trained on" not in caplog.text
 
     def test_damaged(self, model):
         for content in ("[", "[]", "{}", '{"generated": false}', '{"generated": true, "shop": 1}'):
@@ -166,7 +166,7 @@ class TestDataOfTheTraining:
         caplog.set_level(logging.INFO)
         data, _ = load(tmp_path / "model")
         assert len(data.windows["test"]) == 5 and data.best_possible
-        assert "The data is generated, that of the quickstart: 150 items." in caplog.text
+        assert "Using the quickstart's generated data: 150 items." in caplog.text
 
     def test_training_windows_are_not_for_testing(self, tmp_path, tokenizer, template, caplog):
         """Other options than in training split the same log elsewhere."""
@@ -176,7 +176,7 @@ class TestDataOfTheTraining:
         log = {"interactions": str(tmp_path / "log.csv"), "items": str(tmp_path / "items.csv")}
         write_options(DataArguments(**log, min_interactions=1), tmp_path / "m")
         load(tmp_path / "m", **log, min_interactions=1)
-        assert "was trained on" not in caplog.text
+        assert "The model was trained on" not in caplog.text
         pd.read_csv(tmp_path / "log.csv").head(60).to_csv(tmp_path / "first.csv", index=False)
         data, _ = load(tmp_path / "m", interactions=str(tmp_path / "first.csv"), min_interactions=1)
         count = len(data.windows["test"])
@@ -184,7 +184,7 @@ class TestDataOfTheTraining:
         assert f"'interactions': ('{tmp_path / 'first.csv'}', '{tmp_path / 'log.csv'}')" in caplog.text
         (tmp_path / "log.csv").unlink()
         load(tmp_path / "m", interactions=str(tmp_path / "first.csv"), min_interactions=1)
-        assert "Whether the model was trained on some of these windows can't be checked" in caplog.text
+        assert "Can't check whether the model was trained on some of these windows" in caplog.text
 
 
 class TestDataWithoutItems:

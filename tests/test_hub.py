@@ -103,7 +103,7 @@ def test_train_push_and_pull(tmp_path, tokenizer, catalog, task):
     )
     card = files["README.md"].decode()
     assert (
-        "Trained with 12 items" in card
+        "Trained on a catalogue of 12 items" in card
         and "40 training rows" in card
         and "| ndcg@10 | 0." in card
         and "2504.04178" in card
@@ -212,6 +212,11 @@ def test_an_adapter_on_a_local_base(kind, tmp_path, task, tokenizer, hub, monkey
     with pytest.raises(ValueError, match="`push_to_hub`: the adapter's base model is the local folder 'base'"):
         trainer.push_to_hub()
     assert not hub.repos
+    caplog.clear()
+    (tmp_path / "base").rename("base_model")
+    kind("base_model", args=config("run", **CPU), **rest)
+    assert "can't be loaded elsewhere" not in caplog.text  # it was made for this run, by the quickstart for example
+    (tmp_path / "base_model").rename("base")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for place in ("out/checkpoint-2", "out/checkpoint-4"):

@@ -107,7 +107,7 @@ def test_what_it_says(card_of_msl, card_of_softmax_dpo, base):
     assert "Trained with MSL, introduced in [MSL: Not All Tokens" in text and "papers/2504.04178" in text
     for option in ("temperature | adaptive", "batch_size | 8", "lora_alpha | 8", "target_modules | q_proj, v_proj"):
         assert f"| {option} |" in text
-    assert "by `MSLTrainer`" in text and "| epochs | 0.2 |" in text
+    assert "using `MSLTrainer`" in text and "| epochs | 0.2 |" in text
     assert "- trl_msl: " in text and "- peft: " in text
     assert "Trained with Softmax DPO" in card_of_softmax_dpo.text and "papers/2406.09215" in card_of_softmax_dpo.text
     for card in (card_of_msl, card_of_softmax_dpo):

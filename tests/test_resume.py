@@ -123,8 +123,8 @@ def test_no_complete_checkpoint(tmp_path):
 CPU = {"max_steps": 4, "save_steps": 2, "report_to": "none", "bf16": False, "use_cpu": True, "learning_rate": 1e-2}
 
 
-def make_trainer(output_dir, task, seed=0, adapter=None, **options):
-    rows = build_rows(make_windows(task.catalog.ids, seed=seed), task)
+def make_trainer(output_dir, task, rows_seed=0, adapter=None, **options):
+    rows = build_rows(make_windows(task.catalog.ids, seed=rows_seed), task)
     config = MSLConfig(str(output_dir), **{**CPU, **options})
     return MSLTrainer(make_model(task.tokenizer), config, task=task, train_dataset=rows, peft_config=adapter)
 
@@ -145,9 +145,10 @@ def replaced(task, catalog=None, **template):
     ("options", "message"),
     [
         ({"learning_rate": 1e-3}, r"trained with `learning_rate` 0.01 \(here 0.001\)\. Pass what it was"),
-        ({"temperature": 1.0}, r"with `temperature` 'adaptive' \(here '?1.0'?\)\."),
+        ({"temperature": 1.0}, r"with `temperature` 'adaptive' \(here 1.0\)\."),
         ({"per_device_train_batch_size": 4}, r"with `batch_size` 8 \(here 4\)\."),
-        ({"seed": 1}, r"with `training_rows` '40 rows, \w+' \(here '40 rows, \w+'\), `seed`|with `training_rows`"),
+        ({"rows_seed": 1}, r"with `training_rows` '40 rows, \w+' \(here '40 rows, \w+'\)\."),
+        ({"seed": 1}, r"with `seed` 42 \(here 1\)\."),
         ({"adapter": LoraConfig(task_type="CAUSAL_LM")}, r"`peft_type` None \(here 'LORA'\)"),
         ({"text": "Read: {history}\nNext: "}, r"`prompt_text` 'The user has read: .*`training_rows`"),
         ({"catalog": True}, r"`catalog` '12 items, \w+' \(here '12 items, \w+'\), `training_rows`"),
@@ -176,13 +177,37 @@ def test_what_may_differ(trained, task, caplog):
     assert "Resuming from step 2 of 4 (" in caplog.text
     assert "was trained with" not in caplog.text
     make_trainer(trained.parent / "other", task, max_steps=6, save_strategy="no").train(str(trained / "checkpoint-2"))
-    assert "was trained with `max_steps` 4 (here 6): the run will not end as an uninterrupted one" in caplog.text
+    assert (
+        "was trained with `max_steps` 4 (here 6): the run will end differently from an uninterrupted one"
+        in caplog.text
+    )
+
+
+def test_the_base_of_an_adapter_is_known_by_its_weights(tmp_path, task, tokenizer):
+    """Wherever it lies, whatever its folder is called, and in any dtype."""
+    rows, made = build_rows(make_windows(task.catalog.ids), task), make_model(tokenizer)
+    for name in ("base", "renamed", "other/base"):
+        made.save_pretrained(tmp_path / name)
+        made.model.layers[1].self_attn.v_proj.weight.data += 0.01 * (name == "renamed")  # as a merged adapter does
+
+    def trainer(name, adapter=True, **dtype):
+        config = MSLConfig(str(tmp_path / "out"), **CPU, model_init_kwargs=dtype)
+        adapter = LoraConfig(task_type="CAUSAL_LM") if adapter else None
+        return MSLTrainer(str(tmp_path / name), config, task=task, train_dataset=rows, peft_config=adapter)
+
+    trainer("base").train()
+    for name, dtype in (("renamed", "float32"), ("base", "float16"), ("base", "bfloat16")):
+        trainer(name, dtype=dtype).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"was trained with `base_weights` '\w+' \(here '\w+'\)\. Pass"):
+        trainer("other/base").train(resume_from_checkpoint=True)
+    trainer("base", adapter=False).train()  # all of its weights are in the checkpoint
+    trainer("other/base", adapter=False).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_that_does_not_say_what_it_was_trained_with(trained, task, caplog, tmp_path):
     (trained / "checkpoint-2" / "training.json").rename(tmp_path / "training.json")
     make_trainer(tmp_path, task, save_strategy="no").train(str(trained / "checkpoint-2"))
-    assert "has no training.json: whether its data and options are the same is unknown" in caplog.text
+    assert "has no training.json, so its data and options can't be checked" in caplog.text
     (tmp_path / "training.json").rename(trained / "checkpoint-2" / "training.json")
 
 
@@ -223,7 +248,7 @@ def test_a_scratch_base_is_made_once(tmp_path, folder, caplog):
     command = ["--data_dir", folder, "--output_dir", tmp_path, *PROMPT, *TINY, "--loss", "lml", "msl"]
     command += ["--save_steps", 2, "--learning_rate", 1e-3]
     run(compare_losses, *command)
-    assert "No `model_name_or_path`: a model of" in caplog.text
+    assert "No `model_name_or_path`: making a model of" in caplog.text
     weights = tmp_path / "base_model" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     run(compare_losses, *command, "--resume_from_checkpoint", "last")

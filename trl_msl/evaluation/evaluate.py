@@ -28,7 +28,7 @@ def evaluate_recommendations(
     **kwargs: Any,
 ) -> dict[str, float] | tuple[dict[str, float], Recommendations]:
     """
-    Rank the whole catalogue but its withdrawn items for each row, and measure the rank of its target.
+    For each row, rank the whole catalogue, without withdrawn items, and measure the rank of its target.
 
     Args:
         model, task:

@@ -77,6 +77,9 @@ class ScaledLossTrainer(MSLTrainer):
 
     loss_scale = 1.0
 
+    def _describe(self) -> dict[str, Any]:
+        return {**super()._describe(), "loss_scale": self.loss_scale}
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         scale = self.loss_scale if model.training else 1.0

@@ -213,10 +213,10 @@ def write_base_model(
 
     The model can write the catalogue's items, as a pretrained LLM could, but knows no interactions: it is trained with
     the usual language modeling loss on prompts of random items, each followed by a random item, 32 in a step. To be
-    called by every process of a distributed run. With `keep`, a model that is there already stays.
+    called by every process of a distributed run. With `keep`, one that is already there is used.
 
     Raises:
-        `ValueError`: if that one was made of other items or with other options.
+        `ValueError`: if that one was made from other items or with other options.
     """
     made_of = {
         **asdict(args),
@@ -229,9 +229,9 @@ def write_base_model(
         if different := differences(made_of, json.loads(record.read_text())):
             raise ValueError(
                 f"`resume_from_checkpoint`: the base model in {str(path)!r} was made with {different}. Pass the same, "
-                "or start anew in another `output_dir`."
+                "or start over in another `output_dir`."
             )
-        logger.info("The base model in %s is used again.", path)
+        logger.info("Using the base model that is in %s already.", path)
         return
     record.unlink(missing_ok=True)
     PartialState().wait_for_everyone()  # all have looked
@@ -248,7 +248,7 @@ def write_base_model(
         )
     tokenizer, model = make_base_model(catalog, [*catalog.completions, *(text() for _ in range(100))], args, seed)
     logger.info(
-        "No `model_name_or_path`: a model of %s parameters is made from scratch, in %s.",
+        "No `model_name_or_path`: making a model of %s parameters from scratch, in %s.",
         f"{model.num_parameters():,}", path,
     )  # fmt: skip
     steps = args.scratch_pretrain_steps

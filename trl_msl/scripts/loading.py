@@ -8,12 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, SFTConfig
 
 from ..data import (
@@ -37,8 +32,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Data:
     """
-    The items, the windows by split, and the options that name them; where the data is generated, also the best metrics
-    possible on test.
+    The items, the windows by split, the options that name them and, for generated data, the best metrics possible on
+    test.
     """
 
     catalog: ItemCatalog
@@ -75,7 +70,7 @@ def load_data(args: DataArguments, catalog: ItemCatalog | None = None) -> Data:
     for split, most in (("validation", args.max_validation_users), ("test", args.max_test_users)):
         windows[split] = windows[split].select(range(min(most or len(windows[split]), len(windows[split]))))
     catalog = catalog or ItemCatalog(list(titles), texts, template=args.item_template)
-    logger.info("The data is generated, that of the quickstart: %d items.", len(titles))
+    logger.info("Using the quickstart's generated data: %d items.", len(titles))
     return Data(catalog, windows, args, best_possible(transitions, windows["test"]))
 
 
@@ -110,7 +105,7 @@ def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool = False) -> 
 
 
 def make_task(tokenizer: PreTrainedTokenizerBase, data: Data, max_length: int | None = None) -> RankingTask:
-    """The task that the options describe, with prompts of at most as many items as in training."""
+    """The task that the options describe. Its prompts hold no more items than those of the training windows."""
     windows = data.windows.get("train")
     return RankingTask(
         data.catalog,

@@ -114,7 +114,7 @@ def train_and_evaluate(
 
 
 class _OptionsCallback(TrainerCallback):
-    """Writes `data.json` when the training begins, as its checkpoints may be all that is left of it."""
+    """Writes `data.json` once the training begins: not sooner, as a run that may not resume must leave it alone."""
 
     def __init__(self, data_args: DataArguments):
         self.data_args = data_args

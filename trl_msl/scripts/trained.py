@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A trained model's task and its data. What is ranked and how comes from the model; options must not contradict it.
-
-Training commands note the options of their data in `data.json` beside the model, so that later commands find it again.
+A trained model's task and data. The task is the model's own, and options must not contradict it. Training commands
+write the options of their data to `data.json` beside the model, where later commands find them.
 """
 
 import dataclasses
@@ -67,8 +66,8 @@ def load_trained(
     """
     The task of a trained model, and data for it.
 
-    The task is the one saved beside the model or, for an adapter, beside its base model; for a model without one it is
-    made of the options. The windows are those that the options name; if they name none, those of the model's training.
+    The task is the one saved beside the model or, for an adapter, beside its base model; without one it is made from
+    the options. The windows are those that the options name, or else those of the model's training.
 
     Raises:
         `ValueError`: if no data is named, or options or items differ from those that the model was trained with.
@@ -86,10 +85,10 @@ def load_trained(
             )
         args = dataclasses.replace(trained_on, **_given(data_args))
         logger.info(
-            "The data is that of the training of %s: %s.", name, args.data_dir or args.interactions or "generated"
+            "Using the data that %s was trained on: %s.", name, args.data_dir or args.interactions or "generated"
         )
     if not (task_folder / TASK_FILE).is_file():
-        logger.warning("%s has no catalogue and prompt of its own: those of the data options are used.", name)
+        logger.warning("%s has no catalogue and prompt of its own: using those of the data options.", name)
         data = load_data(args)
         return data, make_task(tokenizer, data, max_length)
     task = RankingTask.from_pretrained(task_folder, tokenizer)
@@ -127,16 +126,14 @@ def _check_options(task: RankingTask, args: DataArguments, max_length: int | Non
 
 def _check_items(catalog: ItemCatalog, source: str, args: DataArguments, name: str) -> None:
     """
-    Raise a `ValueError` if items are not those of a model's catalogue. What was made of HTML entities and of empty
-    texts is no difference, as the model's own texts are ranked.
+    Raise a `ValueError` if items are not those of a model's catalogue. HTML entities and empty texts may have been
+    treated differently: the texts that are ranked are the model's own.
     """
     if catalog.texts == catalog.ids:
         return
     policies = {"empty_texts": "keep", "html_entities": catalog.html_entities}
-    items, known = (
-        read_items(source, args.item_column, args.text_column, **policies),
-        dict(zip(catalog.ids, catalog.texts)),
-    )
+    items = read_items(source, args.item_column, args.text_column, **policies)
+    known = dict(zip(catalog.ids, catalog.texts))
 
     def differs(item: str, text: str) -> bool:
         if item not in known:
@@ -156,15 +153,16 @@ def _check_items(catalog: ItemCatalog, source: str, args: DataArguments, name: s
 
 
 def _warn_of_trained_targets(data: Data, trained_on: DataArguments) -> None:
-    """Warn if, by other options than in training, targets of the training are in another split."""
+    """Warn if, with options other than in training, training targets are in the validation or test split."""
     here, there = (vars(_with_whole_paths(args)) for args in (data.args, trained_on))
     different = {name: (here[name], there[name]) for name in _SPLITTING if here[name] != there[name]}
     if not different or not (trained_on.data_dir or trained_on.interactions):
         return
+    logger.info("The data of its training, to compare the splits:")
     try:
         trained = set(_targets(load_data(trained_on, data.catalog).windows["train"]))
     except (ValueError, KeyError) as error:
-        logger.warning("Whether the model was trained on some of these windows can't be checked: %s", error)
+        logger.warning("Can't check whether the model was trained on some of these windows: %s", error)
         return
     for split in ("validation", "test"):
         targets = _targets(data.windows[split]) if split in data.windows else []

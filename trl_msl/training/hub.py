@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a training goes to the Hub: no user data, and no adapter whose base model nobody else can have."""
+"""Pushing to the Hub: no user data, and no adapter whose base model is on this machine only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl.trainer.utils import get_config_model_id
 
 logger = logging.getLogger(__name__)
 
-# What commands write beside a model: evaluations, histories of users, where the data lies. Also in folders below it
+# What commands write beside a model or in folders below it: evaluations, histories of users, where the data lies
 NEVER_PUSHED = (
     "rankings.parquet", "recommendations.txt", "metrics.json", "log_history.json", "training.png", "probe.json",
     "data.json", "base_model/*", "checkpoint-*",
@@ -25,26 +25,24 @@ NEVER_PUSHED = (
 
 
 @contextlib.contextmanager
-def nothing_private() -> Iterator[None]:
-    """While `Trainer` pushes, which does not let choose its files, leave out those of [`NEVER_PUSHED`]."""
+def skipping_private_files() -> Iterator[None]:
+    """Keep [`NEVER_PUSHED`] out of what `Trainer` uploads: it has no option for this."""
     api = hf_api()
-    left_out = [pattern for name in NEVER_PUSHED for pattern in (name, f"*/{name}")]
-
-    upload_folder = api.upload_folder
+    upload_folder, private = api.upload_folder, [pattern for name in NEVER_PUSHED for pattern in (name, f"*/{name}")]
 
     def upload_less(*args: Any, ignore_patterns: list[str] | None = None, **kwargs: Any) -> Any:
-        return upload_folder(*args, ignore_patterns=[*(ignore_patterns or []), *left_out], **kwargs)
+        return upload_folder(*args, ignore_patterns=[*(ignore_patterns or []), *private], **kwargs)
 
     api.upload_folder = upload_less
     try:
         yield
     finally:
-        del api.upload_folder  # that of the class is visible again
+        api.upload_folder = upload_folder
 
 
-def check_base(model: str | PreTrainedModel, peft_config: Any, is_pushed: bool) -> None:
+def check_base(model: str | PreTrainedModel, peft_config: Any, output_dir: str, is_pushed: bool) -> None:
     """
-    Look whether an adapter can be loaded elsewhere: one with a base model in a local folder can't.
+    Warn of an adapter on a local base model, as it can't be loaded elsewhere.
 
     Raises:
         `ValueError`: if it is to be pushed.
@@ -54,12 +52,17 @@ def check_base(model: str | PreTrainedModel, peft_config: Any, is_pushed: bool) 
     base = model if isinstance(model, str) else get_config_model_id(model.config)
     if not base or not Path(base).is_dir():
         return
-    remedy = "Merge it first (`trl-msl merge`), and share that, or train on a base model of the Hub."
+    remedy = "Merge it first (`trl-msl merge`) and share the result, or train on a base model from the Hub."
     if is_pushed:
         raise ValueError(
             f"`push_to_hub`: the adapter's base model is the local folder {base!r}, which nobody else has. {remedy}"
         )
-    logger.warning("The adapter can't be loaded elsewhere: its base model is the local folder %s. %s", base, remedy)
+    folder = Path(output_dir).resolve()
+    is_made_for_this_run = Path(base).resolve() in (folder / "base_model", folder.parent / "base_model")
+    if not is_made_for_this_run:
+        logger.warning(
+            "The adapter can't be loaded elsewhere: its base model is the local folder %s. %s", base, remedy
+        )
 
 
 def name_bases_absolutely(model: PreTrainedModel) -> None:

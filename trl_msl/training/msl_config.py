@@ -8,7 +8,7 @@ from trl import SFTConfig
 
 
 class TrainingConfigMixin:
-    """For a config of TRL, so that it also runs without an accelerator: on the CPU, by default in fp32."""
+    """For a config of TRL: without an accelerator it runs on the CPU, by default in fp32."""
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
@@ -16,7 +16,7 @@ class TrainingConfigMixin:
             self.dataloader_pin_memory = False  # PyTorch would warn that it can't
         if self.use_cpu and self.bf16 is None:
             self.bf16 = False
-        # TRL's default is for the old name of this option, of which transformers would warn
+        # TRL's default uses the old name of this option, of which transformers would warn
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()

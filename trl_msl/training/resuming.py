@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that survive a kill: their checkpoints, what each was trained with, and what is said when a run begins."""
+"""Resuming from checkpoints, which say what they were trained with, and what is logged when a run begins."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from typing import Any
 import pyarrow as pa
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft import PeftModel
 from pyarrow import compute
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
+from ..trie import replacing
+
 
 logger = logging.getLogger(__name__)
 
 TRAINING_FILE = "training.json"
-# The options of TRL and transformers that shape a training. Those that a config of this package adds all do, but for
-# what is logged. The batch size is recorded as that of a step, as it may be split in many ways
+# Options of TRL and transformers that shape a training, as do all that a config of this package adds, but for `log*`.
+# The batch size is that of a step, however it is split
 _OPTIONS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
     "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
@@ -33,22 +36,18 @@ _OPTIONS = (
     "dataloader_drop_last", "train_sampling_strategy", "packing", "packing_strategy", "padding_free",
     "beta", "disable_dropout", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
 )  # fmt: skip
-# A run may go on for longer, or on another device, and then ends otherwise than an uninterrupted one
+# A resumed run may be longer, or on another device. It then ends differently from an uninterrupted one
 _MAY_DIFFER = ("num_train_epochs", "max_steps", "precision")
-_ADAPTER = (
+ADAPTER_OPTIONS = (
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "target_modules",
     "modules_to_save",
-)  # fmt: skip
-_SHOWN = (
-    "temperature", "normalize", "beta", "learning_rate", "lr_scheduler_type", "batch_size", "precision", "seed",
-    *_ADAPTER,
 )  # fmt: skip
 
 
 class ResumableTrainerMixin:
     """
-    For a [`~transformers.Trainer`] of TRL, which stands after it among the bases: `training.json` in each checkpoint
-    says what it was trained with, and a run that resumes from it must have the same.
+    For a [`~transformers.Trainer`] of TRL, to stand before it among the bases. `training.json` in each checkpoint says
+    what it was trained with, and only a run with the same resumes from it.
     """
 
     _record: dict[str, Any] | None = None
@@ -59,13 +58,15 @@ class ResumableTrainerMixin:
         `output_dir`, so that a run may be killed at any moment.
 
         Raises:
-            `ValueError`: if the checkpoint was trained with other data, another catalogue or prompt, or other options.
+            `ValueError`: if the checkpoint was trained with another model, catalogue, prompt, data or options.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self._record = None  # the rows may have been replaced
-        if resume_from_checkpoint:
-            check_resumable(resume_from_checkpoint, self.record)
+        if self.args.should_save:  # with FSDP such a process alone has all weights, until they are sharded
+            record = self.record
+            if resume_from_checkpoint:
+                check_resumable(resume_from_checkpoint, record)
         callback = _StartCallback(self, resume_from_checkpoint)
         self.add_callback(callback)
         try:
@@ -77,10 +78,10 @@ class ResumableTrainerMixin:
     def record(self) -> dict[str, Any]:
         """What shapes the training, as it is written to `training.json`."""
         if self._record is None:
-            self._record = json.loads(json.dumps({**self._describe_data(), **describe_options(self)}, default=str))
+            self._record = json.loads(json.dumps({**self._describe(), **describe_options(self)}, default=str))
         return self._record
 
-    def _describe_data(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         rows = self.train_dataset
         return {"training_rows": f"{len(rows):,} rows, {hash_rows(rows)[:16]}"} if isinstance(rows, Dataset) else {}
 
@@ -90,9 +91,9 @@ class ResumableTrainerMixin:
             self._write_record(Path(output_dir or self.args.output_dir))
 
     def _write_record(self, folder: Path) -> None:
-        temporary = folder / f".{TRAINING_FILE}.tmp"
-        temporary.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(folder / TRAINING_FILE)
+        with replacing(folder / TRAINING_FILE) as temporary:
+            content = json.dumps(self.record, indent=2, ensure_ascii=False)
+            temporary.write_text(content + "\n", encoding="utf-8")
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run resumed from its last step has nothing left to do, but `Trainer` would take one more step
@@ -103,7 +104,7 @@ class ResumableTrainerMixin:
 
 
 class _StartCallback(TrainerCallback):
-    """Says what is trained, and from which step, once `Trainer` knows it."""
+    """Logs what is trained, and from which step, once `Trainer` knows."""
 
     def __init__(self, trainer: Trainer, checkpoint: str | None):
         self.trainer, self.checkpoint = trainer, checkpoint
@@ -113,14 +114,14 @@ class _StartCallback(TrainerCallback):
             return
         trainer, record, rows = self.trainer, self.trainer.record, self.trainer.train_dataset
         trainable = get_model_param_count(trainer.model, trainable_only=True)
-        catalog, epochs = getattr(getattr(trainer, "task", None), "catalog", ()), ""
+        epochs = ""
         if isinstance(rows, Dataset):
             epochs = f", {state.max_steps * record['batch_size'] / len(rows):.3g} epochs of {len(rows):,} rows"
         lines = [
             f"Training with {type(trainer).__name__}, into {args.output_dir}:",
             f"  model: {record['base_model'] or 'made in Python'}, {record['num_parameters']:,} parameters, "
             f"{trainable:,} trained",
-            *([f"  items: {len(catalog):,}"] if catalog else []),
+            *([f"  items: {len(trainer.task.catalog):,}"] if hasattr(trainer, "task") else []),
             f"  steps: {state.max_steps:,} of {record['batch_size']} rows{epochs}",
             f"  device: {args.world_size} x {args.device.type}, {record['precision']}",
         ]
@@ -130,13 +131,13 @@ class _StartCallback(TrainerCallback):
 
 
 def base_name(model: Any) -> str:
-    """Name of the model that a training began with: a repository, or the last part of a local path; empty if made."""
+    """The model that a training began with: a repository, or the last part of a local path; empty if made here."""
     name = get_config_model_id(model.config) or ""
     return Path(name).resolve().name if name and Path(name).is_dir() else name
 
 
 def describe_options(trainer: Trainer) -> dict[str, Any]:
-    """The model, and the options that shape a training."""
+    """The model and the options that shape a training."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     trl_class = next(kind for kind in type(args).__mro__ if kind.__module__.startswith("trl."))
     inherited = {field.name for field in dataclasses.fields(trl_class)}
@@ -144,7 +145,8 @@ def describe_options(trainer: Trainer) -> dict[str, Any]:
     names += [f.name for f in dataclasses.fields(args) if f.name not in inherited and not f.name.startswith("log")]
     options = {
         "base_model": base_name(model),
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_parameters": get_model_param_count(model),
+        "base_weights": hash_frozen_weights(model),
         **{name: getattr(args, name) for name in names},
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "num_train_epochs": args.num_train_epochs,
@@ -154,23 +156,22 @@ def describe_options(trainer: Trainer) -> dict[str, Any]:
     }
     if is_peft_model(model):
         adapter = model.active_peft_config.to_dict()
-        values = {name: adapter.get(name) for name in _ADAPTER}
+        values = {name: adapter.get(name) for name in ADAPTER_OPTIONS}
         options |= {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
     return options
 
 
-def hyperparameters(trainer: Trainer) -> dict[str, Any]:
-    """Of what shapes a training, that which says something: options not at their defaults, and the usual ones."""
-    default = {field.name: field.default for field in dataclasses.fields(trainer.args)}
-    shown = {
-        name: value
-        for name, value in trainer.record.items()
-        if value not in (None, False, "none", [])
-        and (name in _SHOWN or value != default.get(name, value))
-        and name not in ("num_train_epochs", "max_steps")  # what was done says more
-    }
-    state = trainer.state
-    return {**shown, "steps": state.global_step, "epochs": round(state.epoch or 0, 2)} if state.global_step else shown
+def hash_frozen_weights(model: PreTrainedModel | PeftModel) -> str:
+    """
+    Fingerprint of the weights that no checkpoint holds, those of an adapter's base model: signs of some of them, which
+    are the same in every dtype.
+    """
+    digest, adapters = hashlib.sha256(), getattr(model, "peft_config", ())
+    for name, weight in model.named_parameters():
+        # DPO's reference adapter is frozen, too, but is made anew by each run
+        if not weight.requires_grad and weight.is_floating_point() and not any(f".{a}." in name for a in adapters):
+            digest.update(weight.detach().flatten()[:4096].signbit().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def hash_rows(rows: Dataset) -> str:
@@ -188,28 +189,30 @@ def hash_rows(rows: Dataset) -> str:
 
 def check_resumable(checkpoint: str | Path, record: dict[str, Any]) -> None:
     """
-    Compare a run with the one that wrote a checkpoint.
+    Compare a run with the one that wrote a checkpoint. Warns of another number of epochs or steps, of another
+    precision, and of a checkpoint that does not say what it was trained with.
 
     Raises:
-        `ValueError`: if they differ in what shapes a training. Other numbers of epochs or steps, another precision,
-            and a checkpoint that does not say what it was trained with, are warnings.
+        `ValueError`: if they differ in anything else that shapes a training.
     """
     path = Path(checkpoint, TRAINING_FILE)
     if not path.is_file():
-        logger.warning("%s has no %s: whether its data and options are the same is unknown.", checkpoint, path.name)
+        logger.warning("%s has no %s, so its data and options can't be checked.", checkpoint, path.name)
         return
     there = json.loads(path.read_text(encoding="utf-8"))
-    if different := differences(record, there, leave_out=_MAY_DIFFER):
+    if different := differences(record, there, leave_out=(*_MAY_DIFFER, "base_model")):
         raise ValueError(
             f"`resume_from_checkpoint`: {str(checkpoint)!r} was trained with {different}. Pass what it was trained "
-            "with, or start anew in another `output_dir`."
+            "with, or start over in another `output_dir`."
         )
     if different := differences(record, there, leave_out=record.keys() - set(_MAY_DIFFER)):
-        logger.warning("%s was trained with %s: the run will not end as an uninterrupted one.", checkpoint, different)
+        logger.warning(
+            "%s was trained with %s: the run will end differently from an uninterrupted one.", checkpoint, different
+        )
 
 
 def differences(here: dict[str, Any], there: dict[str, Any], leave_out: Any = ()) -> str:
-    """What two records differ in, as a part of a sentence; empty if in nothing that both have."""
+    """Where two records differ, as part of a sentence; empty if they agree in all that both have."""
     names = [name for name in here if name in there and name not in leave_out and here[name] != there[name]]
     return ", ".join(f"`{name}` {there[name]!r} (here {here[name]!r})" for name in names)
 

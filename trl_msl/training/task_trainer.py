@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from trl.data_utils import get_dataset_column_names
@@ -22,22 +21,22 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from ..data import RankingTask
 from ..trie import ItemTrie
-from .hub import check_base, name_bases_absolutely, nothing_private
-from .model_card import base_license, card_tags, make_model_card
-from .resuming import ResumableTrainerMixin, base_name, hyperparameters
+from .hub import check_base, name_bases_absolutely, skipping_private_files
+from .model_card import make_model_card
+from .resuming import ResumableTrainerMixin
 
 
 logger = logging.getLogger(__name__)
 
 
 class TaskTrainerMixin(ResumableTrainerMixin):
-    """For a [`~transformers.Trainer`] of TRL, which stands after it among the bases."""
+    """For a [`~transformers.Trainer`] of TRL, to stand before it among the bases."""
 
     _config_class: type[TrainingArguments]
     _unsupported: dict[str, str]  # arguments of TRL's trainer that have no meaning here, and the remedy
     _missing_metrics: dict[str, str]  # metrics that TRL's trainer logs and this one does not, and what to use
     _has_diverged = False
-    test_metrics: dict[str, float] | None = None  # for the model card, where a test has been made
+    test_metrics: dict[str, float] | None = None  # for the model card, once the model has been tested
 
     def _set_task(
         self, task: RankingTask, model: str | PreTrainedModel, args: TrainingArguments | None, kwargs: dict[str, Any]
@@ -75,7 +74,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
                 f"`max_length` is {args.max_length} in `args` and {task.max_length} in `task`: set it in the task, "
                 "and leave it out of `args`."
             )
-        check_base(model, kwargs.get("peft_config"), args.push_to_hub)
+        check_base(model, kwargs.get("peft_config"), args.output_dir, args.push_to_hub)
         if isinstance(kwargs.get("train_dataset"), Dataset | IterableDataset):  # TRL reads its first row
             self._column_names(kwargs["train_dataset"], "train")
         args = copy.copy(args)
@@ -126,7 +125,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
         return dataset
 
     def _warn_if_diverged(self, loss: float) -> None:
-        """Say once that a training loss is not a number."""
+        """Warn once that a training loss is not finite."""
         if not math.isfinite(loss) and not self._has_diverged:
             self._has_diverged = True
             logger.warning(
@@ -138,7 +137,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
         self._has_diverged = False
         return super().train(*args, **kwargs)
 
-    def _describe_data(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         task = self.task
         content = json.dumps([task.catalog.ids, task.catalog.completions, sorted(task.tokenizer.get_vocab().items())])
         prompt = dataclasses.asdict(task.prompt_template)
@@ -148,7 +147,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
             **prompt,
             "chat_template_kwargs": task.chat_template_kwargs,
             "max_length": task.max_length,
-            **super()._describe_data(),
+            **super()._describe(),
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -157,15 +156,15 @@ class TaskTrainerMixin(ResumableTrainerMixin):
         if self.args.should_save:  # with DeepSpeed and FSDP all ranks come here
             folder = Path(output_dir or self.args.output_dir)
             self.task.save_pretrained(folder)
-            self._make_card().save(folder / "README.md")  # in place of PEFT's, which names local paths
+            make_model_card(self).save(folder / "README.md")  # in place of PEFT's, which names local paths
 
     def predict(self, *args, **kwargs):
         raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
 
     def push_to_hub(self, *args: Any, **kwargs: Any):
         """As [`~transformers.Trainer.push_to_hub`], without evaluation files and user data ([`NEVER_PUSHED`])."""
-        check_base(self.model, None, is_pushed=True)
-        with nothing_private():
+        check_base(self.model, None, self.args.output_dir, is_pushed=True)
+        with skipping_private_files():
             return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -173,7 +172,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
             folder = Path(self.args.output_dir)  # where `Trainer` copies the model
             self.task.save_pretrained(folder)
             self._write_record(folder)
-        with nothing_private():
+        with skipping_private_files():
             super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
@@ -181,35 +180,5 @@ class TaskTrainerMixin(ResumableTrainerMixin):
     ) -> None:
         """Write the model card of a recommender: see [`make_model_card`]."""
         if self.is_world_process_zero():
-            self._make_card(model_name, dataset_name, tags).save(Path(self.args.output_dir) / "README.md")
-
-    def _make_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> ModelCard:
-        base, output_dir = get_config_model_id(self.model.config) or "", Path(self.args.output_dir)
-        # A path of this machine means nothing elsewhere, and may hold a user's name
-        folder = output_dir.name if output_dir.is_absolute() else str(output_dir)
-        model_id = self.hub_model_id or self.args.hub_model_id or folder
-        metadata = ModelCardData(
-            base_model=base if base and not Path(base).is_dir() else None,
-            datasets=dataset_name,
-            library_name="transformers",
-            license=base_license(base, self.args.push_to_hub),
-            model_name=model_name or Path(model_id).name,
-            tags=card_tags([*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]),
-        )
-        evaluations = [entry for entry in self.state.log_history if "eval_num_rows" in entry]
-        best = [entry for entry in evaluations if entry["step"] == self.state.best_global_step]
-        metrics = {name.removeprefix("eval_"): value for name, value in (best or evaluations or [{}])[-1].items()}
-        return make_model_card(
-            metadata,
-            self.task,
-            model_id,
-            base_name(self.model),
-            type(self).__name__,
-            self._name,
-            self._paper,
-            len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
-            hyperparameters(self),
-            *(("test", self.test_metrics) if self.test_metrics else ("validation", metrics)),
-        )
+            card = make_model_card(self, model_name, dataset_name, tags)
+            card.save(Path(self.args.output_dir) / "README.md")
