@@ -20,12 +20,12 @@ def usable_windows(catalog: ItemCatalog, windows: DatasetDict) -> tuple[DatasetD
     known_ids, total, findings = catalog.index_of_id.keys(), _count(windows), []
     unknown = {item for split in windows.values() for ids in split["item_ids"] for item in ids} - known_ids
     if unknown:
-        known = windows.filter(lambda row: known_ids >= set(row["item_ids"]))
+        known = windows.filter(lambda row: known_ids >= set(row["item_ids"]), desc="Checking items")
         seen = f"{len(unknown)} ids, such as {min(unknown)!r}, in {total - _count(known)} of {total} windows"
         advice = "Add these items to the catalogue, or leave their interactions out."
         findings.append(Finding("Items that the catalogue lacks", "error", seen, advice))
         windows = known
-    usable = windows.filter(lambda row: len(row["item_ids"]) > 1)
+    usable = windows.filter(lambda row: len(row["item_ids"]) > 1, desc="Checking windows")
     if short := _count(windows) - _count(usable):
         advice = "A target needs a history: leave them out."
         findings.append(Finding("Windows of a single item", "error", f"{short} of {total}", advice))

@@ -79,14 +79,14 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
 
 def read(args: DataArguments) -> tuple[tuple[ItemCatalog, DatasetDict] | None, list[Finding]]:
     """The data, or `None`, and what was found while reading it: where a policy stops it, it goes on with another."""
-    data, findings, said = None, [], set()
+    data, findings, said = None, [], []
 
     def take(record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        if record.name.endswith("cleaning"):  # the catalogue's warnings have lines of their own in the table
+        is_new = not any(text.startswith(message.removesuffix(". They are left out.")) for text in said)
+        said.append(message)
+        if is_new and record.name.endswith("cleaning"):  # the catalogue's have lines of their own in the table
             findings.append(Finding("Interactions and ids", "note", message))
-        is_new = message not in said
-        said.add(message)
         return is_new and record.levelno < logging.WARNING
 
     loggers = [logging.getLogger(f"trl_msl.data.{name}") for name in ("catalog", "cleaning", "options")]
@@ -98,6 +98,7 @@ def read(args: DataArguments) -> tuple[tuple[ItemCatalog, DatasetDict] | None, l
             data = read_data(args)
         except ValueError as error:
             findings.append(Finding("Reading the data", "error", str(error)))
+            said.append(str(error))  # what the error says is no note when another policy passes over it
             remedy = next((name for name in policies if f"{name}=" in str(error)), None)
             if remedy is None:
                 break
@@ -115,7 +116,9 @@ def format_findings(findings: list[Finding]) -> str:
         texts = (name_options(text, OPTIONS) for text in (found.what, found.seen, found.advice))
         lines.append(_format_row(status, *texts))
     counts = Counter(finding.status for finding in findings)
-    lines.append(f"{len(findings)} findings: {counts['error']} errors, {counts['note']} notes.")
+    numbers = [("finding", len(findings)), ("error", counts["error"]), ("note", counts["note"])]
+    found, *kinds = [f"{number} {name}" + "s" * (number != 1) for name, number in numbers]
+    lines.append(f"{found}: {', '.join(kinds)}.")
     return "\n".join(lines)
 
 

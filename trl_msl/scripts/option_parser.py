@@ -54,7 +54,7 @@ class OptionParser(TrlParser):
         start, _, end = doc.partition("\n\n")
         end = re.sub(r"^```bash\n(.*?)^```$", _indent, end, flags=re.DOTALL | re.MULTILINE)
         super().__init__(
-            kinds, usage="%(prog)s [options]", description=start.strip(), epilog=end.strip(), allow_abbrev=False,
+            kinds, usage="%(prog)s [options]", description=start.strip(), epilog=end.strip("\n"), allow_abbrev=False,
             formatter_class=_HelpFormatter,
         )  # fmt: skip
         self.names = self.known = {action.dest for action in self._actions}
@@ -164,6 +164,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return form.format(action.option_strings[0], value)
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse._StoreFalseAction):  # has the help of the option that it negates
+            return f"The same as --{action.dest} false."
         return action.help if action.default is None else super()._get_help_string(action)
 
 

@@ -161,6 +161,7 @@ def _warn_of_trained_targets(data: Data, trained_on: DataArguments) -> None:
     different = {name: (here[name], there[name]) for name in _SPLITTING if here[name] != there[name]}
     if not different or not (trained_on.data_dir or trained_on.interactions):
         return
+    logger.info("The data of the training is read too, to see whether its targets are in the splits of this data.")
     try:
         trained = set(_targets(load_data(trained_on, data.catalog).windows["train"]))
     except (ValueError, KeyError) as error:
