@@ -137,7 +137,10 @@ def suffix(content):
         ('item_id,title\n1,"x\n', "cannot be read.*EOF inside string"),
         ("item_id,title\n1,x,y\n", "more cells than its header"),  # else item x, titled y
         ("item_id,title,title\n1,x,y\n", r"has the columns \['title'\] more than once"),
-        ("id,title\n1,x\n", r"lacks the columns \['item_id'\] and has \['id', 'title'\]"),
+        (
+            "id,title\n1,x\n",
+            r"lacks the columns \['item_id'\] and has \['id', 'title'\]: pass their names, as in `item_column`,",
+        ),
         ("item_id,title\n", "has no rows"),
         ("item_id,title\n,x\n", "`ids` holds 1 of 1 .* such as nan"),
         ("item_id,title\n1,\n2,x", "1 of 2 items have an empty text, such as item '1'"),

@@ -56,7 +56,7 @@ def test_histories_of_users(cell, items):
         ("user_id,item_ids\n,[1]\n", "'user_id' must hold an id, but 1 of 1 rows"),
         (table(user_id=[1.0, 2.5], item_ids=[[1], [2]]), "'user_id' has floating ids"),
         ("item_ids,item_ids\n[1],[2]\n", "more than once"),
-        ("items\n[1]\n", r"lacks the columns \['item_ids'\]"),
+        ("items\n[1]\n", r"lacks the columns \['item_ids'\] and has \['items'\]: rename them"),
         ("item_ids,exact\n[1],2\n", r"has the columns \['exact'\], which this command adds"),
         (b"PAR1", "cannot be read"),
         (table(item_ids=pa.array([], pa.list_(pa.string()))), "has no rows"),

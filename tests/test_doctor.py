@@ -278,11 +278,12 @@ def test_interactions_on_the_command_line(tmp_path, base_model, capsys):
     errors = [finding.seen for finding in findings if finding.status == "error"]
     notes = [finding.seen for finding in findings if finding.status == "note"]
     assert [error.split(",")[0] for error in errors] == ["`texts`: 1 of 12 items have an empty text", "1 item id(s)"]
-    assert len(notes) == 3 and "' 1 '" in notes[0] and notes[1].startswith("1 item id(s)") and "repeat" in notes[2]
+    assert len(notes) == 2 and "' 1 '" in notes[0] and "repeat" in notes[1]  # unknown items stop it: none is left out
     assert f" {len(errors)} errors" in shown and "train 19, validation 3, test 2" in shown
-    assert shown.count("Interactions and ids") == 3
+    assert shown.count("Interactions and ids") == 2 and "--drop_duplicates true" in " ".join(shown.split())
     assert "--empty_texts id" in shown and "--unknown_items drop" in " ".join(shown.split())
     assert (
         doctor.main(doctor.DoctorArguments(str(base_model)), replace(args, empty_texts="id", unknown_items="drop"))
         == 0
     )
+    assert "They are left out." in " ".join(capsys.readouterr().out.split())

@@ -126,7 +126,7 @@ class TestFiveCommands:
 
     def test_evaluate(self, here, type_):
         result = type_(f"evaluate {MODEL}")
-        assert result.code == 0 and "The data is that of the training of outputs/msl" in result.err
+        assert result.code == 0 and "Using the data that outputs/msl was trained on" in result.err
         assert "4 users, 15 items" in result.out and '"Salt & Sea"' in result.out and "&amp;" not in result.out
         trained = json.loads((here / "outputs" / "msl" / "metrics.json").read_text())
         measured = json.loads((here / "outputs" / "evaluate" / "outputs" / "msl" / "metrics.json").read_text())

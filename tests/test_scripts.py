@@ -17,12 +17,14 @@ import yaml
 from conftest import ROOT
 from helpers import TITLES, make_model
 from launching import FEW_STEPS, PROMPT, launch, run
+from tqdm import tqdm
 from transformers import TrainingArguments
 
 from trl_msl import ItemCatalog, MSLConfig, RankingTask, Recommender, SoftmaxDPOConfig
 from trl_msl.data import DataArguments
 from trl_msl.experiments import pretrain
 from trl_msl.scripts import cli, command_line, doctor, evaluate, train
+from trl_msl.scripts.console import log_lines
 from trl_msl.scripts.loading import checkpoint_to_resume, load_data
 from trl_msl.scripts.option_parser import OptionParser
 
@@ -126,6 +128,13 @@ class TestHelp:
             assert len(re.findall(rf"^  --{option} ", text, flags=re.MULTILINE)) == 1
         every = {action.dest for action in OptionParser(train.main, "")._actions} - {"help"}
         assert every == {*re.findall(r"^  --(?!no_)(\w+)", text, flags=re.MULTILINE)} - {"config"}
+
+    def test_example_and_negated_option(self, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["recommend", "--help"])
+        text = capsys.readouterr().out
+        assert "\n    accelerate launch -m trl_msl.scripts.recommend" in text
+        assert re.search(r"--no_exclude_history +The same as --exclude_history false\.\n", text)
 
     def test_defaults_are_those_of_ones_own_data(self, text):
         text = " ".join(text.split())
@@ -320,6 +329,18 @@ def test_doctor_takes_chat_template_kwargs_once(folder, base_model, capsys):
     assert " findings: 0 errors, " in capsys.readouterr().out
 
 
+def test_log_lines_and_what_else_writes(capsys, caplog):
+    """Progress bars, and DeepSpeed, which logs to stdout."""
+    with log_lines():
+        bar = tqdm(total=2, file=sys.stderr)
+        logging.getLogger("trl_msl").info("a line")
+        logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU. If you have GPU, ...")
+        bar.close()
+    before, line, _ = capsys.readouterr().err.partition("a line\n")
+    assert line and "0/2" in before and before.split("\r")[-1].strip() == ""
+    assert caplog.text == ""
+
+
 class TestResuming:
     @pytest.fixture
     def complete(self, tmp_path, folder, base_model):
@@ -356,6 +377,10 @@ class TestResuming:
         assert "checkpoint-2 lacks the learning rate's schedule: training restarts" in caplog.text
         config.resume_from_checkpoint = None
         assert checkpoint_to_resume(config) is None
+        assert f"{tmp_path} has checkpoints of an earlier run: training starts from the beginning" in caplog.text
+        caplog.clear()
+        config.output_dir = str(tmp_path / "new")
+        assert checkpoint_to_resume(config) is None and caplog.text == ""
 
 
 def test_training_without_matplotlib(tmp_path, folder, base_model, monkeypatch, caplog):

@@ -52,7 +52,9 @@ def read_table(source: Source, columns: list[str]) -> tuple[pd.DataFrame, str]:
     if repeated := [column for column in columns if names.count(column) > 1]:
         raise ValueError(f"{name} has the columns {repeated} more than once: rename or drop the others.")
     if missing := [column for column in columns if column not in table.columns]:
-        raise ValueError(f"{name} lacks the columns {missing} and has {list(table.columns)}: name or rename them.")
+        # The lists of users and windows are always named so
+        remedy = "rename them" if "item_ids" in missing else "pass their names, as in `item_column`, or rename them"
+        raise ValueError(f"{name} lacks the columns {missing} and has {list(table.columns)}: {remedy}.")
     if table.empty:
         raise ValueError(f"{name} has no rows: check how it was written.")
     return table, name

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 
 # Before the process group exists, and without importing torch
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
@@ -71,6 +73,8 @@ def name_options(message: str, options: Collection[str]) -> str:
     ```python
     >>> name_options("`max_length` is 5: consider html_entities='decode' (of `task`)", ["max_length", "html_entities"])
     '--max_length is 5: consider --html_entities decode (of `task`)'
+    >>> name_options("consider drop_duplicates=True", ["drop_duplicates"])
+    'consider --drop_duplicates true'
 
     ```
     """
@@ -79,7 +83,10 @@ def name_options(message: str, options: Collection[str]) -> str:
         name, value = match["name"], match["value"]
         if name not in options:
             return match[0]
-        return f"--{name}" if value is None else f"--{name} {shlex.quote(value.strip(QUOTES))}"
+        if value is None:
+            return f"--{name}"
+        value = value.lower() if value in ("True", "False") else shlex.quote(value.strip(QUOTES))
+        return f"--{name} {value}"
 
     for pattern in ARGUMENTS:
         message = pattern.sub(write, message)
@@ -90,6 +97,16 @@ def name_options(message: str, options: Collection[str]) -> str:
 OLD_NAMES = r"`(is_)?gradient_checkpointing\w*` is deprecated"
 # The trainer says so when it gives the model the special tokens of its tokenizer
 ALIGNED = "The tokenizer has new PAD/BOS/EOS tokens"
+# Of DeepSpeed where it is installed; what a training runs on is in its first lines
+NO_ACCELERATOR = "Setting accelerator to CPU"
+
+
+class _BesideBars(logging.StreamHandler):
+    """Writes lines above the progress bars and not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 @contextmanager
@@ -98,7 +115,7 @@ def log_lines(options: Collection[str] = ()) -> Iterator[None]:
     Show the package's log from level INFO on as lines on stderr, each once, and on other processes than the main one
     only errors. Messages of libraries that come in every run and that nobody can act on are left out.
     """
-    logger, handler, shown = logging.getLogger("trl_msl"), logging.StreamHandler(), set()
+    logger, handler, shown = logging.getLogger("trl_msl"), _BesideBars(), set()
 
     def write(record: logging.LogRecord) -> str:
         return name_options(logging.Formatter().format(record), options)
@@ -109,11 +126,12 @@ def log_lines(options: Collection[str] = ()) -> Iterator[None]:
         return len(shown) > count
 
     def is_of_use(record: logging.LogRecord) -> bool:
-        return ALIGNED not in record.getMessage()
+        return not any(text in record.getMessage() for text in (ALIGNED, NO_ACCELERATOR))
 
     handler.format = write
     handler.addFilter(is_new)
-    foreign = list(logging.getLogger("transformers").handlers)
+    # DeepSpeed's logger writes to stdout, where the results of commands are
+    foreign = [*logging.getLogger("transformers").handlers, logging.getLogger("DeepSpeed")]
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR if RANK else logging.INFO)

@@ -80,18 +80,22 @@ def main(args: DoctorArguments, data_args: DataArguments) -> int:
 
 def read(args: DataArguments) -> tuple[tuple[ItemCatalog, DatasetDict] | None, list[Finding]]:
     """The data, or `None`, and what was found while reading it, which goes on after errors that a policy avoids."""
-    findings, policies = [], {"empty_texts": "keep", "unknown_items": "drop"}
+    findings, said, policies = [], [], {"empty_texts": "keep", "unknown_items": "drop"}
 
     def take(record: logging.LogRecord) -> bool:
-        if record.name.endswith("cleaning"):
-            findings.append(Finding("Interactions and ids", "note", record.getMessage()))
-        return record.levelno < logging.WARNING  # the table has a line for each warning
+        message = record.getMessage()
+        is_new = not any(text.startswith(message.removesuffix(". They are dropped.")) for text in said)
+        said.append(message)
+        if is_new and record.name.endswith("cleaning"):
+            findings.append(Finding("Interactions and ids", "note", message))
+        return is_new and record.levelno < logging.WARNING  # the table has a line for each warning
 
     def attempt(args: DataArguments) -> tuple[ItemCatalog, DatasetDict] | None:
         try:
             return read_data(args)
         except ValueError as error:
             findings.append(Finding("Reading the data", "error", str(error)))
+            said.append(str(error))  # what the error says is no note when another policy passes over it
             remedy = next((name for name in policies if f"{name}=" in str(error)), None)
             return attempt(replace(args, **{remedy: policies.pop(remedy)})) if remedy else None
 
@@ -113,7 +117,9 @@ def format_findings(findings: list[Finding]) -> str:
         texts = (name_options(text, OPTIONS) for text in (found.what, found.seen, found.advice))
         lines.append(_format_row(status, *texts))
     counts = Counter(finding.status for finding in findings)
-    lines.append(f"{len(findings)} findings: {counts['error']} errors, {counts['note']} notes.")
+    numbers = [("finding", len(findings)), ("error", counts["error"]), ("note", counts["note"])]
+    found, *kinds = [f"{number} {name}" + "s" * (number != 1) for name, number in numbers]
+    lines.append(f"{found}: {', '.join(kinds)}.")
     return "\n".join(lines)
 
 

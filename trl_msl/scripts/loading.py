@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, SFTConfig
 
 from ..data import (
@@ -131,4 +132,9 @@ def checkpoint_to_resume(config: TrainingArguments) -> str | None:
             return None
     if checkpoint is not None:
         warn_of_missing_state(checkpoint)
+    elif any(Path(config.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        logger.warning(
+            "%s has checkpoints of an earlier run: training starts from the beginning and overwrites them. To "
+            "continue that run, pass resume_from_checkpoint='last'.", config.output_dir,
+        )  # fmt: skip
     return checkpoint
