@@ -286,4 +286,4 @@ def test_interactions_on_the_command_line(tmp_path, base_model, capsys):
         doctor.main(doctor.DoctorArguments(str(base_model)), replace(args, empty_texts="id", unknown_items="drop"))
         == 0
     )
-    assert "They are left out." in " ".join(capsys.readouterr().out.split())
+    assert "They are dropped." in " ".join(capsys.readouterr().out.split())
