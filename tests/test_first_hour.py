@@ -157,6 +157,7 @@ class TestWrongThings:
             (f"train --interactions log.xlsx --items items.csv {CLEAN} {BASE}", "format is not known"),
             (f"train {DATA} {BASE}", "pass --empty_texts id to use the id as the text"),
             (f"train {DATA} --empty_texts id {BASE}", "or pass --unknown_items drop"),
+            (f"train {DATA} --model_name_or_path no/such", "--model_name_or_path no/such has no tokenizer"),
             (f"train {DATA} {BASE} --tempature 2", "did you mean --temperature?"),
         ],
     )  # fmt: skip

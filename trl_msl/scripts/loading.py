@@ -99,10 +99,13 @@ def load_model(model_args: ModelConfig, trust_remote_code: bool = False) -> PreT
 
 
 def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    name = model_args.model_name_or_path
     # If `trust_remote_code` were left out, transformers would ask at the terminal
-    return AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=trust_remote_code
-    )
+    options = {"revision": model_args.model_revision, "trust_remote_code": trust_remote_code}
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`model_name_or_path` = {name!r} has no tokenizer that can be loaded: {error}") from error
 
 
 def make_task(tokenizer: PreTrainedTokenizerBase, data: Data, max_length: int | None = None) -> RankingTask:

@@ -51,8 +51,8 @@ def main(args: DecodingArguments, data_args: DataArguments, config: MSLConfig, m
         raise ValueError(
             "`data_dir` and `interactions` are both missing: pass one of them. `trl-msl quickstart` needs no data."
         )
+    tokenizer = load_tokenizer(model_args, config.trust_remote_code)  # first, as a name may be mistyped
     data = load_data(data_args)
-    tokenizer = load_tokenizer(model_args, config.trust_remote_code)
     task = make_task(tokenizer, data, config.max_length)
     trainer = make_trainer(task, data, config, model_args)
     train_and_evaluate(trainer, task, data, args, "MSL", {"arguments": reported(config)})
