@@ -148,7 +148,8 @@ def leave_private_files(folder):
 
 def make_trainer(kind, folder, base, task, **options):
     rows = build_rows(make_windows(task.catalog.ids), task)
-    options = {**CPU, "push_to_hub": True, "hub_model_id": "somebody/books", **options}
+    # `Trainer` leaves a push out while another one is under way
+    options = {**CPU, "push_to_hub": True, "hub_always_push": True, "hub_model_id": "somebody/books", **options}
     if kind is MSLTrainer:
         args = MSLConfig(str(folder), **options)
         return MSLTrainer(str(base), args, task=task, train_dataset=rows)
