@@ -40,7 +40,7 @@ def evaluate_recommendations(
         match (`str`, *optional*, defaults to `"id"`):
             What counts as a hit: `"id"`, the target itself, where items with the same text take one rank each, in
             catalogue order; or `"text"`, any item with the target's text, where they share one rank. (With `exclude`,
-            `allowed` or `mode="generate"`, repeats still take places at the end of the list.)
+            `allowed`, `item_bias` or `mode="generate"`, repeats still take places at the end of the list.)
         confidence (`float`, *optional*, defaults to `0.95`):
             Level of the bootstrap confidence intervals, over rows.
         return_recommendations (`bool`, *optional*, defaults to `False`):
@@ -69,7 +69,9 @@ def evaluate_recommendations(
         leaves = task.trie.item_nodes.cpu().numpy()
         _, first, text = np.unique(leaves, return_index=True, return_inverse=True)
         num_ranked = len(first)
-        can_restrict = kwargs.get("mode") != "generate" and kwargs.keys().isdisjoint(("allowed", "exclude"))
+        can_restrict = kwargs.get("mode") != "generate" and kwargs.keys().isdisjoint(
+            ("allowed", "exclude", "item_bias")
+        )
         if can_restrict and num_ranked < len(leaves):
             # One item of each text, so that the list holds `top_k` texts
             top_k, kwargs["allowed"] = min(top_k, num_ranked), torch.from_numpy(first)
