@@ -33,7 +33,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from trl_msl import ItemTrie, TrieDecoder, build_rows, recommend
+from trl_msl import ItemTrie, SparseBias, TrieDecoder, build_rows, recommend
 from trl_msl.decoding import next_tokens
 from trl_msl.decoding.by_generate import generate_items
 from trl_msl.model import head_projection
@@ -502,10 +502,14 @@ def test_a_request_does_no_work_in_proportion_to_the_catalogue():
     allowed = decoder.prepare_allowed(set(range(20_000)) - {17})
     prompts = [[4, 5, 6], [7, 8]]
     decoder.beam_search(prompts)  # what is derived from the trie once, at first use
+    decoder.search(prompts, vocab_weight=1.0, max_expansions=1)
+    modes = [("exact", {}), ("beam", {}), ("exact", {"vocab_weight": 0.01})]
+    modes += [("exact", {"item_bias": decoder.prepare_item_bias(0.01 * torch.randn(20_000))})]
+    modes += [("exact", {"item_bias": SparseBias([[1, 2, 3], [4]], [[0.1, 0.0, -torch.inf], [0.2]])})]
     for arguments in ({}, {"exclude": [[1, 2], {3}], "allowed": allowed}):
-        for mode in ("exact", "beam"):
+        for mode, score in modes:
             with LargeTensors(10_000) as large:
-                found = recommend(model, task, prompts, 3, mode, decoder=decoder, **arguments)
+                found = recommend(model, task, prompts, 3, mode, decoder=decoder, **arguments, **score)
             assert (found.items >= 0).all()
             assert large.made <= {"slice"}  # a view
             assert large.read <= {"slice", "select", "index", "searchsorted"}  # lookups
@@ -524,6 +528,7 @@ def test_threads_get_what_each_gets_alone(tokenizer, task, prompts):
         lambda: decoder.beam_search(prompts[1:], top_k=4),
         lambda: decoder.beam_search(prompts[:3], top_k=4, normalize="vocab", length_penalty=1.0),
         lambda: decoder.search(prompts, top_k=12, max_expansions=2),
+        lambda: decoder.search(prompts, top_k=4, vocab_weight=1.0, item_bias=torch.arange(12) % 5),
         lambda: SimpleNamespace(scores=torch.cat(decoder.score_items(prompts, [[1, 2], [3], [], [4], range(12)]))),
         lambda: recommend(model, task, prompts, top_k=5, decoder=decoder),
         lambda: recommend(model, task, prompts[:2], top_k=3, mode="generate"),
