@@ -508,7 +508,7 @@ def test_a_request_does_no_work_in_proportion_to_the_catalogue():
     modes += [("exact", {"item_bias": SparseBias([[1, 2, 3], [4]], [[0.1, 0.0, -torch.inf], [0.2]])})]
     for arguments in ({}, {"exclude": [[1, 2], {3}], "allowed": allowed}):
         for mode, score in modes:
-            with LargeTensors(10_000) as large:
+            with LargeTensors(20_000) as large:
                 found = recommend(model, task, prompts, 3, mode, decoder=decoder, **arguments, **score)
             assert (found.items >= 0).all()
             assert large.made <= {"slice"}  # a view

@@ -294,7 +294,9 @@ class TrieDecoder:
         Raises:
             `ValueError`: if `item_bias` has another shape, or holds anything but finite numbers and `-inf`.
         """
-        return ItemBias.from_values(self.tree, read_item_bias(item_bias, None, self.trie.num_items))
+        bias = ItemBias.from_values(self.tree, read_item_bias(item_bias, None, self.trie.num_items))
+        bias.restrict(None)  # looks up once which items it excludes
+        return bias
 
     # ------------------------------------------------------------------ parts
 
