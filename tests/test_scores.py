@@ -209,8 +209,8 @@ def test_forced_tokens_are_run_only_where_they_matter(monkeypatch):
     bias = [100.0, 0.0, 0.0, 0.0]
     found = decoder.search([[4, 4]], top_k=1, vocab_weight=1.0, item_bias=bias, nodes_per_round=1)
     assert found.items.tolist() == [[0]]
-    # The prompt; and `0 5 6`, which is one node: what follows its end token is of no interest
-    assert (sizes, found.expansions.tolist(), found.rounds.tolist()) == ([(1, 2), (1, 3)], [2], [2])
+    # The prompt, and `0 5 6`: no other node, and not the end token, which nothing follows
+    assert (sizes, found.expansions.tolist(), found.rounds.tolist()) == ([(1, 2), (1, 1), (1, 1), (1, 1)], [4], [4])
 
 
 def test_logits_of_the_vocabulary(monkeypatch, tokenizer, trie, prompts):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..model import TreeCache
-from ..trie import pad_rows, ragged_arange
+from ..trie import pad_rows
 from .beams import Beams
-from .frontier import Frontier, num_forced
+from .frontier import Frontier
 from .item_keys import key_items, key_scores
-from .next_tokens import next_token_log_probs
+from .next_tokens import continuations, next_token_log_probs
 from .output import DecodingOutput
 
 
@@ -34,8 +34,10 @@ def search_batch(
     vocab_weight: float = 0.0,
 ) -> None:
     """Exact search for a batch of `users`, whose results go into their rows of `output`."""
+    # Hidden states that are known: of the root's last token, or of all its tokens if they are scored
+    num_known = cache.root_hidden.shape[1] if vocab_weight > 0 else 1
     for rounds in itertools.count(start=1):
-        nodes, scores = frontier.take(nodes_per_round)
+        nodes, steps, scores = frontier.take(nodes_per_round)
         is_done = (nodes < 0).all(1)
         if is_done.any():
             _write(output, users, frontier, is_done)
@@ -43,63 +45,16 @@ def search_batch(
                 return
             frontier.select(~is_done)
             cache.select(~is_done)
-            nodes, scores = nodes[~is_done], scores[~is_done]
-        row, column = (nodes >= 0).nonzero(as_tuple=True)
-        scores = scores[row, column]
-        if vocab_weight > 0:
-            hidden, scores = _run_chains(project, cache, nodes, scores, vocab_weight)
-            nodes = nodes[row, column]
-            is_open = frontier.settle(row, nodes, scores)
-            row, nodes, hidden = row[is_open], nodes[is_open], hidden[is_open]
-            scores = scores[is_open].gather(1, num_forced(cache.tree, nodes)[:, None]).squeeze(1)
+            nodes, steps, scores = nodes[~is_done], steps[~is_done], scores[~is_done]
+        if rounds <= num_known:
+            hidden = cache.root_hidden[:, rounds - num_known - 1]
         else:
-            # The prompt's last token stands for the root
-            hidden = cache.root_hidden[:, -1] if rounds == 1 else cache.append(nodes)
-            nodes = nodes[row, column]
-        parents, children = cache.tree.children(nodes)
-        log_probs = next_token_log_probs(project, hidden, parents, cache.tree.head_tokens(children), vocab_weight)
-        frontier.add(row[parents], children, scores[parents] + log_probs)
-
-
-def _run_chains(
-    project: Project, cache: TreeCache, nodes: Tensor, scores: Tensor, vocab_weight: float
-) -> tuple[Tensor, Tensor]:
-    """
-    Run nodes and score their forced tokens. The last token of a leaf is not run, as nothing follows.
-
-    Args:
-        nodes (`torch.Tensor` of shape `(num_users, num_nodes)`, int64):
-            Nodes of each user; `-1` where there is none.
-        scores (`torch.Tensor` of shape `(num_known,)`, fp32):
-            Log-probability of each node that is not `-1`, after its first token.
-
-    Returns:
-        `tuple` of the hidden state of each node's last token (any, if it is a leaf), shape `(num_known, hidden_size)`,
-        and its log-probability after each number of forced tokens, shape `(num_known, 1 + longest)`, fp32.
-    """
-    tree, has_children = cache.tree, cache.tree.num_children[nodes.clamp(min=0)] > 0
-    known = nodes[nodes >= 0]
-    forced = num_forced(tree, known)
-    if (known == 0).all():  # the first round
-        hidden = cache.root_hidden.flatten(0, 1)
-        num_states = forced + 1
-    else:
-        last = (tree.chain_length(nodes.clamp(min=0)) - (~has_children).int()).long()
-        hidden = cache.append(nodes, last=last, all_tokens=True)
-        num_states = forced + has_children[nodes >= 0].int()
-    first_state = num_states.cumsum(0) - num_states
-    rows, step = ragged_arange(forced)
-    first_token = tree.chain_start[known] + (known > 0).int()
-    log_probs = next_token_log_probs(
-        project,
-        hidden[first_state[rows] + step],
-        torch.arange(len(rows), device=rows.device),
-        tree.chain_tokens[first_token[rows] + step],
-        vocab_weight,
-    )
-    log_probs = pad_rows(rows, log_probs, len(known), fill=0.0).cumsum(1)
-    last_state = (first_state + forced).clamp(max=len(hidden) - 1)
-    return hidden[last_state], scores[:, None] + torch.nn.functional.pad(log_probs, (1, 0))
+            hidden = cache.append(nodes) if vocab_weight == 0 else cache.append(nodes, steps, steps + 1)
+        row, column = (nodes >= 0).nonzero(as_tuple=True)
+        parents, nodes, steps = continuations(cache.tree, nodes[row, column], steps[row, column])
+        tokens = cache.tree.chain_tokens[cache.tree.chain_start[nodes] + steps]
+        log_probs = next_token_log_probs(project, hidden, parents, tokens, vocab_weight)
+        frontier.add(row[parents], nodes, steps, scores[row, column][parents] + log_probs)
 
 
 def beam_search_batch(

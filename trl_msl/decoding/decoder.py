@@ -120,8 +120,8 @@ class TrieDecoder:
                 [`~TrieDecoder.prepare_allowed`].
             vocab_weight (`float`, *optional*, defaults to `0.0`):
                 At 0 an item's score is its log-probability among the items, at 1 that which the language model gives
-                its tokens; values between or above are allowed. Above 0 forced tokens have to be run, and each
-                position takes the logits of the whole vocabulary.
+                its tokens; values between or above are allowed. Above 0 forced tokens have to be run, one at a time,
+                and each takes the logits of the whole vocabulary.
             item_bias (`torch.Tensor` of shape `(num_items,)` or `(num_prompts, num_items)`, [`SparseBias`] or
             [`ItemBias`], *optional*):
                 What is added to the score of each item, for all users or for each of them; `-inf` for what must not be
@@ -131,9 +131,10 @@ class TrieDecoder:
                 Rank by the bias only this many items, the best without it: for biases with which an exact search takes
                 too many expansions. Then `exact` is `True` only where no other item can be among the best.
             max_expansions (`int`, *optional*, defaults to `1024`):
-                Number of nodes that the search expands for a user before it stops, in which case `exact` may be
-                `False`. If it has found fewer than `top_k` items by then, `top_k` beams continue from the best open
-                nodes until there are enough, which expands at most `top_k` more nodes on each level.
+                Number of nodes (with a `vocab_weight`, of tokens) that the search expands for a user before it stops,
+                in which case `exact` may be `False`. If it has found fewer than `top_k` items by then, `top_k` beams
+                continue from the best open nodes until there are enough, which expands at most `top_k` more nodes on
+                each level.
             nodes_per_round (`int`, *optional*, defaults to `16`):
                 Number of nodes of each user that one forward pass expands. A larger number needs fewer passes, but
                 expands more nodes in vain.
@@ -328,9 +329,8 @@ class TrieDecoder:
 
     @functools.cached_property
     def _item_steps(self) -> Tensor:
-        """How many forced tokens of its node's chain each item has, int32 of shape `(num_items,)`."""
-        nodes = self.tree.item_nodes
-        return (self.trie.item_lengths - self.tree.depth[nodes] - (nodes > 0).int()).int()
+        """Index of each item's last token in its node's chain, int32 of shape `(num_items,)`."""
+        return (self.trie.item_lengths - self.tree.depth[self.tree.item_nodes] - 1).int()
 
     # ------------------------------------------------------------------ checks
 

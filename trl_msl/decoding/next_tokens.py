@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..trie import logsumexp_by_row
+from ..trie import CompressedTrie, logsumexp_by_row, ragged_arange
 
 
 _MAX_LOGITS = 1 << 23  # number of logits over the trie computed at a time
@@ -63,6 +63,27 @@ def next_token_log_probs(
     if log_probs.isnan().any():
         raise ValueError("`model` gives NaN as logits, so no item can be ranked. Has its training diverged?")
     return log_probs.clamp_(max=0.0)
+
+
+def continuations(tree: CompressedTrie, nodes: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Tokens that may follow after some tokens of nodes' chains: the next one, or the first ones of the children.
+
+    Args:
+        tree ([`CompressedTrie`]):
+            Trie of the catalogue.
+        nodes, steps (`torch.Tensor` of shape `(num_rows,)`, int64):
+            Nodes, and the index of a token in each one's chain.
+
+    Returns:
+        `tuple` of three int64 `torch.Tensor` of shape `(total,)`: the row of each token, its node, and its index in
+        the node's chain.
+    """
+    is_last = steps == tree.chain_length(nodes) - 1
+    rows, offset = ragged_arange(torch.where(is_last, tree.num_children[nodes], 1).long())
+    is_last, nodes, steps = is_last[rows], nodes[rows], steps[rows]
+    nodes = torch.where(is_last, tree.first_child[nodes] + offset, nodes)
+    return rows, nodes, torch.where(is_last, 0, steps + 1)
 
 
 def _groups(counts: Tensor) -> Iterator[Tensor]:

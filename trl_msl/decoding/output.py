@@ -22,7 +22,7 @@ class DecodingOutput:
         exact (`torch.Tensor` of shape `(num_users,)`, bool):
             Whether these are certainly the best items, which beam search can't tell.
         expansions (`torch.Tensor` of shape `(num_users,)`, int64):
-            Number of nodes whose tokens or children were scored.
+            Number of nodes, or tokens, whose next tokens were scored.
         rounds (`torch.Tensor` of shape `(num_users,)`, int64):
             Number of forward passes whose logits were used for the user.
     """

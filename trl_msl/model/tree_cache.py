@@ -65,9 +65,7 @@ class TreeCache:
         # Ranges of items below the nodes in the cache's further slots: one nests in another's if it is its descendant
         self.item_start = self.item_end = torch.empty(len(prompts), 0, dtype=torch.int32, device=device)
 
-    def append(
-        self, nodes: Tensor, first: Tensor | None = None, last: Tensor | None = None, all_tokens: bool = False
-    ) -> Tensor:
+    def append(self, nodes: Tensor, first: Tensor | None = None, last: Tensor | None = None) -> Tensor:
         """
         Run the tokens of some nodes of each user through the model. Their ancestors must have been appended before,
         or come before them in `nodes`.
@@ -77,12 +75,10 @@ class TreeCache:
                 Nodes of each user; `-1` where there is none.
             first, last (`torch.Tensor` of shape `(num_users, num_nodes)`, int64, *optional*):
                 Range of the tokens of each node's chain, the whole chain by default.
-            all_tokens (`bool`, *optional*, defaults to `False`):
-                Whether to return the hidden states of all tokens, not only of each node's last one.
 
         Returns:
             `torch.Tensor` of shape `(num_known, hidden_size)`: hidden state of the last token of each node that is not
-            `-1`, user by user; or with `all_tokens` `(total, hidden_size)`, those of the nodes' tokens in a row.
+            `-1`, user by user.
         """
         tree, num_users = self.tree, len(nodes)
         known = nodes.clamp(min=0)
@@ -115,8 +111,6 @@ class TreeCache:
         is_ancestor &= slots <= slots[before:, None]
         visible = torch.cat([self.is_prompt[:, None, :].expand(-1, num_tokens, -1), is_ancestor], dim=2)
         hidden = forward(self.backbone, input_ids, positions, visible, self.cache)
-        if all_tokens:
-            return hidden[user, column]
         user, column = (nodes >= 0).nonzero(as_tuple=True)
         return hidden[user, ends[user, column] - 1]
 
