@@ -16,7 +16,7 @@ from trl_msl.model import head
 
 
 WEIGHTS = st.sampled_from([0.0, 0.3, 1.0, 2.5])
-BIAS = st.sampled_from([-torch.inf, -3.0, -1.0, 0.0, 0.0, 0.5, 2.0]) | st.floats(-9, 9, width=32)
+BIAS = st.sampled_from([-torch.inf, -torch.inf, -3.0, -1.0, 0.0, 0.5, 2.0, 6.5])  # some are equal
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def score_every_item(model, trie, prompts, weight: float) -> np.ndarray:
 def biases(draw, num_users, num_items):
     """A bias as users pass it, and the same as a matrix."""
     row = st.lists(BIAS, min_size=num_items, max_size=num_items)
-    kind = draw(st.sampled_from(["none", "shared", "prepared", "users", "sparse"]))
+    kind = draw(st.sampled_from(["none", "shared", "prepared", "users", "users", "sparse", "sparse"]))
     if kind == "none":
         return None, np.zeros((num_users, num_items))
     if kind in ("shared", "prepared"):
@@ -184,6 +184,25 @@ def test_items_that_share_a_text_are_ranked_by_their_bias():
     torch.testing.assert_close(found.scores[0], torch.tensor(bias)[found.items[0]] + np.log(0.5), rtol=0, atol=1e-6)
     found = decoder.search([[0], [0]], top_k=2, item_bias=[bias, [0.0, 0.0, -torch.inf, 1.0, 1.0]], exclude=[[2], [4]])
     assert found.items.tolist() == [[0, 1], [3, 0]]
+
+
+def test_minus_infinity_excludes_an_item():
+    """Even where the search is cut short, so that beams must find what is left."""
+    sequences = [[int(bit) for bit in f"{code:06b}"] for code in range(2**6)]
+    decoder = TrieDecoder(small_model(0), ItemTrie.from_sequences(sequences, VOCAB_SIZE))
+    bias = torch.full((64,), -torch.inf)
+    bias[[7, 30, 31, 62]] = torch.tensor([0.0, 5.0, 9.0, -3.0])
+    gone = bias.isinf().nonzero().squeeze(1)
+    sparse = SparseBias([gone, gone], [bias[gone], bias[gone]], [5.0, 9.0])
+    limits = ({}, {"max_expansions": 1}, {"num_candidates": 8}, {"vocab_weight": 1.0, "max_expansions": 1})
+    for item_bias in (bias, decoder.prepare_item_bias(bias), bias.repeat(2, 1), sparse):
+        for limit in limits:
+            found = decoder.search([[0], [4]], 8, exclude=[[31], []], item_bias=item_bias, **limit)
+            left = [[-1] * 5 + [7, 30, 62], [-1] * 4 + [7, 30, 31, 62]]
+            assert [sorted(row) for row in found.items.tolist()] == left
+            assert (found.scores.isinf() == (found.items < 0)).all()
+            found = decoder.search([[0], [4]], 3, allowed=[30, 31, 32], item_bias=item_bias, **limit)
+            assert [sorted(row) for row in found.items.tolist()] == [[-1, 30, 31]] * 2
 
 
 def test_a_beginning_does_not_pay_for_the_rest():
