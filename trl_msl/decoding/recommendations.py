@@ -22,6 +22,7 @@ from .by_generate import generate_items
 from .decoder import TrieDecoder
 from .item_bias import Biases, ItemBias, SparseBias, read_item_bias
 from .output import DecodingOutput
+from .request import check_score
 from .restriction import Allowed
 
 
@@ -125,6 +126,7 @@ def recommend(
     if decoder is not None and not (decoder.model is model and decoder.trie is trie.to(decoder.trie.device)):
         raise ValueError("`decoder` has another model or trie: make it with `TrieDecoder(model, task.trie)`.")
     # All processes read everything, so that they all raise the same errors
+    check_score(vocab_weight, item_bias, num_candidates, top_k)
     if exclude is not None:
         exclude = read_item_lists("exclude", exclude, len(prompts), trie.num_items)
     if allowed is not None and not isinstance(allowed, Allowed):
