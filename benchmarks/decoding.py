@@ -10,6 +10,12 @@ Same model, same prompts, same batch, in one run, on the GPU if there is one. Th
 vocabulary and random weights. How many nodes a search expands depends on how sure the model is, so its matrices are
 doubled: then it expands as many as with the model trained on this data in `docs/results.md`. Also measured:
 
+- `decode_vocab_exact_vs_generate`, `decode_vocab_exact_vs_beams`: exact search by the vocabulary's probability
+  (`vocab_weight=1`) against the same `generate` with our processor, and against `TrieDecoder.beam_search`. A model to
+  which no title is likely, such as one with random weights, gives no certain result, and then there is no ratio;
+- `decode_bias_overhead`, `decode_user_bias_overhead`, `decode_sparse_bias_overhead`: time with an item bias over time
+  without, for popularity, a table of all users and items, and 100 items of each user; and their expansions;
+- `bias_range`: expansions by the range of a bias against the model, `-c · log P_valid(item | prompt of another user)`;
 - `beam10_top10_right_share`: users whose ten best items a search with 10 beams finds, all of them, in any order;
 - `schedule`: cost by the number of nodes that a round expands, for models of different sharpness, the curves of
   `outputs/bench/decoding_schedule.png`.
@@ -18,6 +24,7 @@ doubled: then it expands as many as with the model trained on this data in `docs
 import contextlib
 import functools
 import io
+from collections.abc import Callable
 
 import matplotlib
 import torch
@@ -28,7 +35,7 @@ from timing import OUTPUT_DIR, peak_memory, summarize, time_calls
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM, PrefixConstrainedLogitsProcessor
 
-from trl_msl import TrieDecoder, TrieLogitsProcessor
+from trl_msl import ItemTrie, SparseBias, TrieDecoder, TrieLogitsProcessor
 from trl_msl.decoding import DecodingOutput
 
 
@@ -58,6 +65,8 @@ def benchmark_decoding(rounds: int = 2) -> dict:
         "vocab_size": VOCAB_SIZE,
     }
     results |= _describe_search(decoder, prompts)
+    results |= _compare_biases(decoder, books, prompts[:BATCH_SIZE], rounds)
+    results |= _compare_vocab(decoder, books, prompts[:BATCH_SIZE], rounds)
     results |= _compare(decoder, books, prompts[:BATCH_SIZE], rounds)
     results["schedule"] = _measure_schedule(books, prompts[: 4 * BATCH_SIZE], rounds)
     return results
@@ -87,22 +96,8 @@ def _describe_search(decoder: TrieDecoder, prompts: list[list[int]]) -> dict[str
 def _compare(decoder: TrieDecoder, books: Catalog, prompts: list[list[int]], rounds: int) -> dict:
     """Time and memory for one batch of users."""
     model, trie = decoder.model, books.trie
-    longest = max(map(len, prompts))
-    end_token = int(trie.tokens(trie.item_nodes[0]))
-    padding = [longest - len(row) for row in prompts]
-    inputs = {
-        "input_ids": torch.tensor([[0] * pad + row for pad, row in zip(padding, prompts)]).to(model.device),
-        "attention_mask": torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding]).to(model.device),
-    }
-    generation_config = GenerationConfig(
-        num_beams=TOP_K,
-        num_return_sequences=TOP_K,
-        max_new_tokens=trie.depth,
-        length_penalty=0.0,
-        do_sample=False,
-        eos_token_id=end_token,
-        pad_token_id=end_token,
-    )
+    longest, end_token = max(map(len, prompts)), int(trie.tokens(trie.item_nodes[0]))
+    generate = _make_generate(model, trie, prompts)
     paths = trie.paths(trie.item_nodes)
     sequences = [trie.tokens(path[path >= 0]).tolist() for path in paths]
     allowed_tokens = read_marisa_trie(sequences, longest)
@@ -111,11 +106,6 @@ def _compare(decoder: TrieDecoder, books: Catalog, prompts: list[list[int]], rou
         TOP_K,
     )
     processor = TrieLogitsProcessor(trie, longest, normalize="vocab", inplace=True)
-
-    def generate(processor) -> Tensor:
-        with torch.no_grad():
-            output = model.generate(**inputs, generation_config=generation_config, logits_processor=[processor])
-        return output[:, longest:].cpu()
 
     functions = {
         "decode": lambda: decoder.search(prompts, TOP_K, batch_size=BATCH_SIZE),
@@ -139,6 +129,84 @@ def _compare(decoder: TrieDecoder, books: Catalog, prompts: list[list[int]], rou
     if None not in peaks.values():
         results |= {f"{name}_peak_mb": peak / 1e6 for name, peak in peaks.items()}
         results["decode_memory_vs_generate"] = peaks["decode"] / peaks["generate_processor"]
+    return results
+
+
+def _make_generate(model: LlamaForCausalLM, trie: ItemTrie, prompts: list[list[int]]) -> Callable[..., Tensor]:
+    """`model.generate` with 10 beams, as a function of a logits processor that returns what is written."""
+    longest, end_token = max(map(len, prompts)), int(trie.tokens(trie.item_nodes[0]))
+    padding = [longest - len(row) for row in prompts]
+    inputs = {
+        "input_ids": torch.tensor([[0] * pad + row for pad, row in zip(padding, prompts)]).to(model.device),
+        "attention_mask": torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding]).to(model.device),
+    }
+    generation_config = GenerationConfig(
+        num_beams=TOP_K,
+        num_return_sequences=TOP_K,
+        max_new_tokens=trie.depth,
+        length_penalty=0.0,
+        do_sample=False,
+        eos_token_id=end_token,
+        pad_token_id=end_token,
+    )
+
+    def generate(processor) -> Tensor:
+        with torch.no_grad():
+            output = model.generate(**inputs, generation_config=generation_config, logits_processor=[processor])
+        return output[:, longest:].cpu()
+
+    return generate
+
+
+def _compare_biases(decoder: TrieDecoder, books: Catalog, prompts: list[list[int]], rounds: int) -> dict:
+    """Time and expansions with item biases, for one batch of users."""
+    num_items, generator = books.trie.num_items, torch.Generator().manual_seed(0)
+    popularity = torch.bincount(books.targets, minlength=num_items).add(1).log()
+    listed = [torch.randperm(num_items, generator=generator)[:100] for _ in prompts]
+    biases = {
+        "decode_unbiased": None,
+        "decode_bias": decoder.prepare_item_bias(popularity),
+        "decode_user_bias": popularity * torch.rand(len(prompts), 1, generator=generator),
+        "decode_sparse_bias": SparseBias(listed, [popularity[row] for row in listed]),
+    }
+    functions = {
+        name: functools.partial(decoder.search, prompts, TOP_K, item_bias=bias, batch_size=BATCH_SIZE)
+        for name, bias in biases.items()
+    }
+    results = {
+        f"{name}_expansions": function().expansions.float().mean().item() for name, function in functions.items()
+    }
+    results |= summarize(time_calls(functions, 5 * rounds, warmup=0))
+    for name in list(functions)[1:]:
+        results[f"{name}_overhead"] = results[f"{name}_s"] / results["decode_unbiased_s"]
+    [log_probs] = decoder.score_items(prompts[-1:], [range(num_items)])
+    results["bias_range"] = {"share": [0.0, 0.1, 0.2, 0.4], "range": [], "expansions": [], "exact": []}
+    for share in results["bias_range"]["share"]:
+        found = decoder.search(prompts[:-1], TOP_K, item_bias=-share * log_probs, batch_size=BATCH_SIZE)
+        results["bias_range"]["range"].append(share * (log_probs.max() - log_probs.min()).item())
+        results["bias_range"]["expansions"].append(found.expansions.float().mean().item())
+        results["bias_range"]["exact"].append(found.exact.float().mean().item())
+    return results
+
+
+def _compare_vocab(decoder: TrieDecoder, books: Catalog, prompts: list[list[int]], rounds: int) -> dict:
+    """Work of the exact search by the vocabulary's probability, and its time against that of ten beams."""
+    search = functools.partial(decoder.search, prompts, TOP_K, vocab_weight=1.0, batch_size=BATCH_SIZE)
+    beams = functools.partial(decoder.beam_search, prompts, TOP_K, normalize="vocab", batch_size=BATCH_SIZE)
+    processor = TrieLogitsProcessor(books.trie, max(map(len, prompts)), normalize="vocab", inplace=True)
+    generate = functools.partial(_make_generate(decoder.model, books.trie, prompts), processor)
+    exact = search()
+    is_found = (exact.items[:, :, None] == beams().items[:, None]).any(2)
+    results = {
+        "decode_vocab_expansions": exact.expansions.float().mean().item(),
+        "decode_vocab_exact_share": exact.exact.float().mean().item(),
+        "beam10_vocab_top10_right_share": is_found.all(1).float().mean().item(),
+    }
+    if exact.exact.all():
+        functions = {"decode_vocab": search, "beams_vocab": beams, "generate_vocab": generate}
+        results |= summarize(time_calls(functions, rounds, warmup=0))
+        for name in ("beams", "generate"):
+            results[f"decode_vocab_exact_vs_{name}"] = results[f"{name}_vocab_s"] / results["decode_vocab_s"]
     return results
 
 

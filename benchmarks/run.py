@@ -52,6 +52,9 @@ TARGETS = {
     "request_1m_allowed_vs_search": ("<=", 1.5, "search_1m_allowed_ms", "request_1m_allowed_ms"),
     "decode_vs_generate_marisa": (">=", 8, "generate_marisa_users_per_s", "decode_users_per_s"),
     "decode_vs_generate_processor": (">=", 5, "generate_processor_users_per_s", "decode_users_per_s"),
+    "decode_vocab_exact_vs_generate": (">=", 5, "generate_vocab_s", "decode_vocab_s"),
+    "decode_bias_overhead": ("<=", 1.3, "decode_unbiased_s", "decode_bias_s"),
+    "decode_user_bias_overhead": ("<=", 1.5, "decode_unbiased_s", "decode_user_bias_s"),
     "decode_memory_vs_generate": ("<=", 0.25, "decode_peak_mb", "generate_processor_peak_mb"),
 }
 

@@ -33,7 +33,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from trl_msl import ItemTrie, TrieDecoder, build_rows, recommend
+from trl_msl import ItemTrie, SparseBias, TrieDecoder, build_rows, recommend
 from trl_msl.decoding import next_tokens
 from trl_msl.decoding.by_generate import generate_items
 from trl_msl.model import head_projection
@@ -73,20 +73,20 @@ PROMPTS = st.lists(st.lists(st.integers(0, END), min_size=1, max_size=6), min_si
 SEED = st.integers(0, 3)
 
 
-def check_ranking(found, scores: np.ndarray, allowed: list[set[int]], top_k: int) -> None:
+def check_ranking(found, scores: np.ndarray, allowed: list[set[int]], top_k: int, atol: float = 2e-5) -> None:
     """Scores, order and completeness of what was found, where brute force gives `scores`."""
     for user, expected in enumerate(scores):
         items = [item for item in found.items[user].tolist() if item >= 0]
         assert len(items) == len(set(items)) == min(top_k, len(allowed[user]))
         assert set(items) <= allowed[user]
-        np.testing.assert_allclose(found.scores[user, : len(items)], expected[items], atol=2e-5)
+        np.testing.assert_allclose(found.scores[user, : len(items)], expected[items], atol=atol)
         assert (found.items[user, len(items) :] == -1).all()
         assert (found.scores[user, len(items) :] == -torch.inf).all()
         # Best first, ties by index; and nothing better was left out
         ranking = list(zip((-found.scores[user]).tolist(), items))
         assert ranking == sorted(ranking)
         best = sorted((expected[item] for item in allowed[user]), reverse=True)[: len(items)]
-        np.testing.assert_allclose(expected[items], best, atol=2e-5)
+        np.testing.assert_allclose(expected[items], best, atol=atol)
 
 
 @settings(max_examples=60, deadline=None)
@@ -502,10 +502,14 @@ def test_a_request_does_no_work_in_proportion_to_the_catalogue():
     allowed = decoder.prepare_allowed(set(range(20_000)) - {17})
     prompts = [[4, 5, 6], [7, 8]]
     decoder.beam_search(prompts)  # what is derived from the trie once, at first use
+    decoder.search(prompts, vocab_weight=1.0, max_expansions=1)
+    modes = [("exact", {}), ("beam", {}), ("exact", {"vocab_weight": 0.01})]
+    modes += [("exact", {"item_bias": decoder.prepare_item_bias(0.01 * torch.randn(20_000))})]
+    modes += [("exact", {"item_bias": SparseBias([[1, 2, 3], [4]], [[0.1, 0.0, -torch.inf], [0.2]])})]
     for arguments in ({}, {"exclude": [[1, 2], {3}], "allowed": allowed}):
-        for mode in ("exact", "beam"):
-            with LargeTensors(10_000) as large:
-                found = recommend(model, task, prompts, 3, mode, decoder=decoder, **arguments)
+        for mode, score in modes:
+            with LargeTensors(20_000) as large:
+                found = recommend(model, task, prompts, 3, mode, decoder=decoder, **arguments, **score)
             assert (found.items >= 0).all()
             assert large.made <= {"slice"}  # a view
             assert large.read <= {"slice", "select", "index", "searchsorted"}  # lookups
@@ -524,6 +528,7 @@ def test_threads_get_what_each_gets_alone(tokenizer, task, prompts):
         lambda: decoder.beam_search(prompts[1:], top_k=4),
         lambda: decoder.beam_search(prompts[:3], top_k=4, normalize="vocab", length_penalty=1.0),
         lambda: decoder.search(prompts, top_k=12, max_expansions=2),
+        lambda: decoder.search(prompts, top_k=4, vocab_weight=1.0, item_bias=torch.arange(12) % 5),
         lambda: SimpleNamespace(scores=torch.cat(decoder.score_items(prompts, [[1, 2], [3], [], [4], range(12)]))),
         lambda: recommend(model, task, prompts, top_k=5, decoder=decoder),
         lambda: recommend(model, task, prompts[:2], top_k=3, mode="generate"),

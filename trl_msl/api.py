@@ -13,7 +13,7 @@ from .data import (
     split_by_time,
     tokenize_rows,
 )
-from .decoding import TrieDecoder, TrieLogitsProcessor, recommend
+from .decoding import SparseBias, TrieDecoder, TrieLogitsProcessor, recommend
 from .evaluation import RecommendationCallback, evaluate_recommendations, ranking_metrics
 from .recommender import Recommender
 from .softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer, build_preferences, draw_negatives, model_negatives
@@ -32,6 +32,7 @@ __all__ = [
     "Recommender",
     "SoftmaxDPOConfig",
     "SoftmaxDPOTrainer",
+    "SparseBias",
     "TrieDecoder",
     "TrieLogitsProcessor",
     "adaptive_temperature",

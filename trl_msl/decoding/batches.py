@@ -17,7 +17,7 @@ from ..trie import pad_rows
 from .beams import Beams
 from .frontier import Frontier
 from .item_keys import key_items, key_scores
-from .next_tokens import next_token_log_probs
+from .next_tokens import continuations, next_token_log_probs
 from .output import DecodingOutput
 
 
@@ -31,10 +31,13 @@ def search_batch(
     cache: TreeCache,
     frontier: Frontier,
     nodes_per_round: int,
+    vocab_weight: float = 0.0,
 ) -> None:
     """Exact search for a batch of `users`, whose results go into their rows of `output`."""
+    # Hidden states that are known: of the root's last token, or of all its tokens if they are scored
+    num_known = cache.root_hidden.shape[1] if vocab_weight > 0 else 1
     for rounds in itertools.count(start=1):
-        nodes, scores = frontier.take(nodes_per_round)
+        nodes, steps, scores = frontier.take(nodes_per_round)
         is_done = (nodes < 0).all(1)
         if is_done.any():
             _write(output, users, frontier, is_done)
@@ -42,17 +45,20 @@ def search_batch(
                 return
             frontier.select(~is_done)
             cache.select(~is_done)
-            nodes, scores = nodes[~is_done], scores[~is_done]
-        # The prompt's last token stands for the root
-        hidden = cache.root_hidden[:, -1] if rounds == 1 else cache.append(nodes)
+            nodes, steps, scores = nodes[~is_done], steps[~is_done], scores[~is_done]
+        if rounds <= num_known:
+            hidden = cache.root_hidden[:, rounds - num_known - 1]
+        else:
+            hidden = cache.append(nodes) if vocab_weight == 0 else cache.append(nodes, steps, steps + 1)
         row, column = (nodes >= 0).nonzero(as_tuple=True)
-        parents, children = cache.tree.children(nodes[row, column])
-        log_probs = next_token_log_probs(project, hidden, parents, cache.tree.head_tokens(children))
-        frontier.add(row[parents], children, scores[row, column][parents] + log_probs)
+        parents, nodes, steps = continuations(cache.tree, nodes[row, column], steps[row, column])
+        tokens = cache.tree.chain_tokens[cache.tree.chain_start[nodes] + steps]
+        log_probs = next_token_log_probs(project, hidden, parents, tokens, vocab_weight)
+        frontier.add(row[parents], nodes, steps, scores[row, column][parents] + log_probs)
 
 
 def beam_search_batch(
-    project: Project, output: DecodingOutput, users: Tensor, cache: TreeCache, beams: Beams, normalize: str
+    project: Project, output: DecodingOutput, users: Tensor, cache: TreeCache, beams: Beams, vocab_weight: float
 ) -> None:
     """Beam search for a batch of `users`, whose results go into their rows of `output`."""
     for rounds in itertools.count(start=1):
@@ -66,11 +72,11 @@ def beam_search_batch(
         rows, nodes, steps = beams.continuations()
         log_probs = torch.zeros(len(rows), device=rows.device)
         # A forced token has a probability of 1 among the valid ones, but not over the vocabulary
-        read = beams.is_choosing if normalize == "trie" else beams.is_alive
+        read = beams.is_choosing if vocab_weight == 0 else beams.is_alive
         if read.any():
             if rounds == 1:
                 hidden = cache.root_hidden[:, -1]
-            elif normalize == "trie":
+            elif vocab_weight == 0:
                 hidden = cache.append(torch.where(read, beams.nodes, -1))
             else:
                 hidden = cache.append(torch.where(read, beams.nodes, -1), beams.steps, beams.steps + 1)
@@ -78,7 +84,7 @@ def beam_search_batch(
             is_read = read.reshape(-1)[rows]
             tokens = cache.tree.chain_tokens[cache.tree.chain_start[nodes] + steps]
             log_probs[is_read] = next_token_log_probs(
-                project, hidden, state[rows[is_read]], tokens[is_read], normalize
+                project, hidden, state[rows[is_read]], tokens[is_read], vocab_weight
             )
             beams.count_expansions(read)
         beams.advance(rows, nodes, steps, log_probs)
@@ -109,16 +115,16 @@ def score_batch(project: Project, cache: TreeCache, items: list[Tensor]) -> list
     return scores.cpu().split(counts.tolist())
 
 
-def score_root(project: Project, cache: TreeCache, normalize: str) -> Tensor:
+def score_root(project: Project, cache: TreeCache, vocab_weight: float) -> Tensor:
     """Log-probability of the tokens that all items begin with, fp32 of shape `(num_users,)`."""
-    num_users, num_forced = len(cache.root_hidden), cache.root_hidden.shape[1] - 1
-    if normalize == "trie" or num_forced == 0:
+    num_users, num_tokens = len(cache.root_hidden), cache.root_hidden.shape[1] - 1
+    if vocab_weight == 0 or num_tokens == 0:
         return torch.zeros(num_users, device=cache.tree.device)
-    rows = torch.arange(num_users * num_forced, device=cache.tree.device)
-    tokens = cache.tree.chain_tokens[:num_forced].repeat(num_users)
+    rows = torch.arange(num_users * num_tokens, device=cache.tree.device)
+    tokens = cache.tree.chain_tokens[:num_tokens].repeat(num_users)
     hidden = cache.root_hidden[:, :-1].flatten(0, 1)
-    log_probs = next_token_log_probs(project, hidden, rows, tokens, normalize)
-    return log_probs.view(num_users, num_forced).sum(1)
+    log_probs = next_token_log_probs(project, hidden, rows, tokens, vocab_weight)
+    return log_probs.view(num_users, num_tokens).sum(1)
 
 
 def _write(output: DecodingOutput, users: Tensor, state: Frontier | Beams, is_done: Tensor) -> None:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..trie import CompressedTrie, pad_rows, ragged_arange
+from ..trie import CompressedTrie, pad_rows
 from .item_keys import NO_ITEM, best_keys, item_keys
+from .next_tokens import continuations
 from .restriction import Restriction
 
 
@@ -90,14 +91,9 @@ class Beams:
             `tuple` of three int64 `torch.Tensor` of shape `(total,)`: place of the beam among all users' beams, and
             the token's node and index in the node's chain.
         """
-        tree, choosing = self.tree, self.is_choosing.reshape(-1)
-        nodes, steps = self.nodes.reshape(-1), self.steps.reshape(-1)
-        counts = torch.where(choosing, tree.num_children[nodes], self.is_alive.reshape(-1).int())
-        rows, offset = ragged_arange(counts.long())
-        choosing = choosing[rows]
-        next_nodes = torch.where(choosing, tree.first_child[nodes[rows]] + offset, nodes[rows])
-        next_steps = torch.where(choosing, 0, steps[rows] + 1)
-        return rows, next_nodes, next_steps
+        alive = self.is_alive.reshape(-1).nonzero().squeeze(1)
+        rows, nodes, steps = continuations(self.tree, self.nodes.reshape(-1)[alive], self.steps.reshape(-1)[alive])
+        return alive[rows], nodes, steps
 
     def advance(self, rows: Tensor, nodes: Tensor, steps: Tensor, log_probs: Tensor) -> None:
         """

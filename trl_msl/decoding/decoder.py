@@ -29,9 +29,11 @@ from ..trie import CompressedTrie, ItemTrie
 from .arguments import Items, read_allowed, read_item_lists, read_prompts
 from .batches import Project, beam_search_batch, score_batch, score_root, search_batch
 from .beams import Beams
-from .frontier import Frontier
+from .frontier import Frontier, RerankingFrontier
+from .item_bias import Biases, ItemBias, read_item_bias
 from .output import DecodingOutput
-from .restriction import Allowed, Restriction
+from .request import Request, check_score
+from .restriction import Allowed
 
 
 class TrieDecoder:
@@ -86,16 +88,24 @@ class TrieDecoder:
         top_k: int = 10,
         exclude: Sequence[Items] | None = None,
         allowed: Allowed | Items | Sequence[Items] | None = None,
+        vocab_weight: float = 0.0,
+        item_bias: Biases | None = None,
+        num_candidates: int | None = None,
         max_expansions: int = 1024,
         nodes_per_round: int = 16,
         batch_size: int = 16,
     ) -> DecodingOutput:
         """
-        Find the `top_k` items with the highest log-probability `log P_valid`, the sum over an item's tokens of their
-        log-probabilities among the valid tokens (Lemma 4.1 of the MSL paper).
+        Find the `top_k` items with the highest score
 
-        Best-first search over the nodes at which there is a choice. Log-probabilities never rise along a path, so the
-        result is certain as soon as the K-th item found beats every open node.
+            Σ log P_valid + vocab_weight · Σ log m + item_bias
+
+        with sums over an item's tokens, `P_valid` a token's probability among the valid tokens (Lemma 4.1 of the MSL
+        paper) and `m` the valid tokens' share of the vocabulary's probability.
+
+        Best-first search over the nodes at which there is a choice. Neither sum ever rises along a path, nor does the
+        largest bias of the items that can still be reached, so the result is certain as soon as the K-th item found
+        beats what any open node could lead to.
 
         Args:
             prompts (`Sequence[list[int]]`):
@@ -108,10 +118,23 @@ class TrieDecoder:
                 Item indices that all users, or each of them, may get, such as what is in stock. The scores stay those
                 of the whole catalogue. Prepare a large list for several searches with
                 [`~TrieDecoder.prepare_allowed`].
+            vocab_weight (`float`, *optional*, defaults to `0.0`):
+                At 0 an item's score is its log-probability among the items, at 1 that which the language model gives
+                its tokens; values between or above are allowed. Above 0 forced tokens have to be run, one at a time,
+                and each takes the logits of the whole vocabulary.
+            item_bias (`torch.Tensor` of shape `(num_items,)` or `(num_prompts, num_items)`, [`SparseBias`] or
+            [`ItemBias`], *optional*):
+                What is added to the score of each item, for all users or for each of them; `-inf` for what must not be
+                found. The wider its range, the more nodes are expanded. Prepare one for several searches with
+                [`~TrieDecoder.prepare_item_bias`].
+            num_candidates (`int`, *optional*):
+                Rank by the bias only this many items, the best without it: for biases with which an exact search takes
+                too many expansions. Then `exact` is `True` only where no other item can be among the best.
             max_expansions (`int`, *optional*, defaults to `1024`):
-                Number of nodes that the search expands for a user before it stops, in which case `exact` may be
-                `False`. If it has found fewer than `top_k` items by then, `top_k` beams continue from the best open
-                nodes until there are enough, which expands at most `top_k` more nodes on each level.
+                Number of nodes (with a `vocab_weight`, of tokens) that the search expands for a user before it stops,
+                in which case `exact` may be `False`. If it has found fewer than `top_k` items by then, `top_k` beams
+                continue from the best open nodes until there are enough, which expands at most `top_k` more nodes on
+                each level.
             nodes_per_round (`int`, *optional*, defaults to `16`):
                 Number of nodes of each user that one forward pass expands. A larger number needs fewer passes, but
                 expands more nodes in vain.
@@ -126,13 +149,18 @@ class TrieDecoder:
         """
         limits = {"top_k": top_k, "max_expansions": max_expansions, "nodes_per_round": nodes_per_round}
         prompts = self._check_prompts(prompts, batch_size=batch_size, **limits)
-        exclude, allowed = self._check_restrictions(len(prompts), exclude, allowed)
-        output = DecodingOutput.empty(len(prompts), top_k)
-        with self._ready() as project:
+        check_score(vocab_weight, item_bias, num_candidates, top_k)
+        request = Request(self.tree, len(prompts), exclude, allowed, item_bias)
+        output, steps = DecodingOutput.empty(len(prompts), top_k), self._item_steps if vocab_weight > 0 else None
+        with self._ready(cast_head=vocab_weight > 0) as project:
             for users, cache in self._batches(prompts, batch_size):
-                restriction = self._restriction(users, exclude, allowed)
-                frontier = Frontier(self.tree, restriction, len(users), top_k, max_expansions)
-                search_batch(project, output, users, cache, frontier, nodes_per_round)
+                restriction, bias = request.of_batch(users.tolist())
+                state = (self.tree, restriction, len(users), max_expansions, steps)
+                if num_candidates is None:
+                    frontier = Frontier(*state, top_k, bias)
+                else:
+                    frontier = RerankingFrontier(*state, num_candidates, top_k, bias)
+                search_batch(project, output, users, cache, frontier, nodes_per_round, vocab_weight)
         return output
 
     def beam_search(
@@ -169,7 +197,7 @@ class TrieDecoder:
         """
         num_beams = top_k if num_beams is None else num_beams
         prompts = self._check_prompts(prompts, batch_size=batch_size, top_k=top_k)
-        exclude, allowed = self._check_restrictions(len(prompts), exclude, allowed)
+        request = Request(self.tree, len(prompts), exclude, allowed)
         if num_beams < top_k:
             raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
         if normalize not in ("trie", "vocab"):
@@ -179,13 +207,14 @@ class TrieDecoder:
                 "`trie` has items that are the beginning of others, so beam search can't tell when one is finished: "
                 "append an end token to every sequence, as `ItemCatalog.build_trie` does."
             )
+        vocab_weight = float(normalize == "vocab")
         output = DecodingOutput.empty(len(prompts), top_k)
-        with self._ready(cast_head=normalize == "vocab") as project:
+        with self._ready(cast_head=vocab_weight > 0) as project:
             for users, cache in self._batches(prompts, batch_size):
-                restriction = self._restriction(users, exclude, allowed)
-                root_scores = score_root(project, cache, normalize)
+                restriction, _ = request.of_batch(users.tolist())
+                root_scores = score_root(project, cache, vocab_weight)
                 beams = Beams(self.tree, restriction, num_beams, length_penalty, root_scores)
-                beam_search_batch(project, output, users, cache, beams, normalize)
+                beam_search_batch(project, output, users, cache, beams, vocab_weight)
         return output
 
     def score_items(
@@ -251,6 +280,25 @@ class TrieDecoder:
             raise ValueError("`items` holds lists: pass a single list of the items that all users may get.")
         return Allowed.from_items(self.tree, found)
 
+    def prepare_item_bias(self, item_bias: Tensor | Sequence[float]) -> ItemBias:
+        """
+        Prepare a bias that all users have in common, to be passed as `item_bias` to any number of searches. This takes
+        time in proportion to the size of the catalogue, which the searches then save.
+
+        Args:
+            item_bias (`torch.Tensor` of shape `(num_items,)`):
+                Bias of each item; `-inf` for what must not be found.
+
+        Returns:
+            [`ItemBias`]: The biases, for this decoder only.
+
+        Raises:
+            `ValueError`: if `item_bias` has another shape, or holds anything but finite numbers and `-inf`.
+        """
+        bias = ItemBias.from_values(self.tree, read_item_bias(item_bias, None, self.trie.num_items))
+        bias.restrict(None)  # looks up once which items it excludes
+        return bias
+
     # ------------------------------------------------------------------ parts
 
     def _batches(self, prompts: Sequence[list[int]], batch_size: int) -> Iterator[tuple[Tensor, TreeCache]]:
@@ -279,14 +327,10 @@ class TrieDecoder:
         """Whether no item is the beginning of another."""
         return bool(self.trie.is_leaf(self.trie.item_nodes.long()).all())
 
-    def _restriction(
-        self, users: Tensor, exclude: list[Tensor] | None, allowed: Allowed | list[Tensor] | None
-    ) -> Restriction:
-        """What the users of a batch may get."""
-        exclude, allowed = (
-            [rows[user] for user in users] if isinstance(rows, list) else rows for rows in (exclude, allowed)
-        )
-        return Restriction(self.tree, exclude, allowed)
+    @functools.cached_property
+    def _item_steps(self) -> Tensor:
+        """Index of each item's last token in its node's chain, int32 of shape `(num_items,)`."""
+        return (self.trie.item_lengths - self.tree.depth[self.tree.item_nodes] - 1).int()
 
     # ------------------------------------------------------------------ checks
 
@@ -295,20 +339,6 @@ class TrieDecoder:
         prompts = read_prompts(prompts, self.base, **counts)
         check_length(self.backbone, max(map(len, prompts)), self.trie.depth)
         return prompts
-
-    def _check_restrictions(
-        self, num_users: int, exclude: Sequence[Items] | None, allowed: Allowed | Items | Sequence[Items] | None
-    ) -> tuple[list[Tensor] | None, Allowed | list[Tensor] | None]:
-        """Raise a `ValueError` where they don't fit users or catalogue; return them for a [`Restriction`]."""
-        if exclude is not None:
-            exclude = read_item_lists("exclude", exclude, num_users, self.trie.num_items)
-        if isinstance(allowed, Allowed):
-            if allowed.tree is not self.tree:
-                raise ValueError("`allowed` was prepared by another `TrieDecoder`: prepare it with this one.")
-        elif allowed is not None:
-            allowed = read_allowed(allowed, num_users, self.trie.num_items)
-            allowed = Allowed.from_items(self.tree, allowed) if isinstance(allowed, Tensor) else allowed
-        return exclude, allowed
 
 
 def _common_length(first: list[int], last: list[int]) -> int:

@@ -18,11 +18,11 @@ class DecodingOutput:
         items (`torch.Tensor` of shape `(num_users, top_k)`, int64):
             Item indices, best first, those with equal scores by index; `-1` where there is none.
         scores (`torch.Tensor` of shape `(num_users, top_k)`, fp32):
-            Log-probability of each item; `-inf` where there is none.
+            Score of each item, its bias included; `-inf` where there is none.
         exact (`torch.Tensor` of shape `(num_users,)`, bool):
             Whether these are certainly the best items, which beam search can't tell.
         expansions (`torch.Tensor` of shape `(num_users,)`, int64):
-            Number of nodes whose children were scored.
+            Number of nodes, or tokens, whose next tokens were scored.
         rounds (`torch.Tensor` of shape `(num_users,)`, int64):
             Number of forward passes whose logits were used for the user.
     """

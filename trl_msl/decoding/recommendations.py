@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import Prompt, RankingTask
@@ -19,7 +20,9 @@ from ..model import check_whole
 from .arguments import Items, read_allowed, read_item_lists, read_prompts
 from .by_generate import generate_items
 from .decoder import TrieDecoder
+from .item_bias import Biases, ItemBias, SparseBias, read_item_bias
 from .output import DecodingOutput
+from .request import check_score
 from .restriction import Allowed
 
 
@@ -59,6 +62,9 @@ def recommend(
     mode: str = "exact",
     exclude: Sequence[Items] | None = None,
     allowed: Allowed | Items | Sequence[Items] | None = None,
+    vocab_weight: float = 0.0,
+    item_bias: Biases | None = None,
+    num_candidates: int | None = None,
     max_expansions: int = 1024,
     num_beams: int | None = None,
     normalize: str = "trie",
@@ -88,8 +94,8 @@ def recommend(
             [`TrieDecoder`] can't run.
         exclude, allowed (*optional*):
             Item indices that users must not get or may get, as for [`TrieDecoder.search`]. Not with `"generate"`.
-        max_expansions (`int`, *optional*, defaults to `1024`):
-            With `"exact"`, the number of trie nodes to expand for a user, as for [`TrieDecoder.search`].
+        vocab_weight, item_bias, num_candidates, max_expansions (*optional*):
+            With `"exact"`, what the score is made of, and limits of the search, as for [`TrieDecoder.search`].
         num_beams (`int`, *optional*):
             With beams, their number. Defaults to `top_k`.
         normalize (`str`, *optional*, defaults to `"trie"`):
@@ -108,7 +114,9 @@ def recommend(
     """
     trie = task.trie
     beam_arguments = {"num_beams": num_beams, "normalize": normalize, "length_penalty": length_penalty}
-    _check_mode(mode, beam_arguments, max_expansions, exclude, allowed)
+    score = {"vocab_weight": vocab_weight, "item_bias": item_bias, "num_candidates": num_candidates}
+    exact_arguments = score | {"max_expansions": max_expansions}
+    _check_mode(mode, beam_arguments, exact_arguments, exclude, allowed)
     if not 0 < top_k <= trie.num_items:
         raise ValueError(f"`top_k` is {top_k}: it must lie between 1 and the number of items, {trie.num_items}.")
     if isinstance(prompts, str):  # whose characters would be taken for prompts
@@ -118,10 +126,13 @@ def recommend(
     if decoder is not None and not (decoder.model is model and decoder.trie is trie.to(decoder.trie.device)):
         raise ValueError("`decoder` has another model or trie: make it with `TrieDecoder(model, task.trie)`.")
     # All processes read everything, so that they all raise the same errors
+    check_score(vocab_weight, item_bias, num_candidates, top_k)
     if exclude is not None:
         exclude = read_item_lists("exclude", exclude, len(prompts), trie.num_items)
     if allowed is not None and not isinstance(allowed, Allowed):
         allowed = read_allowed(allowed, len(prompts), trie.num_items)
+    if item_bias is not None and not isinstance(item_bias, ItemBias):
+        item_bias = read_item_bias(item_bias, len(prompts), trie.num_items)
     process = PartialState()
     is_encoded = not isinstance(prompts[0], str) and not (len(prompts[0]) > 0 and isinstance(prompts[0][0], dict))
     encoded = prompts if is_encoded else task.encode_prompts(prompts)
@@ -132,6 +143,11 @@ def recommend(
         "exclude": None if exclude is None else [exclude[user] for user in mine],
         "allowed": [allowed[user] for user in mine] if isinstance(allowed, list) else allowed,
     }
+    if isinstance(item_bias, SparseBias):
+        item_bias = item_bias.select(mine)
+    elif isinstance(item_bias, Tensor) and item_bias.ndim == 2:
+        item_bias = item_bias[list(mine)]
+    exact_arguments["item_bias"] = item_bias
     num_invalid = 0
     if mode == "generate":
         check_whole(model)
@@ -142,7 +158,7 @@ def recommend(
     elif mode == "generate":
         found, num_invalid = generate_items(model, task.tokenizer, trie, **arguments, **beam_arguments)
     elif mode == "exact":
-        found = decoder.search(max_expansions=max_expansions, **restrictions, **arguments)
+        found = decoder.search(**exact_arguments, **restrictions, **arguments)
     else:
         found = decoder.beam_search(**beam_arguments, **restrictions, **arguments)
     results = {name: getattr(found, name).numpy() for name in DecodingOutput.__annotations__}
@@ -157,15 +173,17 @@ def recommend(
     return recommendations
 
 
-def _check_mode(mode: str, beam_arguments: dict[str, Any], max_expansions: int, exclude, allowed) -> None:
+def _check_mode(mode: str, beam_arguments: dict[str, Any], exact_arguments: dict[str, Any], exclude, allowed) -> None:
     if mode not in MODES:
         raise ValueError(f"`mode` is {mode!r}: it must be one of {', '.join(map(repr, MODES))}.")
-    defaults = {"num_beams": None, "normalize": "trie", "length_penalty": 0.0}
-    given = [name for name, value in beam_arguments.items() if value != defaults[name]]
-    if mode == "exact" and given:
-        raise ValueError(f"`{given[0]}` is {beam_arguments[given[0]]!r}, but exact search has none: pass mode='beam'.")
-    if mode != "exact" and max_expansions != 1024:
-        raise ValueError(f"`max_expansions` is {max_expansions}, but only exact search has it: leave it out.")
+    defaults = {"normalize": "trie", "length_penalty": 0.0, "vocab_weight": 0.0, "max_expansions": 1024}
+    for name, value in (beam_arguments if mode == "exact" else exact_arguments).items():
+        if value is None or (np.isscalar(value) and value == defaults.get(name)):
+            continue
+        if mode == "exact":
+            raise ValueError(f"`{name}` is {value!r}, but exact search has none: pass mode='beam'.")
+        remedy = "leave it out, or pass mode='exact'"
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, but only exact search has it: {remedy}.")
     if mode == "generate" and not (exclude is None and allowed is None):
         raise ValueError("`exclude` and `allowed` have no effect on `generate`: pass mode='exact' or mode='beam'.")
 

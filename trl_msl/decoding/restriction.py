@@ -50,6 +50,8 @@ class Restriction:
             Item indices that each user must not get.
         allowed ([`Allowed`], or `Sequence` of `torch.Tensor` of shape `(num_allowed,)`, int64, *optional*):
             Items that all users, or item indices that each user, may get. Defaults to the whole catalogue.
+        removed (`torch.Tensor` of shape `(num_removed,)`, int64, *optional*):
+            More items that users must not get, as `user * (num_items + 1) + place`.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Restriction:
         tree: CompressedTrie,
         exclude: Sequence[Tensor] | None = None,
         allowed: Allowed | Sequence[Tensor] | None = None,
+        removed: Tensor | None = None,
     ):
         self.tree = tree
         self.stride = len(tree.item_order) + 1
@@ -65,8 +68,9 @@ class Restriction:
         self.allowed = self.excluded = None
         if allowed is not None:
             self.allowed = allowed.places if isinstance(allowed, Allowed) else self._keys(allowed)
-        if exclude is not None:
-            keys = self._keys(exclude)
+        if exclude is not None or removed is not None:
+            parts = [] if exclude is None else [self._keys(exclude)]
+            keys = torch.cat(parts if removed is None else [*parts, removed]).unique()
             users, places = keys // self.stride, keys % self.stride
             self.excluded = keys[self.count(users, places, places + 1) > 0]
 
@@ -91,21 +95,24 @@ class Restriction:
         """
         return self._count_allowed(users, start, end) - self._count_excluded(users, start, end)
 
-    def first_items(self, users: Tensor, start: Tensor, end: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    def first_items(
+        self, users: Tensor, start: Tensor, end: Tensor, limit: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """
         The first items of each range that users may get. A text shared by very many items costs no more than others.
 
         Args:
             users, start, end:
                 As for [`~Restriction.count`].
-            limit (`int`):
-                Maximum number of items of a range.
+            limit (`int`, *optional*):
+                Maximum number of items of a range, which bounds the work.
 
         Returns:
             `tuple` of two `torch.Tensor` of shape `(num_found,)`: index of the range, and item, in order.
         """
-        # Of this many at least `limit` are not excluded, if there are that many
-        counts = torch.minimum(self._count_allowed(users, start, end), limit + self._count_excluded(users, start, end))
+        counts = self._count_allowed(users, start, end)
+        if limit is not None:  # of this many at least `limit` are not excluded, if there are that many
+            counts = torch.minimum(counts, limit + self._count_excluded(users, start, end))
         index, offset = ragged_arange(counts)
         places = start[index].long() + offset
         if self.allowed is not None:
@@ -113,9 +120,11 @@ class Restriction:
             places = self.allowed[torch.searchsorted(self.allowed, shift + start[index]) + offset] - shift
         kept = self._count_excluded(users[index], places, places + 1) == 0
         index, places = index[kept], places[kept]
-        first = torch.searchsorted(index, index)  # where each range begins
-        within = torch.arange(len(index), device=index.device) - first < limit
-        return index[within], self.tree.item_order[places[within]]
+        if limit is not None:
+            first = torch.searchsorted(index, index)  # where each range begins
+            within = torch.arange(len(index), device=index.device) - first < limit
+            index, places = index[within], places[within]
+        return index, self.tree.item_order[places]
 
     def _count_allowed(self, users: Tensor, start: Tensor, end: Tensor) -> Tensor:
         if self.allowed is None:

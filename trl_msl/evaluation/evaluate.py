@@ -40,7 +40,7 @@ def evaluate_recommendations(
         match (`str`, *optional*, defaults to `"id"`):
             What counts as a hit: `"id"`, the target itself, where items with the same text take one rank each, in
             catalogue order; or `"text"`, any item with the target's text, where they share one rank. (With `exclude`,
-            `allowed` or `mode="generate"`, repeats still take places at the end of the list.)
+            `allowed`, `item_bias` or `mode="generate"`, repeats still take places at the end of the list.)
         confidence (`float`, *optional*, defaults to `0.95`):
             Level of the bootstrap confidence intervals, over rows.
         return_recommendations (`bool`, *optional*, defaults to `False`):
@@ -63,7 +63,7 @@ def evaluate_recommendations(
     targets, top_k = np.array(task.catalog.indices(rows["item_id"])), max(ks)
     prompts = task.ranking_prompts(rows[:])
     available = _available_items(task)
-    can_restrict = kwargs.get("mode") != "generate" and kwargs.keys().isdisjoint(("allowed", "exclude"))
+    can_restrict = kwargs.get("mode") != "generate" and kwargs.keys().isdisjoint(("allowed", "exclude", "item_bias"))
     if task.withdrawn and kwargs.get("allowed") is None:
         kwargs["allowed"] = torch.from_numpy(available)
     if match == "id":
