@@ -15,8 +15,8 @@ import sys
 
 from trl_msl.experiments import quickstart
 from trl_msl.scripts import train
-from trl_msl.scripts.command_line import names_data
 
 
 if __name__ == "__main__":
-    (train if names_data(sys.argv[1:]) else quickstart).run()
+    names_data = {"--config", "--data_dir", "--interactions"} & {option.split("=")[0] for option in sys.argv[1:]}
+    (train if names_data else quickstart).run()

@@ -70,8 +70,3 @@ def check_outputs(parsed: tuple[Any, ...]) -> None:
                     pass
             except OSError as error:
                 raise ValueError(f"`{name}` is {str(path)!r}, which can't be written: {error.strerror}.") from error
-
-
-def names_data(arguments: list[str]) -> bool:
-    """Whether a command line names data of its own."""
-    return bool({"--config", "--data_dir", "--interactions"} & {argument.split("=")[0] for argument in arguments})
