@@ -81,6 +81,7 @@ SHELL = r"""
 show() { printf '%s\0' "$@"; printf '\n\0'; }
 trl-msl() { show trl-msl "$@"; }
 accelerate() { show accelerate "$@"; }
+python() { show python "$@"; }
 pip() { :; }
 make() { :; }
 """
@@ -88,6 +89,7 @@ RECTOOLS = "it needs RecTools, in an environment of its own: tests/test_baseline
 NOT_RUN = {  # part of a command, and why
     "trl-msl quickstart": "it takes minutes: the other commands use what a shorter one leaves",
     "accelerate_configs/": "it needs several GPUs: tests/test_distributed.py runs these configurations on a CPU",
+    "fetch_smollm2": "it needs a network: tests/test_smollm2.py runs its result",
     "trl-msl baselines": RECTOOLS,
     "-m trl_msl.scripts.baselines": RECTOOLS,
 }
