@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from ..data import RankingTask, have_single_items, tokenize_rows
 from .losses import masked_softmax_loss
 from .msl_config import MSLConfig
+from .position_weights import count_targets, has_information_gain, position_weights
 from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
 from .task_trainer import TaskTrainerMixin
 from .temperature import TemperatureCallback
@@ -32,7 +33,8 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
       where several tokens are valid;
     - the loss is [`masked_softmax_loss`], averaged over those positions, with a fixed or an adaptive temperature. As
       τ moves, so does the scale of the training loss; `eval_loss` is taken at τ = 1 and stays comparable. With
-      `normalize="vocab"` it is the usual loss instead, over the vocabulary, of every token of a title.
+      `normalize="vocab"` it is the usual loss instead, over the vocabulary, of every token of a title. With
+      `position_weights` the positions of the training loss are weighted.
 
     With `supervise_history`, every item of a history is supervised in training, and only the targets in evaluation.
 
@@ -116,6 +118,9 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             raise ValueError("Sequence parallelism (`sp_size` > 1) is not supported: it reduces the model's own loss.")
         add_sparse_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model, task.trie)
         self.add_callback(TemperatureCallback.from_config(args))
+        self._has_gain: Tensor | None = None
+        if args.position_weights == "igd":
+            self._has_gain = has_information_gain(self.trie.to("cpu"), count_targets(self.trie, self.train_dataset))
         # The loss is divided by the count of the whole accumulated batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
 
@@ -167,17 +172,25 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
-        if self.args.normalize == "vocab":
-            return super()._get_num_items_in_batch(batch_samples, device)
-        # Forced positions have no loss, and no part in its mean
+        num_items = self._count_positions(batch_samples, device)
+        if self._has_gain is None or num_items is None:
+            return num_items
+        weight, num_with_gain = self.args.igd_weight, self._count_positions(batch_samples, device, self._has_gain)
+        return weight * num_items + (1 - weight) * num_with_gain  # the sum of the weights
+
+    def _count_positions(self, batch_samples: list, device: torch.device, is_counted: Tensor | None = None):
+        """Number of positions with a loss, as `Trainer` counts labels; only of nodes where `is_counted`, if given."""
         counted = []
         for batch in batch_samples:
             for name in ("labels", "shift_labels"):
                 if name in batch:
                     nodes = batch[name]
-                    trie = self.trie.to(nodes.device)
-                    branching = (nodes != -100) & (trie.num_valid_tokens(nodes.clamp(min=0)) > 1)
-                    batch = {**batch, name: nodes.where(branching, -100)}
+                    known, counts = nodes.clamp(min=0), nodes != -100
+                    if self.args.normalize == "trie":  # forced positions have no loss, and no part in its mean
+                        counts = counts & (self.trie.to(nodes.device).num_valid_tokens(known) > 1)
+                    if is_counted is not None:
+                        counts = counts & is_counted.to(nodes.device)[known]
+                    batch = {**batch, name: nodes.where(counts, -100)}
             counted.append(batch)
         return super()._get_num_items_in_batch(counted, device)
 
@@ -185,7 +198,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         if not self.model.training:
-            inputs = self._without_repeated_rows(inputs)
+            inputs, num_items_in_batch = self._without_repeated_rows(inputs), None  # evaluated without weights
         # Evaluated over all valid tokens at τ = 1, as in ranking, and comparable while τ moves
         temperature = self.temperature if self.model.training else 1.0
         over_vocab = self.args.normalize == "vocab"
@@ -202,8 +215,10 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             scale = None if sampled is None else torch.where(sampled, self.args.negative_scale, 1.0)
             losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets, temperature, scale)
         num_items = len(losses) if num_items_in_batch is None else num_items_in_batch
+        if self.model.training and self.args.position_weights:
+            losses = losses * position_weights(self.args, output, temperature, self.trie, self._has_gain)
         # Clamped, so that a batch without branching positions gives 0 rather than `0 / 0`
-        loss = losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1)
+        loss = losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1e-6)
         # As in TRL: `num_items_in_batch` counts the positions of every rank, and DDP averages the gradients
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())

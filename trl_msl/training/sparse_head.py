@@ -59,6 +59,8 @@ class SparseCausalLMOutput(ModelOutput):
             Column of the right token.
         parents (`torch.Tensor` of shape `(num_positions,)`, int64, *optional*):
             Trie node whose children each position chooses from.
+        nodes (`torch.Tensor` of shape `(num_supervised,)`, int64):
+            Trie node that is the label of every supervised position, forced ones included, in order.
         is_sampled (`torch.Tensor` of shape `(num_positions,)`, bool, *optional*):
             With `num_negatives`: the positions at which some valid tokens were left out.
         vocab_losses (`torch.Tensor` of shape `(num_supervised,)`, fp32, *optional*):
@@ -71,6 +73,7 @@ class SparseCausalLMOutput(ModelOutput):
     valid_mask: Tensor | None = None
     targets: Tensor | None = None
     parents: Tensor | None = None
+    nodes: Tensor | None = None
     is_sampled: Tensor | None = None
     vocab_losses: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -151,7 +154,7 @@ def _sparse_forward(
         states = hidden[row[branching], column[branching]]
         with maybe_gather_lm_head_ctx(weight, bias):
             output = _sparse_output(trie, nodes[branching], states, project, options.num_negatives)
-    output.vocab_losses = vocab_losses
+    output.nodes, output.vocab_losses = nodes, vocab_losses
     if kwargs.get("output_router_logits"):
         text_config = model.config.get_text_config()
         output.aux_loss = _load_balancing_loss(text_config, backbone_outputs, kwargs.get("attention_mask"))
