@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Train small models in `folder` with the rows that lie there, 8 a step over all processes: all weights, the same from a
-checkpoint on, the same by the loss over the vocabulary, and an adapter. Launched by `test_distributed.py` on one
-process and on several.
+checkpoint on, the same by the weighted loss over the vocabulary, and an adapter. Launched by `test_distributed.py` on
+one process and on several.
 """
 
 import json
@@ -89,7 +89,7 @@ def compare_gradients_of_a_sharded_head() -> None:
 
 train("full")
 train("resumed", resume=True)
-train("vocab", loss={"normalize": "vocab", "temperature": 1.0})
+train("vocab", loss={"normalize": "vocab", "temperature": 1.0, "position_weights": "igd"})
 train("lora", peft_config=LoraConfig(task_type="CAUSAL_LM"))
 process = PartialState()
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
