@@ -18,6 +18,7 @@ from .msl_config import MSLConfig
 from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
 from .task_trainer import TaskTrainerMixin
 from .temperature import TemperatureCallback
+from .training_trie import TrainingTrie
 
 
 class MSLTrainer(TaskTrainerMixin, SFTTrainer):
@@ -35,6 +36,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
       `normalize="vocab"` it is the usual loss instead, over the vocabulary, of every token of a title.
 
     With `supervise_history`, every item of a history is supervised in training, and only the targets in evaluation.
+    With `negatives="seen"`, the valid tokens in training are those that continue some training target.
 
     It logs TRL's `num_tokens`; `temperature`; over positions where several tokens are valid, `valid_token_accuracy`,
     how often the right token has the highest logit among the valid ones, and `target_probability`, its mean
@@ -108,6 +110,12 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             args.max_length = None  # TRL refuses a limit that it does not enforce; the task has enforced it already
         self._supervise_history = args.supervise_history
         self._evaluated: dict[str, float] = {}
+        self._training_trie = TrainingTrie(task.trie)
+        if args.negatives == "seen" and isinstance(kwargs.get("train_dataset"), IterableDataset):
+            raise ValueError(
+                "`negatives` = 'seen' needs all training targets before the first step, but `train_dataset` is a "
+                "stream: pass a `Dataset`, or use 'all'."
+            )
         super().__init__(model, args, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("`train_dataset` holds images, which `MSLTrainer` does not support: leave them out.")
@@ -166,17 +174,22 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
                 f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
             )
 
+    def train(self, *args: Any, **kwargs: Any):
+        if self.args.negatives == "seen":  # now, as the rows may have been replaced
+            self._training_trie = TrainingTrie.of_targets(self.train_dataset, self.trie, self.args.device)
+        return super().train(*args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         if self.args.normalize == "vocab":
             return super()._get_num_items_in_batch(batch_samples, device)
         # Forced positions have no loss, and no part in its mean
         counted = []
-        for batch in batch_samples:
+        for batch in map(self._training_trie.renumber, batch_samples):
             for name in ("labels", "shift_labels"):
                 if name in batch:
                     nodes = batch[name]
-                    trie = self.trie.to(nodes.device)
-                    branching = (nodes != -100) & (trie.num_valid_tokens(nodes.clamp(min=0)) > 1)
+                    trie = self._training_trie.trie.to(nodes.device)
+                    branching = (nodes >= 0) & (trie.num_valid_tokens(nodes.clamp(min=0)) > 1)
                     batch = {**batch, name: nodes.where(branching, -100)}
             counted.append(batch)
         return super()._get_num_items_in_batch(counted, device)
@@ -187,12 +200,16 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         if not self.model.training:
             inputs = self._without_repeated_rows(inputs)
         # Evaluated over all valid tokens at τ = 1, as in ranking, and comparable while τ moves
-        temperature = self.temperature if self.model.training else 1.0
+        trie, temperature = self.trie, 1.0
+        if self.model.training:
+            trie, temperature = self._training_trie.trie, self.temperature
+            inputs = self._training_trie.renumber(inputs)
         over_vocab = self.args.normalize == "vocab"
         options = SparseHeadOptions(
             num_negatives=self.args.num_negatives if self.model.training else None,
             vocab_losses=over_vocab or self.args.log_lml_parts,
             vocab_temperature=temperature if over_vocab else 1.0,
+            trie=trie,
         )
         output = model(**inputs, sparse_lm_head=options)
         if over_vocab:
@@ -211,7 +228,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
         if self.model.training:
-            self._temperature_callback.observe(output, self.trie.first_branching_node)
+            self._temperature_callback.observe(output, trie.first_branching_node)
         self._store_metrics(inputs, output, losses.detach())
         return (loss, output) if return_outputs else loss
 
