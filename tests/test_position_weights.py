@@ -268,6 +268,7 @@ def test_igd_counts_every_supervised_item_of_a_history(tmp_path, catalog, tokeni
         ({"bear_weight": -1.0}, "`bear_weight` is -1.0: it must be a number above -1"),
         ({"igd_weight": 1.5}, "`igd_weight` is 1.5: it must lie between 0 and 1"),
         ({"position_weights": "bear", "normalize": "vocab", "temperature": 1.0}, "'bear' compares .* 'trie'"),
+        ({"position_weights": "igd", "negatives": "seen"}, "'igd' has no effect with `negatives` = 'seen'"),
         ({"position_weights": "bear", "num_negatives": 2, "temperature": 1.0}, "'bear' .* no `num_negatives`"),
     ],
 )
@@ -278,5 +279,5 @@ def test_bad_options(options, message):
 
 def test_igd_needs_the_rows_beforehand(tmp_path, rows, tokenizer, task):
     args = MSLConfig(str(tmp_path), position_weights="igd", **COMMON)
-    with pytest.raises(ValueError, match="`train_dataset` is a `IterableDataset`, .* pass a `Dataset`"):
+    with pytest.raises(ValueError, match="`position_weights` = 'igd' .* is a stream: pass a `Dataset`"):
         MSLTrainer(make_model(tokenizer), args, task=task, train_dataset=rows.to_iterable_dataset())

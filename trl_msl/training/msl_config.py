@@ -56,6 +56,10 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
         supervise_history (`bool`, *optional*, defaults to `False`):
             Whether each item of the history but the first is also a training target, given the ones before it, in the
             same forward. Needs rows with a `history` and a `prompt_template` with `separate_items`.
+        negatives (`str`, *optional*, defaults to `"all"`):
+            Which items the wrong tokens come from in training: `"all"` items of the catalogue (the paper), or only
+            those `"seen"`, the targets of some training row. With `"seen"`, a token that leads only to other items,
+            such as new ones, is not trained down. Evaluation and ranking are over all items.
         num_negatives (`int`, *optional*):
             Number of wrong tokens to draw where more are valid, uniformly with replacement (a token drawn twice counts
             once). Defaults to all of them, as the adaptive temperature requires.
@@ -140,6 +144,14 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
         default=False,
         metadata={"help": "Whether each item of the history is also a target, given the ones before it."},
     )
+    negatives: str = field(
+        default="all",
+        metadata={
+            "help": "Items that the wrong tokens come from in training: 'all' of the catalogue, or only those 'seen' "
+            "as targets of training rows.",
+            "choices": ["all", "seen"],
+        },
+    )
     num_negatives: int | None = field(
         default=None,
         metadata={"help": "Number of wrong tokens to draw where more are valid. Defaults to all of them."},
@@ -201,7 +213,10 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
             raise ValueError(f"`temperature_eta` is {self.temperature_eta}: it must lie between 0 and 1.")
         if not 0 < self.temperature_ema <= 1:
             raise ValueError(f"`temperature_ema` is {self.temperature_ema}: it must be above 0 and at most 1.")
-        for name, (one, other) in {"temperature_positions": ("first", "all"), "normalize": ("trie", "vocab")}.items():
+        choices = {
+            "temperature_positions": ("first", "all"), "normalize": ("trie", "vocab"), "negatives": ("all", "seen")
+        }  # fmt: skip
+        for name, (one, other) in choices.items():
             if getattr(self, name) not in (one, other):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}: it must be {one!r} or {other!r}.")
         self._check_loss()
@@ -223,6 +238,8 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
                         f"`temperature` = 'adaptive' is estimated from all valid tokens, which `{name}` = "
                         f"{getattr(self, name)!r} does not use: pass a number, such as 1.0."
                     )
+        if self.normalize == "vocab" and self.negatives == "seen":
+            raise ValueError("`negatives` = 'seen' has no meaning with `normalize` = 'vocab': leave one of them out.")
         if self.normalize == "vocab" and (self.num_negatives or (self.log_lml_parts and self.temperature != 1)):
             raise ValueError(
                 "`normalize` = 'vocab' takes no `num_negatives`, and `log_lml_parts` only with `temperature` = 1."
@@ -244,6 +261,11 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
             raise ValueError(
                 "`position_weights` = 'bear' compares the probabilities of all valid tokens: use `normalize` = 'trie' "
                 "and no `num_negatives`."
+            )
+        if self.position_weights == "igd" and self.negatives == "seen":
+            raise ValueError(
+                "`position_weights` = 'igd' has no effect with `negatives` = 'seen', which leaves out all positions "
+                "without information gain: leave one of them out."
             )
 
     def _reject_unsupported(self) -> None:

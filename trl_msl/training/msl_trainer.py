@@ -19,6 +19,7 @@ from .position_weights import count_targets, has_information_gain, position_weig
 from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
 from .task_trainer import TaskTrainerMixin
 from .temperature import TemperatureCallback
+from .training_trie import TrainingTrie
 
 
 class MSLTrainer(TaskTrainerMixin, SFTTrainer):
@@ -37,6 +38,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
       `position_weights` the positions of the training loss are weighted.
 
     With `supervise_history`, every item of a history is supervised in training, and only the targets in evaluation.
+    With `negatives="seen"`, the valid tokens in training are those that continue some training target.
 
     It logs TRL's `num_tokens`; `temperature`; over positions where several tokens are valid, `valid_token_accuracy`,
     how often the right token has the highest logit among the valid ones, and `target_probability`, its mean
@@ -110,6 +112,14 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             args.max_length = None  # TRL refuses a limit that it does not enforce; the task has enforced it already
         self._supervise_history = args.supervise_history
         self._evaluated: dict[str, float] = {}
+        self._training_trie = TrainingTrie(task.trie)
+        self._has_gain: Tensor | None = None
+        for name, value, other in (("negatives", "seen", "'all'"), ("position_weights", "igd", "`None`")):
+            if getattr(args, name) == value and isinstance(kwargs.get("train_dataset"), IterableDataset):
+                raise ValueError(
+                    f"`{name}` = {value!r} needs all training targets before the first step, but `train_dataset` is a "
+                    f"stream: pass a `Dataset`, or use {other}."
+                )
         super().__init__(model, args, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("`train_dataset` holds images, which `MSLTrainer` does not support: leave them out.")
@@ -118,9 +128,6 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             raise ValueError("Sequence parallelism (`sp_size` > 1) is not supported: it reduces the model's own loss.")
         add_sparse_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model, task.trie)
         self.add_callback(TemperatureCallback.from_config(args))
-        self._has_gain: Tensor | None = None
-        if args.position_weights == "igd":
-            self._has_gain = has_information_gain(self.trie.to("cpu"), count_targets(self.trie, self.train_dataset))
         # The loss is divided by the count of the whole accumulated batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
 
@@ -171,6 +178,14 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
                 f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
             )
 
+    def train(self, *args: Any, **kwargs: Any):
+        if self.args.negatives == "seen":  # now, as the rows may have been replaced
+            self._training_trie = TrainingTrie.of_targets(self.train_dataset, self.trie, self.args.device)
+        if self.args.position_weights == "igd":
+            trie = self.trie.to("cpu")
+            self._has_gain = has_information_gain(trie, count_targets(trie, self.train_dataset)).to(self.args.device)
+        return super().train(*args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         num_items = self._count_positions(batch_samples, device)
         if self._has_gain is None or num_items is None:
@@ -181,16 +196,16 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
     def _count_positions(self, batch_samples: list, device: torch.device, is_counted: Tensor | None = None):
         """Number of positions with a loss, as `Trainer` counts labels; only of nodes where `is_counted`, if given."""
         counted = []
-        for batch in batch_samples:
+        for batch in map(self._training_trie.renumber, batch_samples):
             for name in ("labels", "shift_labels"):
                 if name in batch:
                     nodes = batch[name]
-                    known, counts = nodes.clamp(min=0), nodes != -100
+                    known, is_loss = nodes.clamp(min=0), nodes >= 0
                     if self.args.normalize == "trie":  # forced positions have no loss, and no part in its mean
-                        counts = counts & (self.trie.to(nodes.device).num_valid_tokens(known) > 1)
+                        is_loss = is_loss & (self._training_trie.trie.to(nodes.device).num_valid_tokens(known) > 1)
                     if is_counted is not None:
-                        counts = counts & is_counted.to(nodes.device)[known]
-                    batch = {**batch, name: nodes.where(counts, -100)}
+                        is_loss = is_loss & is_counted.to(nodes.device)[known]
+                    batch = {**batch, name: nodes.where(is_loss, -100)}
             counted.append(batch)
         return super()._get_num_items_in_batch(counted, device)
 
@@ -200,12 +215,16 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         if not self.model.training:
             inputs, num_items_in_batch = self._without_repeated_rows(inputs), None  # evaluated without weights
         # Evaluated over all valid tokens at τ = 1, as in ranking, and comparable while τ moves
-        temperature = self.temperature if self.model.training else 1.0
+        trie, temperature = self.trie, 1.0
+        if self.model.training:
+            trie, temperature = self._training_trie.trie, self.temperature
+            inputs = self._training_trie.renumber(inputs)
         over_vocab = self.args.normalize == "vocab"
         options = SparseHeadOptions(
             num_negatives=self.args.num_negatives if self.model.training else None,
             vocab_losses=over_vocab or self.args.log_lml_parts,
             vocab_temperature=temperature if over_vocab else 1.0,
+            trie=trie,
         )
         output = model(**inputs, sparse_lm_head=options)
         if over_vocab:
@@ -226,7 +245,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
         if self.model.training:
-            self._temperature_callback.observe(output, self.trie.first_branching_node)
+            self._temperature_callback.observe(output, trie.first_branching_node)
         self._store_metrics(inputs, output, losses.detach())
         return (loss, output) if return_outputs else loss
 

@@ -109,21 +109,13 @@ def count_targets(trie: ItemTrie, rows: Dataset) -> Tensor:
 
     Args:
         trie ([`ItemTrie`]):
-            Trie of the catalogue.
+            Trie of the catalogue, on the CPU.
         rows ([`~datasets.Dataset`]):
             Rows with the `labels` of [`tokenize_rows`].
 
     Returns:
-        `torch.Tensor` of shape `(num_nodes,)`, int64, on the CPU.
-
-    Raises:
-        `ValueError`: if `rows` can't be read beforehand.
+        `torch.Tensor` of shape `(num_nodes,)`, int64.
     """
-    if not isinstance(rows, Dataset):
-        raise ValueError(
-            f"`train_dataset` is a `{type(rows).__name__}`, but `position_weights` = 'igd' counts its targets before "
-            "training: pass a `Dataset`."
-        )
     counts = torch.zeros(trie.num_nodes, dtype=torch.int64)
     for batch in rows.select_columns(["labels"]).with_format("arrow").iter(batch_size=10_000):
         nodes = torch.tensor(compute.list_flatten(batch["labels"]).to_numpy(), dtype=torch.int64)

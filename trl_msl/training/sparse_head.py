@@ -34,12 +34,16 @@ class SparseHeadOptions:
             Language modeling loss, over the whole vocabulary, of every supervised position.
         vocab_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of these losses, as in [`masked_softmax_loss`].
+        trie ([`ItemTrie`], *optional*):
+            Trie whose nodes are the labels and whose tokens are valid, in place of the catalogue's: a
+            [`~trl_msl.trie.subset`] of it.
     """
 
     valid_logits: bool = True
     num_negatives: int | None = None
     vocab_losses: bool = False
     vocab_temperature: float = 1.0
+    trie: ItemTrie | None = None
 
 
 @dataclass
@@ -118,7 +122,7 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             return original_forward(self, *args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
         options = SparseHeadOptions() if sparse_lm_head is True else sparse_lm_head
         nodes = labels[:, 1:] if shift_labels is None else shift_labels
-        return _sparse_forward(self, trie, nodes, options, *args, **kwargs)
+        return _sparse_forward(self, options.trie or trie, nodes, options, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
 
