@@ -43,7 +43,7 @@ __all__ = [
     "read_windows",
     "sliding_windows",
     "split_by_time",
-    "texts_with_special_tokens",
     "supervised_items",
+    "texts_with_special_tokens",
     "tokenize_rows",
 ]
