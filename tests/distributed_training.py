@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Train small models in `folder` with the rows that lie there, 8 a step over all processes: all weights, the same from a
-checkpoint on, the same by the loss over the vocabulary, and an adapter. Launched by `test_distributed.py` on one
-process and on several.
+checkpoint on, the same by the weighted loss over the vocabulary and with negatives from some of the items, and an
+adapter. Launched by `test_distributed.py` on one process and on several.
 """
 
 import json
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from trl_msl import ItemCatalog, MSLConfig, MSLTrainer, PromptTemplate, RankingTask, masked_softmax_loss, tokenize_rows
+from trl_msl.data import supervised_items
 from trl_msl.model import is_sharded
 from trl_msl.training import add_sparse_lm_head
 
@@ -48,7 +49,7 @@ def train(name: str, resume: bool = False, loss: dict | None = None, **kwargs) -
         adam_epsilon=1.0,  # or a gradient of nearly 0 would count by its sign alone
         **(loss or {}),
     )  # fmt: skip
-    trainer = MSLTrainer(str(folder / "base"), config, task=task, train_dataset=rows, **kwargs)
+    trainer = MSLTrainer(str(folder / "base"), config, task=task, **{"train_dataset": rows, **kwargs})
     save = RankingTask.save_pretrained
     with mock.patch.object(RankingTask, "save_pretrained", autospec=True, side_effect=save) as saved:
         trainer.train(resume_from_checkpoint=str(out / "full" / "checkpoint-2") if resume else None)
@@ -89,7 +90,10 @@ def compare_gradients_of_a_sharded_head() -> None:
 
 train("full")
 train("resumed", resume=True)
-train("vocab", loss={"normalize": "vocab", "temperature": 1.0})
+train("vocab", loss={"normalize": "vocab", "temperature": 1.0, "position_weights": "igd"})
+some = rows.filter(lambda row: row["labels"][-1] > 0 and row["labels"][-1] % 3)
+assert len(supervised_items(some, task.trie)) < len(task.catalog)
+train("seen", loss={"negatives": "seen"}, train_dataset=some.select(index % len(some) for index in range(32)))
 train("lora", peft_config=LoraConfig(task_type="CAUSAL_LM"))
 process = PartialState()
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":

@@ -39,7 +39,8 @@ def test_two_processes_train_as_one(kind, folder):
     if kind == "fsdp2" and not AVERAGES:
         pytest.skip("FSDP2 of older PyTorch sums gradients over gloo where it should average them")
     launch(SCRIPT, folder, folder / kind, num_processes=2, config=kind)
-    for name, weights in (("full", "model"), ("vocab", "model"), ("lora", "adapter_model"), ("resumed", "model")):
+    names = ("full", "vocab", "seen", "lora", "resumed")
+    for name, weights in zip(names, ("model", "model", "model", "adapter_model", "model")):
         expected = load_file(folder / "one" / ("full" if name == "resumed" else name) / f"{weights}.safetensors")
         found = load_file(folder / kind / name / f"{weights}.safetensors")
         assert found.keys() == expected.keys()

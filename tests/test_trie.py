@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from trl_msl import ItemTrie
+from trl_msl.trie import subset
 from trl_msl.trie.arrays import _checksum
 
 
@@ -108,6 +109,24 @@ def test_statistics():
         {"depth": 3, "nodes": 2, "branching_nodes": 0, "items": 2, "mean_children": 0.0, "max_children": 0},
     ]
     assert trie.first_branching_node == 1  # the root has one child, as where every title begins with a quote
+
+
+@given(any_sequences, st.data())
+def test_a_subset_is_the_trie_of_its_items(sequences, data):
+    trie = ItemTrie.from_sequences(sequences, VOCAB_SIZE)
+    items = data.draw(st.lists(st.integers(0, len(sequences) - 1), min_size=1, unique=True))
+    part, nodes = subset(trie, torch.tensor(items))
+    expected = ItemTrie.from_sequences([sequences[item] for item in items], VOCAB_SIZE)
+    for name in ("first_child", "edges", "item_nodes"):
+        assert torch.equal(getattr(part, name), getattr(expected, name))
+    assert nodes[0] == 0
+    for sequence in sequences:  # every node by its path
+        assert nodes[trie.walk(torch.tensor(sequence))].tolist() == part.walk(torch.tensor(sequence)).tolist()
+
+
+def test_a_subset_needs_an_item():
+    with pytest.raises(ValueError, match="`items` is empty: a trie needs at least one item"):
+        subset(ItemTrie.from_sequences([[1]]), torch.tensor([], dtype=torch.int64))
 
 
 def test_single_item_has_no_branching_node():

@@ -8,7 +8,7 @@ from .interactions import k_core, read_interactions, read_windows, sliding_windo
 from .item_tokens import encode_items, texts_with_special_tokens
 from .options import DataArguments, read_data, read_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
-from .rows import build_rows, check_columns, completion_text, have_single_items, tokenize_rows
+from .rows import build_rows, check_columns, completion_text, have_single_items, supervised_items, tokenize_rows
 from .tables import ids_as_strings, parse_list, read_table
 from .task import RankingTask
 from .task_files import TASK_FILE, TASK_FILES
@@ -43,6 +43,7 @@ __all__ = [
     "read_windows",
     "sliding_windows",
     "split_by_time",
+    "supervised_items",
     "texts_with_special_tokens",
     "tokenize_rows",
 ]

@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 from trl import is_conversational
 
+from ..trie import ItemTrie
 from .fit_prompts import supervised_prompts
 from .task import RankingTask
 
@@ -140,6 +143,32 @@ def have_single_items(prompts: Iterable[list[int]], task: RankingTask) -> bool:
         if not left:
             return True
     return False
+
+
+def supervised_items(rows: Dataset, trie: ItemTrie) -> Tensor:
+    """
+    Items that are a target of some row.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Rows with `labels`, as [`tokenize_rows`] makes them; packed or not.
+        trie ([`ItemTrie`]):
+            The task's trie, whose nodes are the labels.
+
+    Returns:
+        `torch.Tensor` of shape `(num_targets,)`, int64: their indices, ascending; with each item all of the same text.
+    """
+    trie = trie.to("cpu")
+    end_token = trie.tokens(trie.item_nodes[0])
+    is_target = torch.zeros(trie.num_nodes, dtype=torch.bool)
+    for batch in rows.select_columns("labels").with_format("numpy").iter(batch_size=10_000):
+        nodes = torch.from_numpy(np.concatenate(batch["labels"])).long()
+        nodes = nodes[nodes != -100]
+        last = nodes[trie.parents(nodes).roll(-1) != nodes]
+        # Where nothing separates the items of a history, there is no position for an item's end
+        end = trie.child(last, end_token.expand_as(last))
+        is_target[torch.where(end < 0, last, end)] = True
+    return is_target[trie.item_nodes].nonzero().squeeze(1)
 
 
 def check_columns(batch: dict[str, list]) -> None:

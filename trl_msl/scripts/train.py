@@ -41,8 +41,8 @@ from .train_and_evaluate import DecodingArguments, train_and_evaluate, trainer_o
 
 
 REPORTED = (
-    "normalize", "temperature", "learning_rate", "num_train_epochs", "max_steps", "supervise_history", "num_negatives",
-    "negative_scale",
+    "normalize", "temperature", "learning_rate", "num_train_epochs", "max_steps", "supervise_history", "negatives",
+    "num_negatives", "negative_scale", "position_weights", "bear_beams", "bear_scale", "bear_weight", "igd_weight",
 )  # fmt: skip
 
 

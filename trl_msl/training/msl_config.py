@@ -56,12 +56,33 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
         supervise_history (`bool`, *optional*, defaults to `False`):
             Whether each item of the history but the first is also a training target, given the ones before it, in the
             same forward. Needs rows with a `history` and a `prompt_template` with `separate_items`.
+        negatives (`str`, *optional*, defaults to `"all"`):
+            Which items the wrong tokens come from in training: `"all"` items of the catalogue (the paper), or only
+            those `"seen"`, the targets of some training row. With `"seen"`, a token that leads only to other items,
+            such as new ones, is not trained down. Evaluation and ranking are over all items.
         num_negatives (`int`, *optional*):
             Number of wrong tokens to draw where more are valid, uniformly with replacement (a token drawn twice counts
             once). Defaults to all of them, as the adaptive temperature requires.
         negative_scale (`float`, *optional*, defaults to `1.0`):
             Factor on the sum over drawn negatives, as in the scaled cross-entropy (SCE) of
             [Xu et al.](https://huggingface.co/papers/2408.14238).
+        position_weights (`str`, *optional*):
+            Weights on the positions of the training loss: `"bear"`, more weight where the target is among the
+            `bear_beams` most probable valid tokens, as in the released code of
+            [BEAR](https://huggingface.co/papers/2601.22925); or `"igd"`, less weight where the token rules out no
+            target of the training rows, as in [IGD](https://huggingface.co/papers/2506.13229). Defaults to none.
+            See [`bear_weights`] and [`has_information_gain`] for the equations.
+        bear_beams (`int`, *optional*, defaults to `10`):
+            B of BEAR: number of beams of the search that it prepares for.
+        bear_scale (`float`, *optional*, defaults to `2.75`):
+            ξ of BEAR: how far from the B-th most probable token the weights change. The value is that of the command
+            line in the authors' repository.
+        bear_weight (`float`, *optional*, defaults to `0.25`):
+            λ of BEAR, from the same place: weights lie between 1 and 1 + λ. With a value between -1 and 0 targets
+            *outside* the B most probable tokens have the larger weight.
+        igd_weight (`float`, *optional*, defaults to `0.1`):
+            β of IGD: weight of tokens without information gain, between 0 and 1. The value is the one that the
+            authors recommend to begin with.
         log_lml_parts (`bool`, *optional*, defaults to `False`):
             Whether to log the language modeling loss (LML) of the titles and its two parts (Eq. 2-4): `lml1`, minus
             the log-probability of the valid tokens, and `lml2`, the masked softmax loss at τ = 1. Costs a projection
@@ -123,6 +144,14 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
         default=False,
         metadata={"help": "Whether each item of the history is also a target, given the ones before it."},
     )
+    negatives: str = field(
+        default="all",
+        metadata={
+            "help": "Items that the wrong tokens come from in training: 'all' of the catalogue, or only those 'seen' "
+            "as targets of training rows.",
+            "choices": ["all", "seen"],
+        },
+    )
     num_negatives: int | None = field(
         default=None,
         metadata={"help": "Number of wrong tokens to draw where more are valid. Defaults to all of them."},
@@ -130,6 +159,29 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
     negative_scale: float = field(
         default=1.0,
         metadata={"help": "Factor on the sum over drawn negatives (scaled cross-entropy)."},
+    )
+    position_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights on the positions of the training loss: 'bear' (beam search) or 'igd' (information gain).",
+            "choices": ["bear", "igd"],
+        },
+    )
+    bear_beams: int = field(
+        default=10,
+        metadata={"help": "B of BEAR: number of beams of the search that it prepares for."},
+    )
+    bear_scale: float = field(
+        default=2.75,
+        metadata={"help": "ξ of BEAR: how far from the B-th most probable token the weights change."},
+    )
+    bear_weight: float = field(
+        default=0.25,
+        metadata={"help": "λ of BEAR: weights lie between 1 and 1 + λ. Must be above -1."},
+    )
+    igd_weight: float = field(
+        default=0.1,
+        metadata={"help": "β of IGD: weight of tokens without information gain, between 0 and 1."},
     )
     log_lml_parts: bool = field(
         default=False,
@@ -161,10 +213,14 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
             raise ValueError(f"`temperature_eta` is {self.temperature_eta}: it must lie between 0 and 1.")
         if not 0 < self.temperature_ema <= 1:
             raise ValueError(f"`temperature_ema` is {self.temperature_ema}: it must be above 0 and at most 1.")
-        for name, (one, other) in {"temperature_positions": ("first", "all"), "normalize": ("trie", "vocab")}.items():
+        choices = {
+            "temperature_positions": ("first", "all"), "normalize": ("trie", "vocab"), "negatives": ("all", "seen")
+        }  # fmt: skip
+        for name, (one, other) in choices.items():
             if getattr(self, name) not in (one, other):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}: it must be {one!r} or {other!r}.")
         self._check_loss()
+        self._check_position_weights()
         self._reject_unsupported()
 
     def _check_loss(self) -> None:
@@ -182,12 +238,35 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
                         f"`temperature` = 'adaptive' is estimated from all valid tokens, which `{name}` = "
                         f"{getattr(self, name)!r} does not use: pass a number, such as 1.0."
                     )
+        if self.normalize == "vocab" and self.negatives == "seen":
+            raise ValueError("`negatives` = 'seen' has no meaning with `normalize` = 'vocab': leave one of them out.")
         if self.normalize == "vocab" and (self.num_negatives or (self.log_lml_parts and self.temperature != 1)):
             raise ValueError(
                 "`normalize` = 'vocab' takes no `num_negatives`, and `log_lml_parts` only with `temperature` = 1."
             )
         if self.num_negatives and self.log_lml_parts:
             raise ValueError("`log_lml_parts` needs all valid tokens: leave it or `num_negatives` out.")
+
+    def _check_position_weights(self) -> None:
+        if self.position_weights not in (None, "bear", "igd"):
+            raise ValueError(f"`position_weights` is {self.position_weights!r}: it must be 'bear', 'igd' or `None`.")
+        if not (isinstance(self.bear_beams, int) and self.bear_beams > 0):
+            raise ValueError(f"`bear_beams` is {self.bear_beams!r}: it must be a whole number above 0.")
+        self.bear_scale = _positive("bear_scale", self.bear_scale)
+        if not -1 < self.bear_weight < float("inf"):
+            raise ValueError(f"`bear_weight` is {self.bear_weight}: it must be a number above -1.")
+        if not 0 <= self.igd_weight <= 1:
+            raise ValueError(f"`igd_weight` is {self.igd_weight}: it must lie between 0 and 1.")
+        if self.position_weights == "bear" and (self.normalize != "trie" or self.num_negatives):
+            raise ValueError(
+                "`position_weights` = 'bear' compares the probabilities of all valid tokens: use `normalize` = 'trie' "
+                "and no `num_negatives`."
+            )
+        if self.position_weights == "igd" and self.negatives == "seen":
+            raise ValueError(
+                "`position_weights` = 'igd' has no effect with `negatives` = 'seen', which leaves out all positions "
+                "without information gain: leave one of them out."
+            )
 
     def _reject_unsupported(self) -> None:
         """Raise for options of SFT that would change the loss's meaning, or have no effect on it."""

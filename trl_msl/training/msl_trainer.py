@@ -15,9 +15,11 @@ from trl import SFTTrainer
 from ..data import RankingTask, have_single_items, tokenize_rows
 from .losses import masked_softmax_loss
 from .msl_config import MSLConfig
+from .position_weights import count_targets, has_information_gain, position_weights
 from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
 from .task_trainer import TaskTrainerMixin
 from .temperature import TemperatureCallback
+from .training_trie import TrainingTrie
 
 
 class MSLTrainer(TaskTrainerMixin, SFTTrainer):
@@ -32,9 +34,11 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
       where several tokens are valid;
     - the loss is [`masked_softmax_loss`], averaged over those positions, with a fixed or an adaptive temperature. As
       τ moves, so does the scale of the training loss; `eval_loss` is taken at τ = 1 and stays comparable. With
-      `normalize="vocab"` it is the usual loss instead, over the vocabulary, of every token of a title.
+      `normalize="vocab"` it is the usual loss instead, over the vocabulary, of every token of a title. With
+      `position_weights` the positions of the training loss are weighted.
 
     With `supervise_history`, every item of a history is supervised in training, and only the targets in evaluation.
+    With `negatives="seen"`, the valid tokens in training are those that continue some training target.
 
     It logs TRL's `num_tokens`; `temperature`; over positions where several tokens are valid, `valid_token_accuracy`,
     how often the right token has the highest logit among the valid ones, and `target_probability`, its mean
@@ -108,6 +112,14 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             args.max_length = None  # TRL refuses a limit that it does not enforce; the task has enforced it already
         self._supervise_history = args.supervise_history
         self._evaluated: dict[str, float] = {}
+        self._training_trie = TrainingTrie(task.trie)
+        self._has_gain: Tensor | None = None
+        for name, value, other in (("negatives", "seen", "'all'"), ("position_weights", "igd", "`None`")):
+            if getattr(args, name) == value and isinstance(kwargs.get("train_dataset"), IterableDataset):
+                raise ValueError(
+                    f"`{name}` = {value!r} needs all training targets before the first step, but `train_dataset` is a "
+                    f"stream: pass a `Dataset`, or use {other}."
+                )
         super().__init__(model, args, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("`train_dataset` holds images, which `MSLTrainer` does not support: leave them out.")
@@ -166,18 +178,34 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
                 f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
             )
 
+    def train(self, *args: Any, **kwargs: Any):
+        if self.args.negatives == "seen":  # now, as the rows may have been replaced
+            self._training_trie = TrainingTrie.of_targets(self.train_dataset, self.trie, self.args.device)
+        if self.args.position_weights == "igd":
+            trie = self.trie.to("cpu")
+            self._has_gain = has_information_gain(trie, count_targets(trie, self.train_dataset)).to(self.args.device)
+        return super().train(*args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
-        if self.args.normalize == "vocab":
-            return super()._get_num_items_in_batch(batch_samples, device)
-        # Forced positions have no loss, and no part in its mean
+        num_items = self._count_positions(batch_samples, device)
+        if self._has_gain is None or num_items is None:
+            return num_items
+        weight, num_with_gain = self.args.igd_weight, self._count_positions(batch_samples, device, self._has_gain)
+        return weight * num_items + (1 - weight) * num_with_gain  # the sum of the weights
+
+    def _count_positions(self, batch_samples: list, device: torch.device, is_counted: Tensor | None = None):
+        """Number of positions with a loss, as `Trainer` counts labels; only of nodes where `is_counted`, if given."""
         counted = []
-        for batch in batch_samples:
+        for batch in map(self._training_trie.renumber, batch_samples):
             for name in ("labels", "shift_labels"):
                 if name in batch:
                     nodes = batch[name]
-                    trie = self.trie.to(nodes.device)
-                    branching = (nodes != -100) & (trie.num_valid_tokens(nodes.clamp(min=0)) > 1)
-                    batch = {**batch, name: nodes.where(branching, -100)}
+                    known, is_loss = nodes.clamp(min=0), nodes >= 0
+                    if self.args.normalize == "trie":  # forced positions have no loss, and no part in its mean
+                        is_loss = is_loss & (self._training_trie.trie.to(nodes.device).num_valid_tokens(known) > 1)
+                    if is_counted is not None:
+                        is_loss = is_loss & is_counted.to(nodes.device)[known]
+                    batch = {**batch, name: nodes.where(is_loss, -100)}
             counted.append(batch)
         return super()._get_num_items_in_batch(counted, device)
 
@@ -185,14 +213,18 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         if not self.model.training:
-            inputs = self._without_repeated_rows(inputs)
+            inputs, num_items_in_batch = self._without_repeated_rows(inputs), None  # evaluated without weights
         # Evaluated over all valid tokens at τ = 1, as in ranking, and comparable while τ moves
-        temperature = self.temperature if self.model.training else 1.0
+        trie, temperature = self.trie, 1.0
+        if self.model.training:
+            trie, temperature = self._training_trie.trie, self.temperature
+            inputs = self._training_trie.renumber(inputs)
         over_vocab = self.args.normalize == "vocab"
         options = SparseHeadOptions(
             num_negatives=self.args.num_negatives if self.model.training else None,
             vocab_losses=over_vocab or self.args.log_lml_parts,
             vocab_temperature=temperature if over_vocab else 1.0,
+            trie=trie,
         )
         output = model(**inputs, sparse_lm_head=options)
         if over_vocab:
@@ -202,8 +234,10 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             scale = None if sampled is None else torch.where(sampled, self.args.negative_scale, 1.0)
             losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets, temperature, scale)
         num_items = len(losses) if num_items_in_batch is None else num_items_in_batch
+        if self.model.training and self.args.position_weights:
+            losses = losses * position_weights(self.args, output, temperature, self.trie, self._has_gain)
         # Clamped, so that a batch without branching positions gives 0 rather than `0 / 0`
-        loss = losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1)
+        loss = losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1e-6)
         # As in TRL: `num_items_in_batch` counts the positions of every rank, and DDP averages the gradients
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -211,7 +245,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
         if self.model.training:
-            self._temperature_callback.observe(output, self.trie.first_branching_node)
+            self._temperature_callback.observe(output, trie.first_branching_node)
         self._store_metrics(inputs, output, losses.detach())
         return (loss, output) if return_outputs else loss
 

@@ -34,12 +34,16 @@ class SparseHeadOptions:
             Language modeling loss, over the whole vocabulary, of every supervised position.
         vocab_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of these losses, as in [`masked_softmax_loss`].
+        trie ([`ItemTrie`], *optional*):
+            Trie whose nodes are the labels and whose tokens are valid, in place of the catalogue's: a
+            [`~trl_msl.trie.subset`] of it.
     """
 
     valid_logits: bool = True
     num_negatives: int | None = None
     vocab_losses: bool = False
     vocab_temperature: float = 1.0
+    trie: ItemTrie | None = None
 
 
 @dataclass
@@ -59,6 +63,8 @@ class SparseCausalLMOutput(ModelOutput):
             Column of the right token.
         parents (`torch.Tensor` of shape `(num_positions,)`, int64, *optional*):
             Trie node whose children each position chooses from.
+        nodes (`torch.Tensor` of shape `(num_supervised,)`, int64):
+            Trie node that is the label of every supervised position, forced ones included, in order.
         is_sampled (`torch.Tensor` of shape `(num_positions,)`, bool, *optional*):
             With `num_negatives`: the positions at which some valid tokens were left out.
         vocab_losses (`torch.Tensor` of shape `(num_supervised,)`, fp32, *optional*):
@@ -71,6 +77,7 @@ class SparseCausalLMOutput(ModelOutput):
     valid_mask: Tensor | None = None
     targets: Tensor | None = None
     parents: Tensor | None = None
+    nodes: Tensor | None = None
     is_sampled: Tensor | None = None
     vocab_losses: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -115,7 +122,7 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             return original_forward(self, *args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
         options = SparseHeadOptions() if sparse_lm_head is True else sparse_lm_head
         nodes = labels[:, 1:] if shift_labels is None else shift_labels
-        return _sparse_forward(self, trie, nodes, options, *args, **kwargs)
+        return _sparse_forward(self, options.trie or trie, nodes, options, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
 
@@ -151,7 +158,7 @@ def _sparse_forward(
         states = hidden[row[branching], column[branching]]
         with maybe_gather_lm_head_ctx(weight, bias):
             output = _sparse_output(trie, nodes[branching], states, project, options.num_negatives)
-    output.vocab_losses = vocab_losses
+    output.nodes, output.vocab_losses = nodes, vocab_losses
     if kwargs.get("output_router_logits"):
         text_config = model.config.get_text_config()
         output.aux_loss = _load_balancing_loss(text_config, backbone_outputs, kwargs.get("attention_mask"))

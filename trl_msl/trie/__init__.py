@@ -5,6 +5,7 @@ from .arrays import TRIE_FILE, check_regular, read_checksum, replacing
 from .compressed import CompressedTrie
 from .item_trie import ItemTrie
 from .ragged import logsumexp_by_row, pad_rows, ragged_arange
+from .subset import subset
 
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "ragged_arange",
     "read_checksum",
     "replacing",
+    "subset",
 ]
