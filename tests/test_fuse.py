@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights chosen on candidates, against the slow and obvious way; and the command that fuses a model with neighbours."""
+"""Weights chosen on candidates, against a naive loop; and the command that fuses a model with neighbours."""
 
 import itertools
 import math
@@ -68,7 +68,8 @@ def test_candidates_of_two_searches():
     for user in range(30):
         found = [item for item in joined.items[user].tolist() if item >= 0]
         assert sorted(found) == sorted({*one.items[user].tolist(), *other.items[user].tolist()} - {-1})
-    every = Candidates(np.tile(np.arange(20), (30, 1)), np.tile(values[0], (30, 1)), np.tile(values[1:, None], (30, 1)))
+    scores, *parts = np.tile(values[:, None], (1, 30, 1))
+    every = Candidates(np.tile(np.arange(20), (30, 1)), scores, np.array(parts))
     every.items[[[item not in row for item in range(20)] for row in joined.items]] = -1
     targets = np.arange(30)
     assert joined.ranks(targets, (0.5, 2.0)).tolist() == every.ranks(targets, (0.5, 2.0)).tolist()

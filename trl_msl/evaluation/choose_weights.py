@@ -74,8 +74,8 @@ def choose_weights(
     candidates: Mapping[float, Candidates], targets: np.ndarray, grids: Sequence[Sequence[float]], k: int = 10
 ) -> Choice:
     """
-    Try all combinations of weights on the candidates of all values of `vocab_weight`. Of equally good ones the simplest
-    is chosen: with the most zeros, then with the smallest sum of absolute values.
+    Try all combinations of weights on the candidates of all values of `vocab_weight`. Of equally good ones the
+    simplest is chosen: with the most zeros, then with the smallest sum of absolute values.
 
     A target that is no candidate counts as a miss, and an item that is none takes no place, so the NDCG is
     approximate where candidates were found by weights far from those tried: search again by the weights chosen, and
