@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from transformers import AutoTokenizer
 
+from ..collaborative import load_fusion
 from ..data import RankingTask, read_items
 from ..recommender import find_folder, find_task_folder
 from .command_line import command
@@ -69,6 +70,8 @@ def main(args: UpdateArguments) -> None:
         added = read_items(args.add, args.item_column, args.text_column, **policies) if args.add else None
         updated = task.update(added, args.withdraw, args.restore)
         copy_model(folder, updated_folder)
+        if fusion := load_fusion(folder, len(task.catalog)):
+            fusion.extend(len(updated.catalog)).save_pretrained(updated_folder)
         updated.save_pretrained(updated_folder)
         shared = updated.shared_prefixes()
         summary, *details = describe(updated, shared)
