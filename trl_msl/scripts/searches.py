@@ -146,9 +146,10 @@ def values_of(sparse: SparseBias, items: np.ndarray) -> np.ndarray:
     values = np.zeros(items.shape)
     for row, wanted, known, of_known in zip(values, items, sparse.items, sparse.values):
         if len(known):
-            order = np.argsort(known)
+            known, of_known = np.asarray(known), np.asarray(of_known)
+            order = known.argsort()
             places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
-            row[:] = np.where(np.asarray(known)[places] == wanted, np.asarray(of_known)[places], 0.0)
+            row[:] = np.where(known[places] == wanted, of_known[places], 0.0)
     return values
 
 
