@@ -28,7 +28,7 @@ from .outputs import write_json, write_text
 
 NUM_PERMUTATIONS = 10_000
 COSTS = ("train_seconds", "test_seconds", "num_parameters", "num_trainable_parameters")
-MEANS = ("coverage", "validation_ndcg@10", "cold_targets", *COSTS)
+MEANS = ("coverage", "validation_ndcg@10", "num_cold", *COSTS)
 
 
 @dataclass
