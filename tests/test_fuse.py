@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -208,20 +207,20 @@ def test_weights_that_do_not_help(model, tmp_path, capsys):
     run(fuse, "--model_name_or_path", model, "--output_dir", tmp_path / "out", *options, "--num_candidates", 10)
     output = capsys.readouterr().out
     assert "neighbour_weight is 0: no other weight was better on validation." in output
-    assert "So the fused ranking is that of the model alone." in output
+    assert "fused - neighbours, NDCG@10 on validation: -" in output and "fused - model" not in output
     metrics = read(tmp_path / "out")
     assert metrics["test"]["fused"] == metrics["test"]["model"]
 
 
-def test_too_few_validation_users_to_tell():
-    split = SimpleNamespace(targets=np.arange(8))
-    chosen = {"vocab_weight": 0.0, "popularity_weight": 1.0, "neighbour_weight": 0.0}
-    misses, hit = np.full((8, 1), 99), np.arange(8)[:, None]
-    few = np.where(np.arange(8)[:, None] < 1, hit, misses)
-    for items, is_enough in ((few, False), (hit, True)):
-        found = {"fused": SimpleNamespace(items=items), "model": SimpleNamespace(items=misses)}
-        lines = fuse.describe(chosen, split, found)
-        assert ("too few to tell" in lines[-1]) != is_enough
+def test_whether_validation_tells():
+    args, chosen = fuse.FuseArguments(output_dir="out"), dict.fromkeys(fuse.WEIGHTS, 1.0)
+    misses, few, all_hit = np.full(8, -1), np.where(np.arange(8) < 1, 0, -1), np.zeros(8, dtype=int)
+    verdicts = [(few, misses, "too few users to tell which is better"), (all_hit, misses, "better")]
+    for ranks, others, verdict in [*verdicts, (misses, all_hit, "worse")]:
+        validated = {name: fuse.Ranking(None, of, {}) for name, of in (("model", others), ("fused", ranks))}
+        lines = fuse.describe(args, chosen, validated)
+        assert lines[-1].startswith("fused - model, NDCG@10 on validation: ") and lines[-1].endswith(f"], {verdict}")
+        assert "popularity_weight is the largest that was tried: try larger ones by --popularity_weights." in lines
 
 
 def test_scores_of_another_model(model, tmp_path, task, capsys):
@@ -274,9 +273,9 @@ def test_withdrawn_items_are_not_found(task, tmp_path):
     fusion = Fusion(torch.tensor([9 - item % 9 for item in range(150)]), neighbours, 0.0, 1.0, 4.0)
     one = searches.Searches(make_model(task.tokenizer), task, tmp_path, max_expansions=5000, batch_size=4)
     assert not np.isin(one.find(split, fusion, 148).items, [3, 5]).any()
-    ranked = searches.rank_without_model(fusion, [[7], [9], []], one.available, 4)
+    ranked = searches.rank_without_model(fusion, [[7], [9], []], one.available)
     # The neighbours of 7 but for 3 and 5, and none of 9; then the most popular ones
-    assert ranked.tolist() == [[8, 0, 9, 18], [0, 9, 18, 27], [0, 9, 18, 27]]
+    assert ranked[:, :4].tolist() == [[8, 0, 9, 18], [0, 9, 18, 27], [0, 9, 18, 27]]
 
 
 def test_values_of_items():

@@ -35,7 +35,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,6 @@ from trl import ModelConfig
 
 from ..collaborative import Fusion, ItemNeighbours, count_users
 from ..data import DataArguments, RankingTask
-from ..decoding import Recommendations
 from ..evaluation import (
     bootstrap_interval,
     choose_weights,
@@ -54,6 +53,7 @@ from ..evaluation import (
     ranks_of_targets,
 )
 from ..recommender import find_folder
+from .baselines import TOP_K
 from .command_line import command
 from .derived import copy_model, new_folder, write_card
 from .loading import Data, load_model
@@ -65,8 +65,7 @@ from .trained import load_trained
 
 logger = logging.getLogger(__name__)
 
-TOP_K = 10
-COLUMNS = ("ndcg@10", "ndcg@10_warm", "ndcg@10_cold", "expansions_mean", "exact_rate")
+COLUMNS = (f"ndcg@{TOP_K}", "expansions_mean", "exact_rate")
 WEIGHTS = ("vocab_weight", "popularity_weight", "neighbour_weight")
 
 
@@ -107,7 +106,8 @@ class FuseArguments:
         default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 1.0], metadata={"help": "Weights of popularity to try."}
     )
     neighbour_weights: list[float] = field(
-        default_factory=lambda: [0.0, 0.5, 1.0, 2.0, 4.0, 8.0], metadata={"help": "Weights of the neighbours to try."}
+        default_factory=lambda: [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0],
+        metadata={"help": "Weights of the neighbours to try."},
     )
     decays: list[float] = field(
         default_factory=lambda: [0.3, 0.5, 0.7, 0.85, 1.0], metadata={"help": "Decays of item-kNN to try."}
@@ -135,6 +135,19 @@ class FuseArguments:
             setattr(self, name, sorted({0.0, *weights}))
 
 
+class Ranking(NamedTuple):
+    """The items that a system recommends to each user of a split, the ranks of the targets, and its metrics."""
+
+    items: np.ndarray
+    ranks: np.ndarray
+    metrics: dict[str, float]
+
+    @property
+    def values(self) -> np.ndarray:
+        """NDCG of each user."""
+        return per_user_metrics(self.ranks, (TOP_K,))[f"ndcg@{TOP_K}"]
+
+
 def main(args: FuseArguments, data_args: DataArguments, model_args: ModelConfig) -> None:
     if Path(args.output_dir).exists():
         raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
@@ -151,20 +164,22 @@ def main(args: FuseArguments, data_args: DataArguments, model_args: ModelConfig)
     fusion, settings = fit(args, data, splits, searches.available)
     vocab_only, best = choose(args, searches, validation, fusion)
     process.wait_for_everyone()
-    found, results = {}, {}
-    for split in splits:  # no test window has been ranked before
-        found[split.name] = rank(split, searches, fusion, vocab_only, best)
-        results[split.name] = {name: measure(row, split, task) for name, row in found[split.name].items()}
+    # No test window has been ranked before
+    found = {split.name: rank(split, searches, fusion, vocab_only, best) for split in splits}
     process.wait_for_everyone()  # before the main process removes what others may still read
     if process.is_main_process:
+        results = {split: {name: row.metrics for name, row in rows.items()} for split, rows in found.items()}
         chosen = {name: getattr(best, name) for name in WEIGHTS} | settings
-        write(args, model_args, data, task, best, test, found["test"], {"chosen": chosen, **results})
+        notes = describe(args, chosen, found["validation"])
+        arguments = {"model_name_or_path": model_args.model_name_or_path, **vars(args), "data": vars(data.args)}
+        report = {"chosen": chosen, "notes": notes, **results, "arguments": arguments}
+        write(args, model_args, data, task, best, test.target_ids, found["test"], report)
         shutil.rmtree(parts)
         for split in splits:
-            num_cold = int(split.is_cold.sum())
-            title = f"{split.name.capitalize()}, {len(split.targets)} users ({num_cold} with a cold target)"
-            print(f"\n{title}, {len(task.catalog)} items\n{format_table(results[split.name], COLUMNS)}")
-        print("", *describe(chosen, validation, found["validation"]), f"\n{args.output_dir}/metrics.json", sep="\n")
+            title = f"{split.name.capitalize()}, {len(split.targets)} users, {len(task.catalog)} items"
+            title += f", {split.is_cold.sum()} cold targets"
+            print(f"\n{title}\n{format_table(results[split.name], COLUMNS)}")
+        print("", *notes, f"\n{args.output_dir}/metrics.json", sep="\n")
     finish()
 
 
@@ -188,7 +203,7 @@ def fit(args: FuseArguments, data: Data, splits: list[Split], available: list[in
         fitted = ItemNeighbours.fit(*windows, args.num_neighbours, shrinkage)
         for decay in args.decays:
             tried = dataclasses.replace(fusion, neighbours=dataclasses.replace(fitted, decay=decay))
-            ndcg = mean_ndcg(rank_without_model(tried, validation.histories, available, TOP_K), validation)
+            ndcg = mean_ndcg(rank_without_model(tried, validation.histories, available), validation)
             if ndcg > best_ndcg:
                 best, best_ndcg, best_fusion = {"decay": decay, "shrinkage": shrinkage}, ndcg, tried
     logger.info("Item-kNN with decay %g and shrinkage %g: NDCG@10 %.4f on validation", *best.values(), best_ndcg)
@@ -232,52 +247,50 @@ def choose(args: FuseArguments, searches: Searches, validation: Split, fusion: F
     return vocab_only, tried[int(np.argmax(ndcg))]  # of equal ones the first, which is the simplest
 
 
-def rank(
-    split: Split, searches: Searches, fusion: Fusion, vocab_only: Fusion, best: Fusion
-) -> dict[str, Recommendations | np.ndarray]:
-    """The ten best items of each system; of those without model only the items."""
-    without_model = {
-        "scores" if isinstance(fusion.neighbours, ScoredWindows) else "neighbours": fusion,
-        "popularity": dataclasses.replace(fusion, neighbours=None),
-    }
-    return {
+def rank(split: Split, searches: Searches, fusion: Fusion, vocab_only: Fusion, best: Fusion) -> dict[str, Ranking]:
+    """The ten best items of each system, and their metrics."""
+    popularity = dataclasses.replace(fusion, neighbours=None)
+    found = {
         "model": searches.find(split, fusion, TOP_K),
-        **{
-            name: rank_without_model(parts, split.histories, searches.available, TOP_K)
-            for name, parts in without_model.items()
-        },
+        "scores" if isinstance(fusion.neighbours, ScoredWindows) else "neighbours": fusion,
+        "popularity": popularity,
         "vocab-weight": searches.find(split, vocab_only, TOP_K),
         "fused": searches.find(split, best, TOP_K),
     }
+    rankings = {}
+    for name, result in found.items():
+        costs = {}
+        if isinstance(result, Fusion):
+            items = rank_without_model(result, split.histories, searches.available)
+        else:
+            items, costs["exact_rate"] = result.items, float(result.exact.mean())
+            costs["expansions_mean"] = float(result.expansions.mean())
+        ranks = ranks_of_targets(items, split.targets)
+        metrics = ranking_metrics(ranks, (5, TOP_K), confidence=0.95, is_cold=split.is_cold)
+        metrics |= {"coverage": coverage(items, fusion.num_items), "num_rows": len(ranks), **costs}
+        rankings[name] = Ranking(items, ranks, metrics)
+    return rankings
 
 
-def measure(found: Recommendations | np.ndarray, split: Split, task: RankingTask) -> dict[str, float]:
-    has_model = isinstance(found, Recommendations)
-    items = found.items if has_model else found
-    ranks = ranks_of_targets(items, split.targets)
-    metrics = ranking_metrics(ranks, (5, TOP_K), confidence=0.95, is_cold=split.is_cold)
-    metrics |= {"coverage": coverage(items, len(task.catalog)), "num_rows": len(ranks)}
-    if has_model:
-        metrics |= {"exact_rate": float(found.exact.mean()), "expansions_mean": float(found.expansions.mean())}
-    return metrics
-
-
-def describe(chosen: dict[str, float], validation: Split, found: dict[str, Recommendations | np.ndarray]) -> list[str]:
-    """What was chosen, and whether the validation windows are enough to tell: lines of text."""
-    values = {name: f"{value:.4g}" for name, value in chosen.items()}
-    lines = [f"Chosen on {len(validation.targets)} validation users: " + ", ".join(map(" ".join, values.items()))]
-    lines += [f"{name} is 0: no other weight was better on validation." for name in WEIGHTS if chosen[name] == 0]
-    if not any(chosen[name] for name in WEIGHTS):
-        return [*lines, "So the fused ranking is that of the model alone."]
-    fused, alone = (
-        per_user_metrics(ranks_of_targets(found[name].items, validation.targets), (TOP_K,))[f"ndcg@{TOP_K}"]
-        for name in ("fused", "model")
-    )
-    low, high = bootstrap_interval(fused - alone)
-    gain = f"NDCG@{TOP_K} of the fused ranking minus that of the model, on validation: {np.mean(fused - alone):.4f} "
-    lines.append(f"{gain}[{low:.4f}, {high:.4f}]")
-    if low <= 0:
-        lines.append("The validation users are too few to tell whether these weights are better than none.")
+def describe(args: FuseArguments, chosen: dict[str, float], validated: dict[str, Ranking]) -> list[str]:
+    """What was chosen on validation, and whether it is certain to be better than each part: lines of text."""
+    fused = validated["fused"]
+    values = ", ".join(f"{name} {value:.4g}" for name, value in chosen.items())
+    lines = [f"Chosen on {len(fused.ranks)} validation users: {values}"]
+    for name in WEIGHTS:
+        if chosen[name] == 0:
+            lines.append(f"{name} is 0: no other weight was better on validation.")
+        elif chosen[name] == getattr(args, f"{name}s")[-1]:
+            lines.append(f"{name} is the largest that was tried: try larger ones by --{name}s.")
+    for name, other in validated.items():
+        if name == "fused" or np.array_equal(other.ranks, fused.ranks):
+            continue
+        gains = fused.values - other.values
+        low, high = bootstrap_interval(gains)
+        verdict = "worse" if high < 0 else "better" if low > 0 else "too few users to tell which is better"
+        lines.append(
+            f"fused - {name}, NDCG@{TOP_K} on validation: {gains.mean():.4f} [{low:.4f}, {high:.4f}], {verdict}"
+        )
     return lines
 
 
@@ -287,15 +300,14 @@ def write(
     data: Data,
     task: RankingTask,
     best: Fusion,
-    test: Split,
-    found: dict[str, Recommendations | np.ndarray],
+    targets: list[str],
+    tested: dict[str, Ranking],
     report: dict[str, Any],
 ) -> None:
     """Write `output_dir`: what [`report`] compares systems by and, if there are neighbours, the model with them."""
-    arguments = {"model_name_or_path": model_args.model_name_or_path, **vars(args), "data": vars(data.args)}
     with new_folder(args.output_dir) as folder:
         if args.scores:
-            logger.info("No model is written, as it would need scores of new histories.")
+            logger.info("No model is written: it would need scores of any history.")
         else:
             source = find_folder(model_args.model_name_or_path, "model_name_or_path", model_args.model_revision)
             copy_model(source, folder)
@@ -303,16 +315,14 @@ def write(
             best.save_pretrained(folder)
             weights = ", ".join(f"{name} {report['chosen'][name]:g}" for name in WEIGHTS)
             note = f"Ranks by the model, popularity and neighbours. The weights are {weights}. "
-            note += "Metrics below are those of the model alone."
+            note += "The metrics below are those of the model alone."
             write_card(source, folder, args.output_dir, note)
-        for name, row in found.items():
+        for name, ranking in tested.items():
             validated = report["validation"][name][f"ndcg@{TOP_K}"]
-            metrics = {**report["test"][name], f"validation_ndcg@{TOP_K}": validated}
-            metrics |= {**report, "arguments": arguments} if name == "fused" else {}
-            items = row.items if isinstance(row, Recommendations) else row
-            ranks = ranks_of_targets(items, test.targets)
+            metrics = {**ranking.metrics, f"validation_ndcg@{TOP_K}": validated}
+            metrics |= report if name == "fused" else {}
             place = folder if name == "fused" else folder / name
-            write_results(place, metrics, task.catalog, test.target_ids, items, ranks, data.seen_items)
+            write_results(place, metrics, task.catalog, targets, ranking.items, ranking.ranks, data.seen_items)
 
 
 run = command(main)

@@ -16,6 +16,7 @@ from ..data import ItemCatalog, RankingTask, read_table
 from ..decoding import Recommendations, SparseBias, TrieDecoder, recommend
 from ..evaluation import Candidates, ranks_of_targets
 from ..trie import replacing
+from .baselines import TOP_K, fill, score_by_neighbours
 from .loading import Data
 
 
@@ -153,21 +154,13 @@ def values_of(sparse: SparseBias, items: np.ndarray) -> np.ndarray:
     return values
 
 
-def rank_without_model(fusion: Fusion, histories: list[list[int]], available: Sequence[int], top_k: int) -> np.ndarray:
-    """
-    The items with the best scores by neighbours, if there are any, then the most popular ones: int64 of shape
-    `(num_users, top_k)`.
-    """
-    popular, is_available = fusion.most_popular(2 * top_k, available)[0], np.zeros(fusion.num_items, dtype=bool)
+def rank_without_model(fusion: Fusion, histories: list[list[int]], available: Sequence[int]) -> np.ndarray:
+    """The items with the best scores by neighbours, if there are any, then the most popular ones, as baselines do."""
+    popular, is_available = fusion.most_popular(2 * TOP_K, available)[0], np.zeros(fusion.num_items, dtype=bool)
     is_available[available] = True
-    if fusion.neighbours is None:
-        return np.tile(popular[:top_k], (len(histories), 1))
-    rows = []
-    for start in range(0, len(histories), _USERS):
-        scores = fusion.neighbours.score(histories[start : start + _USERS])
-        for items, values in zip(scores.items, scores.values):
-            items, values = np.asarray(items), np.asarray(values)
-            best = items[np.lexsort((items, -values))]
-            best = best[is_available[best]][:top_k].tolist()
-            rows.append(list(dict.fromkeys([*best, *popular]))[:top_k])
-    return np.array(rows)
+    ranked = [np.array([], dtype=np.int64)] * len(histories)
+    for start in range(0, len(histories) if fusion.neighbours else 0, _USERS):
+        chunk = slice(start, start + _USERS)
+        items, _ = score_by_neighbours(fusion.neighbours, histories[chunk], fusion.num_items)
+        ranked[chunk] = [row[is_available[row]] for row in items]
+    return fill(ranked, np.array(popular))
