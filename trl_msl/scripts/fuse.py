@@ -106,7 +106,7 @@ class FuseArguments:
         default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 1.0], metadata={"help": "Weights of popularity to try."}
     )
     neighbour_weights: list[float] = field(
-        default_factory=lambda: [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0],
+        default_factory=lambda: [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
         metadata={"help": "Weights of the neighbours to try."},
     )
     decays: list[float] = field(
@@ -282,9 +282,11 @@ def describe(args: FuseArguments, chosen: dict[str, float], validated: dict[str,
             lines.append(f"{name} is 0: no other weight was better on validation.")
         elif chosen[name] == getattr(args, f"{name}s")[-1]:
             lines.append(f"{name} is the largest that was tried: try larger ones by --{name}s.")
+    shown = [fused]
     for name, other in validated.items():
-        if name == "fused" or np.array_equal(other.ranks, fused.ranks):
+        if any(np.array_equal(other.ranks, one.ranks) for one in shown):
             continue
+        shown.append(other)
         gains = fused.values - other.values
         low, high = bootstrap_interval(gains)
         verdict = "worse" if high < 0 else "better" if low > 0 else "too few users to tell which is better"

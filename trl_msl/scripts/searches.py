@@ -18,6 +18,7 @@ from ..evaluation import Candidates, ranks_of_targets
 from ..trie import replacing
 from .baselines import TOP_K, fill, score_by_neighbours
 from .loading import Data
+from .recommend import silent
 
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,8 @@ class Searches:
 
     def candidates(self, split: Split, fusion: Fusion, top_k: int) -> Candidates:
         """The same items as candidates of other popularity and neighbour weights."""
-        found = self.find(split, fusion, top_k)
+        with silent("trl_msl.decoding"):  # candidates need not be certain to be the best
+            found = self.find(split, fusion, top_k)
         parts = np.zeros((2, *found.items.shape))
         parts[0] = fusion.log_popularity.numpy()[found.items]
         for start in range(0, len(found.items), _USERS):
