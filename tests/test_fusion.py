@@ -176,10 +176,12 @@ def test_saved_beside_the_model(recommender, task, tmp_path):
     assert Recommender.from_pretrained(tmp_path).fusion is None
 
 
-@pytest.mark.parametrize("has_neighbours", [True, False])
-def test_read_as_written(has_neighbours, fusion, tmp_path):
-    if not has_neighbours:
+@pytest.mark.parametrize("kind", ["whole", "popularity alone", "no neighbours"])
+def test_read_as_written(kind, fusion, tmp_path):
+    if kind == "popularity alone":
         fusion = Fusion(fusion.popularity, popularity_weight=1 / 3)
+    if kind == "no neighbours":
+        fusion = Fusion(fusion.popularity, ItemNeighbours.fit([[0]], ["a"], 12), neighbour_weight=1.0)
     fusion.save_pretrained(tmp_path)
     found = Fusion.from_pretrained(tmp_path, 12)
     assert repr(found) == repr(fusion) and found.fingerprint() == fusion.fingerprint()

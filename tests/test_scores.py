@@ -301,6 +301,20 @@ def test_recommending_and_evaluating(tokenizer, task, prompts, catalog):
     recommend(model, task, prompts, 4, "beam", vocab_weight=0)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_a_function_is_called_for_each_batch(batch_size, tokenizer, trie, prompts):
+    decoder, dense, batches = TrieDecoder(make_model(tokenizer), trie), torch.randn(5, 12), []
+
+    def item_bias(users):
+        batches.append(users)
+        return dense[users]
+
+    found = decoder.search(prompts, 12, item_bias=item_bias, batch_size=batch_size)
+    assert torch.equal(found.items, decoder.search(prompts, 12, item_bias=dense, batch_size=batch_size).items)
+    assert sorted(user for users in batches for user in users) == list(range(5))
+    assert max(map(len, batches)) == min(batch_size, 5)
+
+
 def test_bad_arguments(tokenizer, trie, prompts):
     decoder = TrieDecoder(make_model(tokenizer), trie)
     for weight in (-0.1, torch.inf, torch.nan):

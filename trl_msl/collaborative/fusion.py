@@ -134,7 +134,7 @@ class Fusion:
         """
         items = torch.arange(self.num_items) if allowed is None else torch.tensor(allowed).unique()
         items = items[self.popularity[items].argsort(descending=True, stable=True)[:k]]
-        share = self.log_popularity[items] - math.log(int(self.popularity.sum()) + self.num_items)
+        share = self.log_popularity[items] - math.log(float(self.popularity.double().sum()) + self.num_items)
         return items.tolist(), share.tolist()
 
     def extend(self, num_items: int) -> Fusion:

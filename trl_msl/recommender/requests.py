@@ -19,7 +19,7 @@ class RecommendedItems:
         ids, texts (`list[list[str]]`):
             Ids and texts of each user's items.
         scores (`list[list[float]]`):
-            Log-probabilities of the items.
+            What the items are ranked by: their log-probabilities, and what a fusion or an `item_bias` adds.
         exact (`list[bool]`):
             Whether these are certainly the best items for each user.
     """
