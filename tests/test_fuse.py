@@ -232,6 +232,7 @@ def test_scores_of_another_model(model, tmp_path, task, capsys):
         rows = {"item_ids": [[target, "0" if target != "0" else "1"] for target in targets]}
         table = pd.DataFrame({**rows, "scores": [[-3.0, -7.5]] * len(targets)})
         table.to_parquet(folder / f"scores_{split}.parquet")
+    pd.DataFrame({"item_id": targets}).to_parquet(folder / "rankings.parquet")
     options = ["--model_name_or_path", model, "--output_dir", tmp_path / "out", "--scores", folder]
     options += ["--vocab_weights", 0, "--popularity_weights", 0, "--neighbour_weights", 500, "--num_candidates", 10]
     run(fuse, *options)
@@ -239,9 +240,12 @@ def test_scores_of_another_model(model, tmp_path, task, capsys):
     for split in ("validation", "test"):
         assert metrics[split]["scores"]["ndcg@10"] == metrics[split]["fused"]["ndcg@10"] == 1
     assert not list((tmp_path / "out").glob("*.safetensors"))
-    table.iloc[1:].to_parquet(folder / "scores_test.parquet")
-    with pytest.raises(ValueError, match="scores_test.parquet has 11 rows, the test split 12: write the scores"):
+    pd.DataFrame({"item_id": targets[::-1]}).to_parquet(folder / "rankings.parquet")
+    with pytest.raises(ValueError, match="scores_test.parquet has scores of other windows than the 12 of the test"):
         run(fuse, *options[:3], tmp_path / "again", *options[4:])
+    table.to_parquet(folder / "scores_validation.parquet")
+    with pytest.raises(ValueError, match="scores_validation.parquet has scores of other windows than the 40 of the"):
+        run(fuse, *options[:3], tmp_path / "once more", *options[4:])
 
 
 # ---------------------------------------------------------------------- its parts

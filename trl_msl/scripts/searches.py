@@ -71,10 +71,14 @@ class ScoredWindows:
         for split in splits:
             path = folder / f"scores_{split.name}.parquet"
             table, _ = read_table(path, ["item_ids", "scores"])
-            if len(table) != len(split.histories):
+            is_same = len(table) == len(split.histories)
+            if split.name == "test":
+                rankings, _ = read_table(folder / "rankings.parquet", ["item_id"])
+                is_same &= rankings["item_id"].tolist() == split.target_ids
+            if not is_same:
                 raise ValueError(
-                    f"{path} has {len(table)} rows, the {split.name} split {len(split.histories)}: write the scores "
-                    "with the same data options."
+                    f"{path} has scores of other windows than the {len(split.histories)} of the {split.name} split: "
+                    "write them with the same data options."
                 )
             for history, ids, scores in zip(split.histories, table["item_ids"], table["scores"]):
                 items, scores = np.array(catalog.indices(ids), dtype=np.int64), np.asarray(scores, dtype=np.float32)
