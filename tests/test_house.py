@@ -20,11 +20,12 @@ ALLOWED = {
     "data": {"trie"},
     "model": {"trie"},
     "decoding": {"trie", "data", "model"},
+    "collaborative": {"trie", "decoding"},
     "training": {"trie", "data", "model"},
     "softmax_dpo": {"trie", "data", "model", "training", "decoding"},
     "evaluation": {"trie", "data", "model", "decoding"},
     "doctor": {"trie", "data", "model", "decoding"},
-    "recommender": {"trie", "data", "model", "decoding", "evaluation"},
+    "recommender": {"trie", "data", "model", "decoding", "evaluation", "collaborative"},
 }
 ALLOWED["scripts"] = set(ALLOWED)
 ALLOWED["experiments"] = set(ALLOWED)

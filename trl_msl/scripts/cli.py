@@ -19,6 +19,7 @@ COMMANDS = {
     "dpo": ("trl_msl.scripts.dpo", "Train a recommender further by softmax DPO, and evaluate it"),
     "preferences": ("trl_msl.scripts.preferences", "Write preference rows, also for TRL's own DPO script"),
     "evaluate": ("trl_msl.scripts.evaluate", "Evaluate a trained model, by one or several ways of decoding"),
+    "fuse": ("trl_msl.scripts.fuse", "Fuse a trained model with popularity and item-kNN, or other scores"),
     "recommend": ("trl_msl.scripts.recommend", "Recommend items to the users of a file"),
     "update-catalog": ("trl_msl.scripts.update_catalog", "Add and withdraw items of a trained model"),
     "merge": ("trl_msl.scripts.merge", "Merge an adapter into its base model"),

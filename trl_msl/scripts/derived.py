@@ -9,6 +9,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from ..recommender import find_base, name_base_absolutely
+from ..training import NEVER_PUSHED
+from .trained import copy_options
+
 
 _OUTDATED = "*Measured before the catalogue was changed.*"
 
@@ -26,6 +30,16 @@ def new_folder(output_dir: str) -> Iterator[Path]:
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_model(source: Path, folder: Path) -> None:
+    """
+    Copy a model into a new folder, without checkpoints and without what was measured. An adapter names its base model
+    so that it is found from there.
+    """
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*NEVER_PUSHED, "base_model"))
+    copy_options(source, folder)
+    name_base_absolutely(folder, find_base(source))
 
 
 def write_card(source: Path, folder: Path, model_id: str, note: str, has_changed: bool = False) -> None:

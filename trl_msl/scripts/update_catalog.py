@@ -12,19 +12,17 @@ model knows of a new item is the first tokens that it shares with items of the t
 written to `new_items.csv`.
 """
 
-import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 
 import pandas as pd
 from transformers import AutoTokenizer
 
+from ..collaborative import load_fusion
 from ..data import RankingTask, read_items
-from ..recommender import find_base, find_folder, find_task_folder, name_base_absolutely
-from ..training import NEVER_PUSHED
+from ..recommender import find_folder, find_task_folder
 from .command_line import command
-from .derived import new_folder, write_card
-from .trained import copy_options
+from .derived import copy_model, new_folder, write_card
 
 
 @dataclass
@@ -71,10 +69,9 @@ def main(args: UpdateArguments) -> None:
         policies = {"empty_texts": args.empty_texts, "html_entities": html_entities}
         added = read_items(args.add, args.item_column, args.text_column, **policies) if args.add else None
         updated = task.update(added, args.withdraw, args.restore)
-        # Without checkpoints, and without what was measured on the old catalogue
-        shutil.copytree(folder, updated_folder, ignore=shutil.ignore_patterns(*NEVER_PUSHED, "base_model"))
-        copy_options(folder, updated_folder)
-        name_base_absolutely(updated_folder, find_base(folder))
+        copy_model(folder, updated_folder)
+        if fusion := load_fusion(folder, len(task.catalog)):
+            fusion.extend(len(updated.catalog)).save_pretrained(updated_folder)
         updated.save_pretrained(updated_folder)
         shared = updated.shared_prefixes()
         summary, *details = describe(updated, shared)

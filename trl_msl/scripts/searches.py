@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches by several weights of the same users: each is made once, also by a run that was interrupted."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from ..collaborative import Fusion
+from ..data import ItemCatalog, RankingTask, read_table
+from ..decoding import Recommendations, SparseBias, TrieDecoder, recommend
+from ..evaluation import Candidates, ranks_of_targets
+from ..trie import replacing
+from .baselines import TOP_K, fill, score_by_neighbours
+from .loading import Data
+from .recommend import silent
+
+
+logger = logging.getLogger(__name__)
+_USERS = 1024  # whose scores by neighbours are in memory at a time
+_SAVED = ("items", "scores", "exact", "expansions", "rounds")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """
+    The windows of a split, as the searches need them.
+
+    Args:
+        name (`str`):
+            Name of the split.
+        prompts (`list`):
+            A prompt for each window.
+        histories (`list[list[int]]`):
+            Item indices of each history.
+        target_ids (`list[str]`), targets (`np.ndarray` of shape `(num_rows,)`, int64):
+            Ids and indices of the targets.
+        is_cold (`np.ndarray` of shape `(num_rows,)`, bool):
+            Whether no training window holds the target.
+    """
+
+    name: str
+    prompts: list
+    histories: list[list[int]]
+    target_ids: list[str]
+    targets: np.ndarray
+    is_cold: np.ndarray
+
+    @classmethod
+    def from_data(cls, data: Data, name: str, task: RankingTask) -> "Split":
+        rows = data.rows(name, task)
+        ids, seen = rows["item_id"][:], data.seen_items
+        histories = [task.catalog.indices(history) for history in rows["history_ids"]]
+        targets, is_cold = np.array(task.catalog.indices(ids)), np.array([item not in seen for item in ids])
+        return cls(name, task.ranking_prompts(rows[:]), histories, ids, targets, is_cold)
+
+
+class ScoredWindows:
+    """
+    Another model's scores in the place of [`ItemNeighbours`], for the histories that it has scored. Those of a history
+    are moved and scaled to lie between 0, which items that are not listed have, too, and 1.
+    """
+
+    def __init__(self, folder: Path, splits: list[Split], catalog: ItemCatalog):
+        self.num_items, self._scores = len(catalog), {}
+        for split in splits:
+            path = folder / f"scores_{split.name}.parquet"
+            table, _ = read_table(path, ["item_ids", "scores"])
+            is_same = len(table) == len(split.histories)
+            if split.name == "test":
+                rankings, _ = read_table(folder / "rankings.parquet", ["item_id"])
+                is_same &= rankings["item_id"].tolist() == split.target_ids
+            if not is_same:
+                raise ValueError(
+                    f"{path} has scores of other windows than the {len(split.histories)} of the {split.name} split: "
+                    "write them with the same data options."
+                )
+            for history, ids, scores in zip(split.histories, table["item_ids"], table["scores"]):
+                items, scores = np.array(catalog.indices(ids), dtype=np.int64), np.asarray(scores, dtype=np.float32)
+                low, high = (scores.min(), scores.max()) if len(scores) else (0, 0)
+                scaled = (scores - low) / (high - low) if high > low else np.ones_like(scores)
+                self._scores[tuple(history)] = torch.from_numpy(items), torch.from_numpy(scaled)
+
+    def score(self, histories: list[list[int]]) -> SparseBias:
+        return SparseBias(*zip(*(self._scores[tuple(history)] for history in histories)))
+
+
+class Searches:
+    """
+    Exact searches of a model, with the arguments of a [`Fusion`].
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]), task ([`RankingTask`]):
+            As for [`recommend`].
+        folder (`Path`):
+            Where what was found is kept.
+        max_expansions, batch_size (`int`):
+            As for [`recommend`].
+    """
+
+    def __init__(self, model: PreTrainedModel, task: RankingTask, folder: Path, max_expansions: int, batch_size: int):
+        self.task, self.folder, self.decoder = task, folder, TrieDecoder(model, task.trie)
+        self.settings = {"max_expansions": max_expansions, "batch_size": batch_size, "decoder": self.decoder}
+        self.available = [i for i, item in enumerate(task.catalog.ids) if item not in task.withdrawn]
+        if task.withdrawn:
+            self.settings["allowed"] = self.decoder.prepare_allowed(self.available)
+        self._found: dict[str, Recommendations] = {}
+
+    def find(self, split: Split, fusion: Fusion, top_k: int) -> Recommendations:
+        """The best `top_k` items of each user of a split, and the ranks of the targets among them."""
+        weights = (fusion.vocab_weight, fusion.popularity_weight, fusion.neighbour_weight)
+        name = "_".join([split.name, str(top_k), *map(repr, weights)])
+        if name not in self._found:
+            self._found[name] = self._search(self.folder / f"{name}.npz", split, fusion, top_k)
+        return self._found[name]
+
+    def _search(self, path: Path, split: Split, fusion: Fusion, top_k: int) -> Recommendations:
+        if path.exists():
+            found = Recommendations(**np.load(path))
+        else:
+            logger.info(
+                "%s, top %d by vocab_weight %g, popularity_weight %g, neighbour_weight %g", split.name.capitalize(),
+                top_k, fusion.vocab_weight, fusion.popularity_weight, fusion.neighbour_weight,
+            )  # fmt: skip
+            arguments = fusion.arguments(split.histories) | self.settings
+            found = recommend(self.decoder.model, self.task, split.prompts, top_k, **arguments)
+            if PartialState().is_main_process:
+                with replacing(path) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, **{field: getattr(found, field) for field in _SAVED})
+        found.target_ranks = ranks_of_targets(found.items, split.targets)
+        return found
+
+    def candidates(self, split: Split, fusion: Fusion, top_k: int) -> Candidates:
+        """The same items as candidates of other popularity and neighbour weights."""
+        with silent("trl_msl.decoding"):  # candidates need not be certain to be the best
+            found = self.find(split, fusion, top_k)
+        parts = np.zeros((2, *found.items.shape))
+        parts[0] = fusion.log_popularity.numpy()[found.items]
+        for start in range(0, len(found.items), _USERS):
+            chunk = slice(start, start + _USERS)
+            parts[1, chunk] = values_of(fusion.neighbour_scores(split.histories[chunk]), found.items[chunk])
+        weights = (fusion.popularity_weight, fusion.neighbour_weight)
+        return Candidates(found.items, found.scores - np.tensordot(weights, parts, axes=1), parts)
+
+
+def values_of(sparse: SparseBias, items: np.ndarray) -> np.ndarray:
+    """Value of each item for its user, 0 where there is none: shape `(num_users, num_columns)`, as `items`."""
+    values = np.zeros(items.shape)
+    for row, wanted, known, of_known in zip(values, items, sparse.items, sparse.values):
+        if len(known):
+            known, of_known = np.asarray(known), np.asarray(of_known)
+            order = known.argsort()
+            places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+            row[:] = np.where(known[places] == wanted, of_known[places], 0.0)
+    return values
+
+
+def rank_without_model(fusion: Fusion, histories: list[list[int]], available: Sequence[int]) -> np.ndarray:
+    """The items with the best scores by neighbours, if there are any, then the most popular ones, as baselines do."""
+    popular, is_available = fusion.most_popular(2 * TOP_K, available)[0], np.zeros(fusion.num_items, dtype=bool)
+    is_available[available] = True
+    ranked = [np.array([], dtype=np.int64)] * len(histories)
+    for start in range(0, len(histories) if fusion.neighbours else 0, _USERS):
+        chunk = slice(start, start + _USERS)
+        items, _ = score_by_neighbours(fusion.neighbours, histories[chunk], fusion.num_items)
+        ranked[chunk] = [row[is_available[row]] for row in items]
+    return fill(ranked, np.array(popular))
