@@ -39,7 +39,7 @@ from trl import ModelConfig
 
 from ..data import DataArguments, RankingTask
 from ..decoding import Recommendations
-from ..evaluation import bootstrap_interval, evaluate_recommendations, per_user_metrics
+from ..evaluation import beam_pruning, bootstrap_interval, evaluate_recommendations, per_user_metrics
 from .command_line import command
 from .loading import load_model
 from .outputs import describe_recommendations, finish, format_table, write_json, write_text
@@ -52,6 +52,7 @@ DECODINGS = {
     "beam-vocab": {"mode": "beam", "normalize": "vocab"},
     "generate": {"mode": "generate", "normalize": "trie"},
 }
+SAME_SCORE = {"beam": "exact"}  # exact search by the score of the beams
 
 
 @dataclass
@@ -112,12 +113,13 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
     settings = {"ks": ks, "match": args.match, "batch_size": args.batch_size}
     beams = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
     results, found = evaluate_decodings(args.decoding, model, task, rows, beam_settings=beams, **settings)
+    pruning = {name: beam_pruning(found[SAME_SCORE[name]], found[name]) for name in found if found[name].lost_at.size}
     first, *others = found
     differences = {f"{other} - {first}": compare(found[other], found[first], ks) for other in others}
     if process.is_main_process:
         text = describe_recommendations(rows, task.catalog, found[first])
         arguments = {"model_name_or_path": model_args.model_name_or_path, **vars(args), "data": vars(data.args)}
-        report = {**results, "differences": differences, "arguments": arguments}
+        report = {**results, "differences": differences, "pruning": pruning, "arguments": arguments}
         write_json(output_dir / "metrics.json", report)
         write_text(output_dir / "recommendations.txt", text)
         columns = tuple(f"{name}@{k}" for k in ks for name in ("ndcg", "hr"))
@@ -127,6 +129,8 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
         print(f"{text}\n{title}\n{format_table(results, columns)}")
         if differences:
             print(f"\nDifference, with its interval\n{format_table(differences, (*columns, 'same_items'))}")
+        if pruning:
+            print(f"\nWhat beams lose of the true top {args.top_k}\n{format_pruning(pruning)}")
         print(f"\n{output_dir}/metrics.json")
     finish()
 
@@ -156,9 +160,11 @@ def evaluate_decodings(
     not exact; `settings` are passed to [`evaluate_recommendations`].
     """
     results, found = {}, {}
-    for name in decodings:
+    for name in sorted(decodings, key=lambda name: name != "exact"):  # whose items the beams follow
         started = time.time()
-        beams = {} if name == "exact" else beam_settings or {}
+        beams = {} if name == "exact" else dict(beam_settings or {})
+        if SAME_SCORE.get(name) in found and not beams.get("length_penalty"):
+            beams["follow"] = found[SAME_SCORE[name]].items
         results[name], found[name] = evaluate_recommendations(
             model, task, rows, return_recommendations=True, **settings, **beams, **DECODINGS[name]
         )
@@ -166,7 +172,7 @@ def evaluate_decodings(
         for counter in ("expansions", "rounds"):
             counts = getattr(found[name], counter)
             results[name] |= {f"{counter}_mean": float(counts.mean()), f"{counter}_max": int(counts.max())}
-    return results, found
+    return {name: results[name] for name in decodings}, {name: found[name] for name in decodings}
 
 
 def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> dict[str, float]:
@@ -181,6 +187,15 @@ def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> di
         difference[name] = float(per_user.mean())
         difference[f"{name}_low"], difference[f"{name}_high"] = bootstrap_interval(per_user)
     return difference
+
+
+def format_pruning(pruning: dict[str, dict[str, Any]]) -> str:
+    """Shares of users, items and targets, a row per way of decoding, and at which tokens items are lost."""
+    lines = [format_table(pruning, ("pruned_users", "pruned_items", "pruned_targets"))]
+    for name, shares in pruning.items():
+        tokens = [f"{share:.4f} at {place}" for place, share in enumerate(shares["pruned_by_token"], start=1) if share]
+        lines.append(f"{name}, items by the token at which they are pruned: {', '.join(tokens) or 'none'}")
+    return "\n".join(lines)
 
 
 run = command(main)
