@@ -83,7 +83,7 @@ def test_folder_yaml_lora_and_best_checkpoint(tmp_path, folder, base_model):
         "--match", "text", "--num_beams", 30, "--decoding", "exact", "beam", "beam-vocab", "generate",
     )  # fmt: skip
     metrics = read(tmp_path / "out" / "metrics.json")
-    assert list(metrics) == ["exact", "beam", "beam-vocab", "generate", "differences", "arguments"]
+    assert list(metrics) == ["exact", "beam", "beam-vocab", "generate", "differences", "pruning", "arguments"]
     assert (metrics["exact"]["exact_rate"], metrics["beam"]["exact_rate"]) == (1, 0)
     for wide in ("beam", "generate"):  # more beams than items find them all
         assert metrics[wide]["ndcg@10"] == pytest.approx(metrics["exact"]["ndcg@10"])

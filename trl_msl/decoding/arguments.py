@@ -112,7 +112,8 @@ def read_followed(follow: Tensor | np.ndarray | None, num_users: int, num_items:
         )
     if ((items < -1) | (items >= num_items)).any():
         raise ValueError(
-            f"`follow` holds numbers beyond -1 (none) and the items 0 to {num_items - 1}: leave them out."
+            f"`follow` holds {int(items.min())} to {int(items.max())}: pass the items 0 to {num_items - 1}, and "
+            "-1 for none."
         )
     return items.long()
 
