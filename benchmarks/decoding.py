@@ -198,7 +198,7 @@ def _measure_bias_range(decoder: TrieDecoder, prompts: list[list[int]]) -> dict[
     for place, expansions, exact in zip(curve["range"], curve["expansions"], curve["exact"]):
         if exact < 1:
             label = f"{exact:.0%} certain"
-            axis.annotate(label, (place, expansions), xytext=(0, -14), textcoords="offset points", ha="right")
+            axis.annotate(label, (place, expansions), xytext=(-8, -3), textcoords="offset points", ha="right")
     axis.set(xlabel="range of the bias, largest minus smallest", ylabel="expansions of a user", ylim=(0, None))
     axis.grid(alpha=0.3)
     _save(figure, "decoding_bias.png")

@@ -110,7 +110,7 @@ def test_models_learn_what_follows(name, baselines, circle, tmp_path, monkeypatc
     metrics, rankings = run(baselines, circle, tmp_path / "out", "--model", name)
     assert {path.name for path in tmp_path.rglob("*")} == {"out", "metrics.json", "rankings.parquet"}
     assert metrics["num_rows"] == len(rankings) == 40
-    assert (metrics["cold_targets"], rankings["rank"][0]) == (1, -1)
+    assert (metrics["num_cold"], rankings["rank"][0]) == (1, -1)
     assert all(len(items) == 10 and str(COLD) not in items for items in rankings["recommended"])
     if name == "popularity":
         assert metrics["ndcg@10"] < 0.3

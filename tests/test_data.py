@@ -305,6 +305,27 @@ def test_read_data_keeps_the_first_users(folder):
         DataArguments(max_test_users=0)
 
 
+def test_training_windows_that_are_left_out(log, folder, tmp_path, caplog):
+    """The last by time, and those whose targets others hold; validation and test stay."""
+    names = {"interactions": log, "items": str(tmp_path / "items.csv")}
+    for source in ({"data_dir": str(folder)}, names):
+        _, whole = read_data(DataArguments(**source))
+        _, gap = read_data(DataArguments(**source, validation_gap=0.25))
+        assert gap["train"].to_list() == whole["train"].to_list()[: -(len(whole["train"]) // 4)]
+        for split in ("validation", "test"):
+            assert gap[split].to_list() == whole[split].to_list()
+    rows = [(0, item, time) for time, item in enumerate([*range(12), *range(12), *range(6)])]
+    names = write_log(tmp_path, rows)
+    with caplog.at_level(logging.INFO, logger="trl_msl.data"):
+        _, covering = read_data(DataArguments(**names, min_interactions=1, validation_gap=0.1, covering_windows=True))
+    _, whole = read_data(DataArguments(**names, min_interactions=1))
+    # 16 windows, less the last; the 15th and the one that ends ten targets before
+    assert covering["train"].to_list() == [whole["train"][4], whole["train"][14]]
+    assert "Windows: train 2, validation 2, test 2 (14 training windows left out)." in caplog.text
+    with pytest.raises(ValueError, match="`validation_gap` is 1.0: it must be at least 0 and below 1"):
+        DataArguments(validation_gap=1.0)
+
+
 def test_a_trained_models_catalogue_needs_no_items(folder, log, tmp_path):
     catalog = ItemCatalog(range(len(TITLES)), TITLES)
     shutil.copy(folder / "test.csv", tmp_path)

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
-from trl_msl import ItemCatalog, RankingTask, Recommender
+from trl_msl import ItemCatalog, RankingTask, Recommender, evaluate_recommendations
 from trl_msl.data import DataArguments, generate_catalog
 from trl_msl.experiments.from_scratch import train_tokenizer
 from trl_msl.scripts import evaluate, merge, preferences, train, update_catalog
@@ -185,6 +185,61 @@ class TestDataOfTheTraining:
         (tmp_path / "log.csv").unlink()
         load(tmp_path / "m", interactions=str(tmp_path / "first.csv"), min_interactions=1)
         assert "Can't check whether the model was trained on some of these windows" in caplog.text
+
+
+class TestWarmAndColdTargets:
+    def test_are_told_apart_by_the_data_of_the_training(self, folder, base_model, tmp_path, capsys):
+        """Other windows than those of the training are evaluated on, whose train split says nothing of what it saw."""
+        small = tmp_path / "small"
+        shutil.copytree(folder, small)
+        windows = pd.read_csv(folder / "train.csv")
+        windows[windows["item_ids"].map(lambda ids: not {3, 7} & set(json.loads(ids)))].to_csv(
+            small / "train.csv", index=False
+        )
+        options = ["--data_dir", small, "--model_name_or_path", base_model, *PROMPT, *FEW_STEPS]
+        run(train, *options, "--eval_strategy", "steps", "--eval_steps", 4, "--output_dir", tmp_path / "out")
+        trained = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        rankings = pd.read_parquet(tmp_path / "out" / "rankings.parquet")
+        assert trained["num_cold"] == rankings["is_cold"].sum() == rankings["item_id"].isin(["3", "7"]).sum() > 0
+        assert "eval_ndcg@10_warm" in (tmp_path / "out" / "log_history.json").read_text()
+        assert "ndcg@10_warm" in capsys.readouterr().out
+        names = [name for name in trained if name.endswith(("_warm", "_cold", "_low", "_high"))]
+        for data in ([], ["--data_dir", folder]):  # the latter's train split holds all items
+            found = evaluated(tmp_path / "out", tmp_path, *data)["exact"]
+            assert {name: found[name] for name in names} == {name: trained[name] for name in names}
+            assert f"12 items; {trained['num_cold']} targets are cold" in capsys.readouterr().out
+        shutil.rmtree(small)
+        assert "num_cold" not in evaluated(tmp_path / "out", tmp_path, "--data_dir", folder)["exact"]
+
+    def test_of_the_named_windows_without_data_of_a_training(self, model, folder, tmp_path):
+        found = evaluated(model, tmp_path, "--data_dir", folder)["exact"]
+        assert found["num_warm"] == 6 and found["ndcg@10_warm"] == found["ndcg@10"]
+
+
+class TestVocabWeight:
+    def test_a_row_for_each(self, model, folder, tmp_path):
+        options = ["--data_dir", folder, "--max_expansions", 4096, "--top_k", 5]
+        metrics = evaluated(
+            model, tmp_path, *options, "--vocab_weight", 0, 0.5, 1, "--decoding", "exact", "beam-vocab"
+        )
+        assert list(metrics)[:4] == ["exact", "exact-0.5", "exact-1", "beam-vocab"]
+        assert metrics["exact"] | {"test_seconds": 0} == evaluated(model, tmp_path, *options)["exact"] | {
+            "test_seconds": 0
+        }
+        loaded = Recommender.from_pretrained(model)
+        rows = load(model, data_dir=str(folder))[0].rows("test", loaded.task)
+        for weight in (0.5, 1):
+            expected = evaluate_recommendations(
+                loaded.model, loaded.task, rows, ks=(5,), vocab_weight=weight, max_expansions=4096
+            )
+            assert metrics[f"exact-{weight:g}"]["ndcg@5"] == expected["ndcg@5"]
+            assert metrics[f"exact-{weight:g}"]["exact_rate"] == 1
+        assert metrics["exact-1"]["expansions_mean"] > metrics["exact"]["expansions_mean"]
+
+    def test_is_not_for_beams(self, model, folder, tmp_path):
+        for option in (["--vocab_weight", 1], ["--max_expansions", 9]):
+            with pytest.raises(ValueError, match="`vocab_weight` and `max_expansions` have no effect on beams"):
+                evaluated(model, tmp_path, "--data_dir", folder, "--decoding", "beam", *option)
 
 
 class TestDataWithoutItems:

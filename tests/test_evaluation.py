@@ -47,6 +47,24 @@ def test_metrics_are_those_of_the_ranking(model, task, catalog, rows):
     assert metrics["coverage"] == len(np.unique(found.items)) / len(catalog)
 
 
+@pytest.mark.parametrize("match", ["id", "text"])
+def test_warm_and_cold_targets(match, model, task, rows):
+    """Items 5 and 6 have the same text, so that by text both have been seen."""
+    seen = {"b1", "b3", "b5", "b8"}
+    rows = rows.map(lambda row, index: {"item_id": f"b{index}"}, with_indices=True)
+    metrics, found = evaluate_recommendations(
+        model, task, rows, ks=(2, 8), match=match, return_recommendations=True, seen_items=seen
+    )
+    is_warm = [f"b{index}" in seen or (match == "text" and index == 6) for index in range(9)]
+    expected = ranking_metrics(found.target_ranks[is_warm], (2, 8), confidence=0.95)
+    assert (metrics["num_warm"], metrics["num_cold"]) == (sum(is_warm), 9 - sum(is_warm))
+    assert 0 < metrics["ndcg@8_warm"] == expected["ndcg@8"] and metrics["hr@8_warm_low"] == expected["hr@8_low"]
+    assert metrics["num_warm"] * metrics["hr@8_warm"] + metrics["num_cold"] * metrics["hr@8_cold"] == pytest.approx(
+        9 * metrics["hr@8"]
+    )
+    assert "num_cold" not in evaluate_recommendations(model, task, rows, ks=(8,))
+
+
 def test_items_with_the_same_text_follow_each_other_or_count_as_one(model, task, rows):
     found = recommend(model, task, rows["prompt"][:], top_k=task.trie.num_items)
     for user in found.items.tolist():

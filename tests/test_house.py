@@ -20,6 +20,7 @@ ALLOWED = {
     "data": {"trie"},
     "model": {"trie"},
     "decoding": {"trie", "data", "model"},
+    "collaborative": {"trie", "decoding"},
     "training": {"trie", "data", "model"},
     "softmax_dpo": {"trie", "data", "model", "training", "decoding"},
     "evaluation": {"trie", "data", "model", "decoding"},

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_msl.data import interactions, tables
-from trl_msl.data.interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
+from trl_msl.data.interactions import (
+    covering_windows,
+    k_core,
+    read_interactions,
+    read_windows,
+    sliding_windows,
+    split_by_time,
+)
 
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -31,7 +38,7 @@ def write_windows(folder, *rows, name="train.csv", header="user_id,item_ids,time
 def test_doctests():
     result = doctest.testmod(interactions)
     assert result.failed == 0
-    assert result.attempted >= 4
+    assert result.attempted >= 6
 
 
 class TestReadWindows:
@@ -335,6 +342,33 @@ class TestSlidingWindows:
     def test_window(self, window):
         with pytest.raises(ValueError, match=f"`window` is {window}: it must be at least 2"):
             sliding_windows(make_log("aa", "xy", [1, 2]), window)
+
+
+class TestCoveringWindows:
+    @settings(max_examples=60)
+    @given(st.lists(st.integers(0, 2), min_size=4, max_size=60), st.integers(2, 6), st.integers(1, 3))
+    def test_each_target_is_supervised_once(self, users, window, share):
+        """Also of a sample of the windows, in which some of a user's are missing."""
+        log = make_log(map(str, users), map(str, range(len(users))), range(len(users)))  # no item twice
+        if max(Counter(users).values()) < 2:
+            return
+        windows = sliding_windows(log, window).sort("timestamp")
+        windows = windows.select(range(0, len(windows), share))
+        kept = covering_windows(windows)["item_ids"][:]
+        supervised = Counter(item for items in kept for item in items[1:])
+        assert [supervised[items[-1]] for items in windows["item_ids"]] == [1] * len(windows)
+        assert kept == [items for items in windows["item_ids"] if items in kept]
+        if share == 1:
+            counts = Counter(windows["user_id"])
+            assert Counter(covering_windows(windows)["user_id"]) == {
+                user: -(-count // (window - 1)) for user, count in counts.items()
+            }
+
+    def test_an_item_that_was_bought_twice(self):
+        """`b` after `x` is not `b` after `d`, nor is another user's."""
+        rows = [("u", ["c", "d", "b"]), ("v", ["a", "x", "b"]), ("u", ["a", "x", "b"]), ("u", ["x", "b", "c"])]
+        windows = Dataset.from_dict({"user_id": [user for user, _ in rows], "item_ids": [ids for _, ids in rows]})
+        assert covering_windows(windows).to_list() == [windows[0], windows[1], windows[3]]
 
 
 class TestSplitByTime:

@@ -123,6 +123,24 @@ class TestRankingMetrics:
         assert (values[f"ndcg@{k}"] >= values[f"mrr@{k}"]).all()
         assert (values[f"mrr@{k}"] >= 0).all()
 
+    def test_warm_and_cold(self):
+        """Each group has the metrics that it would have alone."""
+        ranks, is_cold = np.array([0, 3, -1, 1, 6]), np.array([False, True, True, False, False])
+        result = ranking_metrics(ranks, (2, 5), confidence=0.9, is_cold=is_cold)
+        assert (result["num_warm"], result["num_cold"]) == (3, 2)
+        for group, chosen in (("warm", [0, 1, 6]), ("cold", [3, -1])):
+            alone = ranking_metrics(chosen, (2, 5), confidence=0.9)
+            for metric in ("hr@2", "ndcg@2", "hr@5", "ndcg@5"):
+                assert result[f"{metric}_{group}"] == alone[metric]
+            for metric in ("hr@5", "ndcg@5"):
+                for end in ("low", "high"):
+                    assert result[f"{metric}_{group}_{end}"] == alone[f"{metric}_{end}"]
+        assert ranking_metrics(ranks, (2, 5), confidence=0.9).items() < result.items()
+        only_warm = ranking_metrics([0, 1], (5,), is_cold=[False, False])
+        assert only_warm["num_cold"] == 0 and "ndcg@5_cold" not in only_warm
+        with pytest.raises(ValueError, match=r"`is_cold` has shape \(1,\) for ranks of shape \(2,\)"):
+            ranking_metrics([0, 1], is_cold=[True])
+
     @given(rank_lists)
     def test_all_agree_at_one(self, ranks):
         result = ranking_metrics(ranks, ks=(1,))

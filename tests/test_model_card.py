@@ -54,7 +54,7 @@ def card_of_msl(tmp_path_factory, task, base):
     args = MSLConfig(folder, eval_strategy="steps", eval_steps=1, **ARGS)
     kwargs = {"train_dataset": rows, "eval_dataset": rows, "peft_config": LoraConfig(task_type="CAUSAL_LM")}
     trainer = MSLTrainer(str(base), args, task=task, **kwargs)
-    trainer.add_callback(RecommendationCallback(trainer, rows))
+    trainer.add_callback(RecommendationCallback(trainer, rows, seen_items=task.catalog.ids[::2]))
     trainer.train()
     trainer.save_model()
     trainer.create_model_card("my-recommender", "somebody/books", "books")
@@ -103,7 +103,11 @@ def test_what_it_says(card_of_msl, card_of_softmax_dpo, base):
     text = card_of_msl.text
     assert "A recommender, fine-tuned from `base` with" in text and str(base) not in text
     assert "12 items" in text and "40 training rows of [somebody/books]" in text
-    assert re.search(r"\| ndcg@10 \| 0\.\d{4} \| 0\.\d{4} to 0\.\d{4} \|", text)
+    assert "| metric | value | 95% interval | warm | cold |" in text
+    assert re.search(r"\| ndcg@10 \| 0\.\d{4} \| 0\.\d{4} to 0\.\d{4} \| 0\.\d{4} \| 0\.\d{4} \|", text)
+    assert re.search(r"\| mrr@10 \| 0\.\d{4} \| 0\.\d{4} to 0\.\d{4} \| - \| - \|", text)
+    num_warm = int(re.search(r"On 40 validation rows, .*; warm are the (\d+) whose item", text)[1])
+    assert 0 < num_warm < 40
     assert "Trained with MSL, introduced in [MSL: Not All Tokens" in text and "papers/2504.04178" in text
     for option in ("temperature | adaptive", "batch_size | 8", "lora_alpha | 8", "target_modules | q_proj, v_proj"):
         assert f"| {option} |" in text

@@ -136,6 +136,11 @@ def test_on_the_command_line(tmp_path, folder, tokenizer, template, capsys):
         assert found["pruned_users"] == pytest.approx(1 - same) and same < 1
         shown = capsys.readouterr().out
         assert "What beams lose of the true top 2" in shown and "by the token at which they are pruned: 0." in shown
+    run(evaluate, *options, "--decoding", "exact", "beam-vocab", "--vocab_weight", 1, "--max_expansions", 9999)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    same = metrics["differences"]["beam-vocab - exact-1"]["same_items"]
+    assert metrics["pruning"]["beam-vocab"]["pruned_users"] == pytest.approx(1 - same)
+    capsys.readouterr()
     for more in (["--decoding", "beam"], ["--decoding", "exact", "beam", "--length_penalty", 1.0]):
         run(evaluate, *options, *more)
         assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pruning"] == {}

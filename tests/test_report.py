@@ -100,7 +100,7 @@ def test_figures_by_hand(tmp_path, add, capsys):
     """Third place has an NDCG of 1 / log2(4); everything optional is missing from one system, none from the other."""
     add("msl-ats", [0, 2, -1, -1])
     costs = {"train_seconds": 1660.0, "test_seconds": 0.5, "num_parameters": 1_500_000, "coverage": 0.25}
-    add("lml", [0, -1, -1, 12], **costs, **{"validation_ndcg@10": 0.5, "cold_targets": 3, "ndcg@10": 0.99})
+    add("lml", [0, -1, -1, 12], **costs, **{"validation_ndcg@10": 0.5, "ndcg@10": 0.99})
     rows = run(tmp_path)
     assert list(rows) == ["msl-ats", "lml"]
     assert [(rows[name]["ndcg@10"], rows[name]["hr@10"]) for name in rows] == [(0.375, 0.5), (0.25, 0.25)]
@@ -127,7 +127,7 @@ def test_targets_that_training_has_not_seen(tmp_path, add):
     add("lml", [0, -1, 0, -1], seen={"b0", "b1", "b7"})
     rows = run(tmp_path)
     assert [(row["ndcg@10_warm"], row["ndcg@10_cold"]) for row in rows.values()] == [(0.75, 0.5), (0.5, 0.5)]
-    assert rows["lml"]["cold_targets"] == 2
+    assert rows["lml"]["num_cold"] == 2
     assert "| warm   | cold   |" in (tmp_path / "report" / "report.md").read_text()
     add("msl-ats", [0, 2, -1, 0], seen={"b0"})
     with pytest.raises(ValueError, match="`runs` holds systems that were trained on different items"):

@@ -2,11 +2,19 @@
 """Catalogue, interactions, prompts, rows, and the task that holds together what must fit."""
 
 from .catalog import ItemCatalog
+from .cleaning import distinct_items
 from .fit_prompts import fit_prompts
 from .generated import best_possible, generate_catalog, generate_transitions, generate_windows
-from .interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
+from .interactions import (
+    covering_windows,
+    k_core,
+    read_interactions,
+    read_windows,
+    sliding_windows,
+    split_by_time,
+)
 from .item_tokens import encode_items, texts_with_special_tokens
-from .options import DataArguments, read_data, read_items
+from .options import DataArguments, read_data, read_items, select_windows
 from .prompts import Prompt, PromptTemplate, encode_prompts
 from .rows import build_rows, check_columns, completion_text, have_single_items, tokenize_rows
 from .tables import ids_as_strings, parse_list, read_table
@@ -26,6 +34,8 @@ __all__ = [
     "build_rows",
     "check_columns",
     "completion_text",
+    "covering_windows",
+    "distinct_items",
     "encode_items",
     "encode_prompts",
     "fit_prompts",
@@ -41,6 +51,7 @@ __all__ = [
     "read_items",
     "read_table",
     "read_windows",
+    "select_windows",
     "sliding_windows",
     "split_by_time",
     "texts_with_special_tokens",

@@ -52,9 +52,7 @@ def clean_windows(windows: DatasetDict, catalog: ItemCatalog, unknown_items: str
     Raises:
         `ValueError`: if there are unknown items and they are not to be dropped, or a split loses all its windows.
     """
-    lists = [split.with_format("arrow")[:]["item_ids"] for split in windows.values()]  # may be many millions of ids
-    unknown = {item for ids in lists for item in pc.unique(pc.list_flatten(ids)).to_pylist()}
-    unknown -= catalog.index_of_id.keys()
+    unknown = set().union(*map(distinct_items, windows.values())) - catalog.index_of_id.keys()
     if not unknown:
         return windows
     num_held, cleaned = 0, DatasetDict()
@@ -69,6 +67,12 @@ def clean_windows(windows: DatasetDict, catalog: ItemCatalog, unknown_items: str
     where = f"{num_held:,} of {total:,} windows, {total - num_left:,} of them with no target or history left"
     _report_unknown(unknown, catalog, where, unknown_items, all(cleaned.num_rows.values()))
     return cleaned
+
+
+def distinct_items(windows: Dataset) -> set[str]:
+    """Ids of all items in windows."""
+    ids = windows.with_format("arrow")[:]["item_ids"]  # may be many millions
+    return set(pc.unique(pc.list_flatten(ids)).to_pylist())
 
 
 def _report_unknown(unknown: set[str], catalog: ItemCatalog, where: str, policy: str, is_any_left: bool) -> None:

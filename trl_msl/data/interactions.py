@@ -174,6 +174,49 @@ def split_by_time(windows: Dataset, fractions: tuple[float, float, float] = (0.8
     return _cut_by_time(windows, dict(zip(("train", "validation", "test"), fractions, strict=True)))
 
 
+def covering_windows(windows: Dataset) -> Dataset:
+    """
+    Leave out windows whose target is in the history of another, for a training in which items of the history are
+    targets too. Each user's last window is kept, then the latest one whose target is not among those of the window
+    kept before, and so on: every target is trained on once, in about a tenth of the rows if windows hold 11 items.
+
+    Args:
+        windows ([`~datasets.Dataset`]):
+            Windows of one split, in order of time.
+
+    Returns:
+        [`~datasets.Dataset`]: the kept ones, in the same order.
+
+    Example: `f` and `e` are targets in the last window, `d` and `c` in the second.
+    ```python
+    >>> log = pd.DataFrame({"user_id": list("uuuuuu"), "item_id": list("abcdef"), "timestamp": range(6)})
+    >>> covering_windows(sliding_windows(log, window=3))["item_ids"][:]
+    [['b', 'c', 'd'], ['d', 'e', 'f']]
+
+    ```
+    """
+    users, lists = (windows[column][:] for column in ("user_id", "item_ids"))
+    kept, last_kept = [], {}
+    for row in reversed(range(len(windows))):
+        if not _covers(last_kept.get(users[row], []), lists[row]):
+            kept.append(row)
+            last_kept[users[row]] = lists[row]
+    return windows.select(kept[::-1])
+
+
+def _covers(later: list[str], earlier: list[str]) -> bool:
+    """
+    Whether the target of a user's `earlier` window is also one of `later`. The items before it must agree, too, as a
+    user may have bought it twice.
+    """
+    for end in range(len(later) - 1, 1, -1):  # the first item is not a target
+        if later[end - 1] == earlier[-1]:
+            length = min(end, len(earlier))
+            if later[end - length : end] == earlier[-length:]:
+                return True
+    return False
+
+
 def _cut_by_time(windows: Dataset, fractions: dict[str, float]) -> DatasetDict:
     timestamps = windows.select_columns("timestamp").to_pandas()["timestamp"]
     order = np.argsort(as_timestamps(timestamps, "the windows"), kind="stable")

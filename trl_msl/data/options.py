@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from datasets import DatasetDict
 
 from .catalog import ItemCatalog
 from .cleaning import clean_log, clean_windows, report_odd_ids
-from .interactions import k_core, read_interactions, read_windows, sliding_windows, split_by_time
+from .interactions import (
+    covering_windows,
+    k_core,
+    read_interactions,
+    read_windows,
+    sliding_windows,
+    split_by_time,
+)
 from .prompts import PromptTemplate
 from .tables import read_table
 
@@ -52,6 +60,12 @@ class DataArguments:
             `"drop"` also drops windows that lose their target or their whole history.
         drop_duplicates (`bool`, *optional*, defaults to `False`):
             Whether to drop interactions of the log that repeat the user, item and time of another.
+        validation_gap (`float`, *optional*, defaults to `0.0`):
+            Fraction of the training windows, the last by time, to leave out. Where the test begins long after the
+            training, settings are better chosen on a validation split that does so, too.
+        covering_windows (`bool`, *optional*, defaults to `False`):
+            Whether to train only on windows that together hold each target once, as [`covering_windows`] chooses them.
+            For `supervise_history`, and models of sequences.
         prompt_words (`list[str]`, *optional*, defaults to `["item", "items", "interacted with"]`):
             Singular, plural and verb of the paper's prompt: `book books read`.
         prompt_text (`str`, *optional*):
@@ -85,6 +99,12 @@ class DataArguments:
         default="error", metadata={"help": "Interactions with items not in `items`.", "choices": ["error", "drop"]}
     )
     drop_duplicates: bool = field(default=False, metadata={"help": "Whether to drop repeated interactions."})
+    validation_gap: float = field(
+        default=0.0, metadata={"help": "Fraction of the training windows, the last by time, to leave out."}
+    )
+    covering_windows: bool = field(
+        default=False, metadata={"help": "Whether to train on few windows, in which each target occurs once."}
+    )
     prompt_words: list[str] = field(
         default_factory=lambda: ["item", "items", "interacted with"],
         metadata={"help": "Singular, plural and verb of the paper's prompt, such as: book books read."},
@@ -104,6 +124,8 @@ class DataArguments:
             raise ValueError(f"`item_text` is {self.item_text!r}: it must be 'text' or 'id'.")
         if self.unknown_items not in ("error", "drop"):
             raise ValueError(f"`unknown_items` is {self.unknown_items!r}: it must be 'error' or 'drop'.")
+        if not 0 <= self.validation_gap < 1:
+            raise ValueError(f"`validation_gap` is {self.validation_gap}: it must be at least 0 and below 1.")
         if isinstance(self.chat_template_kwargs, str):  # a YAML file may hold the dictionary itself
             try:
                 self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
@@ -152,11 +174,24 @@ def read_data(args: DataArguments, catalog: ItemCatalog | None = None) -> tuple[
     else:
         log = k_core(_read_log(args, catalog), args.min_interactions)
         windows = split_by_time(sliding_windows(log))
+    return catalog, select_windows(windows, args)
+
+
+def select_windows(windows: DatasetDict, args: DataArguments) -> DatasetDict:
+    """The windows of each split, in order of time, that `args` do not leave out."""
+    chosen = DatasetDict(windows)
     for split, most in (("validation", args.max_validation_users), ("test", args.max_test_users)):
-        if most is not None and split in windows:
-            windows[split] = windows[split].select(range(min(most, len(windows[split]))))
-    logger.info("Windows: %s.", ", ".join(f"{name} {len(split):,}" for name, split in windows.items()))
-    return catalog, windows
+        if most is not None and split in chosen:
+            chosen[split] = chosen[split].select(range(min(most, len(chosen[split]))))
+    if "train" in chosen:
+        train = chosen["train"]
+        train = train.select(range(math.ceil(len(train) * (1 - args.validation_gap))))
+        chosen["train"] = covering_windows(train) if args.covering_windows else train
+    sizes = (f"{name} {len(split):,}" for name, split in chosen.items())
+    left_out = len(windows.get("train", [])) - len(chosen.get("train", []))
+    suffix = f" ({left_out:,} training windows left out)" if left_out else ""
+    logger.info("Windows: %s%s.", ", ".join(sizes), suffix)
+    return chosen
 
 
 def _read_log(args: DataArguments, catalog: ItemCatalog) -> pd.DataFrame:

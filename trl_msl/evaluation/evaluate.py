@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ def evaluate_recommendations(
     match: str = "id",
     confidence: float = 0.95,
     return_recommendations: bool = False,
+    seen_items: Collection[str] | None = None,
     **kwargs: Any,
 ) -> dict[str, float] | tuple[dict[str, float], Recommendations]:
     """
@@ -45,15 +46,20 @@ def evaluate_recommendations(
             Level of the bootstrap confidence intervals, over rows.
         return_recommendations (`bool`, *optional*, defaults to `False`):
             Whether to return the recommendations, too.
+        seen_items (`Collection[str]`, *optional*):
+            Ids of the items in the training windows. Targets among them are warm, the others cold, and both are
+            measured apart. With `match="text"`, having seen an item with the target's text is enough.
         **kwargs:
             `mode`, `batch_size` and other arguments of [`recommend`]. With `allowed`, exactly those items are ranked.
 
     Returns:
         `dict` of `hr@K`, `ndcg@K`, `mrr@K`; for the largest K also the ends of their intervals, such as `ndcg@K_low`
-        and `ndcg@K_high`; `coverage`, the share of the catalogue's items, or with `match="text"` of its texts, that
-        were recommended at least once; `exact_rate`, the share of rows whose items are certainly the best;
-        `invalid_rate`; `num_rows`; and, if the task has withdrawn items, `withdrawn_targets`, the number of rows whose
-        target is one of them and so can't be found. With `return_recommendations`, also the [`Recommendations`].
+        and `ndcg@K_high`; with `seen_items` also HR and NDCG of warm and of cold targets, such as `ndcg@K_cold` and
+        `ndcg@K_cold_low`, and their numbers, `num_warm` and `num_cold`; `coverage`, the share of the catalogue's
+        items, or with `match="text"` of its texts, that were recommended at least once; `exact_rate`, the share of
+        rows whose items are certainly the best; `invalid_rate`; `num_rows`; and, if the task has withdrawn items,
+        `withdrawn_targets`, the number of rows whose target is one of them and so can't be found. With
+        `return_recommendations`, also the [`Recommendations`].
 
     Raises:
         `ValueError`: if `rows` is empty or lacks a column, some K exceeds the number of items, or for the reasons of
@@ -62,7 +68,8 @@ def evaluate_recommendations(
     _check_arguments(task, rows, ks, match)
     targets, top_k = np.array(task.catalog.indices(rows["item_id"])), max(ks)
     prompts = task.ranking_prompts(rows[:])
-    available = _available_items(task)
+    available = _indices(task, lambda item: item not in task.withdrawn)
+    seen = None if seen_items is None else _indices(task, set(seen_items).__contains__)
     can_restrict = kwargs.get("mode") != "generate" and kwargs.keys().isdisjoint(("allowed", "exclude", "item_bias"))
     if task.withdrawn and kwargs.get("allowed") is None:
         kwargs["allowed"] = torch.from_numpy(available)
@@ -81,8 +88,10 @@ def evaluate_recommendations(
         found = recommend(model, task, prompts, top_k, **kwargs)
         targets, recommended = text[targets], _without_repeats(np.where(found.items < 0, -1, text[found.items]))
         can_be_found = np.isin(targets, text[first])
+        seen = None if seen is None else text[seen]
     found.target_ranks = ranks_of_targets(recommended, targets)
-    metrics = ranking_metrics(found.target_ranks, ks, confidence) | {
+    is_cold = None if seen is None else ~np.isin(targets, seen)
+    metrics = ranking_metrics(found.target_ranks, ks, confidence, is_cold) | {
         "coverage": coverage(recommended, num_ranked),
         "exact_rate": float(found.exact.mean()),
         "invalid_rate": found.invalid_rate,
@@ -198,9 +207,9 @@ def _check_arguments(
         raise ValueError(f"`rows` lacks the column(s) {sorted(missing)}: make rows with `build_rows`.")
 
 
-def _available_items(task: RankingTask) -> np.ndarray:
-    """Indices of the items that are not withdrawn."""
-    return np.flatnonzero([item not in task.withdrawn for item in task.catalog.ids])
+def _indices(task: RankingTask, is_chosen: Callable[[str], bool]) -> np.ndarray:
+    """Indices of the items whose ids are chosen."""
+    return np.flatnonzero([is_chosen(item) for item in task.catalog.ids])
 
 
 def _without_repeats(texts: np.ndarray) -> np.ndarray:

@@ -98,20 +98,26 @@ def per_user_metrics(ranks: ArrayLike, ks: tuple[int, ...] = (5, 10)) -> dict[st
 
 
 def ranking_metrics(
-    ranks: ArrayLike, ks: tuple[int, ...] = (5, 10), confidence: float | None = None
+    ranks: ArrayLike,
+    ks: tuple[int, ...] = (5, 10),
+    confidence: float | None = None,
+    is_cold: ArrayLike | None = None,
 ) -> dict[str, float]:
     """
-    Means of [`per_user_metrics`] over the users.
+    Means of [`per_user_metrics`] over the users, and over those with warm and those with cold targets.
 
     Args:
         ranks, ks:
             As for [`per_user_metrics`].
         confidence (`float`, *optional*):
             Level of the intervals of [`bootstrap_interval`] to add for the largest cut-off.
+        is_cold (`np.ndarray` of shape `(num_users,)`, bool, *optional*):
+            Whether training has not seen the user's target.
 
     Returns:
         `dict[str, float]`: `"hr@5"`, `"ndcg@5"`, `"mrr@5"`, ...; with `confidence` also the ends of intervals, such as
-        `"ndcg@10_low"` and `"ndcg@10_high"`.
+        `"ndcg@10_low"` and `"ndcg@10_high"`; with `is_cold` also `"num_warm"` and `"num_cold"`, and of each of the two
+        groups that has a user HR and NDCG, such as `"ndcg@10_cold"` and `"ndcg@10_cold_low"`.
 
     Example:
 
@@ -130,6 +136,19 @@ def ranking_metrics(
     if confidence is not None:
         for name in (f"ndcg@{max(ks)}", f"hr@{max(ks)}", f"mrr@{max(ks)}"):
             metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values[name], confidence)
+    if is_cold is not None:
+        is_cold = np.asarray(is_cold, dtype=bool)
+        if is_cold.shape != np.shape(ranks):
+            raise ValueError(
+                f"`is_cold` has shape {is_cold.shape} for ranks of shape {np.shape(ranks)}: pass one entry per user."
+            )
+        for group, chosen in (("warm", ~is_cold), ("cold", is_cold)):
+            metrics[f"num_{group}"] = int(chosen.sum())
+            of_group = ranking_metrics(np.asarray(ranks)[chosen], ks, confidence) if chosen.any() else {}
+            for name, value in of_group.items():
+                metric, *end = name.split("_")
+                if not metric.startswith("mrr"):
+                    metrics["_".join([metric, group, *end])] = value
     return metrics
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Traditional recommenders on the rows that the LLM is trained and tested on, by
+Traditional recommenders on the rows that the LLM is trained and tested on. SASRec and BERT4Rec are those of
 [RecTools](https://github.com/MTSWebServices/RecTools): `pip install "trl_msl[baselines]"`.
 
 On the generated data of the quickstart, and on a folder of the MSL paper's authors:
@@ -14,45 +14,32 @@ trl-msl baselines --config recipes/configs/baselines.yaml --model sasrec-sce \
 Each training window is a separate sequence, in which SASRec predicts every item but the first; popularity and
 item-kNN count an interaction once even if several windows of a user contain it. The epoch is chosen by NDCG@10 on the
 validation windows. All items of the training windows are ranked, those of the history too; targets that are not among
-them are cold, and count as misses. `output_dir` then holds `metrics.json` and `rankings.parquet`.
+them are cold, and count as misses. `output_dir` then holds `metrics.json`, `rankings.parquet`, and
+`scores_validation.parquet` and `scores_test.parquet`: the best 200 items of each window and the model's scores, for
+`trl-msl fuse`.
 """
 
-import copy
 import dataclasses
-import logging
-import math
 import os
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from transformers import set_seed
 
-from ..data import DataArguments
+from ..collaborative import ItemNeighbours
+from ..data import DataArguments, ItemCatalog
 from ..evaluation import coverage, ranking_metrics, ranks_of_targets
 from .command_line import command
 from .loading import load_data
-from .outputs import format_table, write_results
+from .outputs import format_table, write_parquet, write_results
 
 
-try:
-    from implicit.nearest_neighbours import CosineRecommender, NearestNeighboursScorer
-    from rectools.dataset import Dataset, IdMap, Interactions
-    from rectools.models import BERT4RecModel, ImplicitItemKNNWrapperModel, PopularModel, SASRecModel
-    from rectools.models.base import ModelBase
-    from rectools.models.nn.transformers.lightning import TransformerLightningModule
-    from scipy import sparse
-except ImportError as error:
-    raise ImportError(f'baselines need RecTools ({error}): pip install "trl_msl[baselines]".') from error
-
-
-TOP_K = 10
+TOP_K, NUM_SCORED = 10, 200
 LOSSES = {
     "sasrec-bce": "BCE",
     "sasrec-softmax": "softmax",
@@ -61,6 +48,8 @@ LOSSES = {
     "bert4rec": "softmax",
 }
 MODELS = ["popularity", "item-knn", *LOSSES]
+Scored = tuple[list[np.ndarray], list[np.ndarray]]  # items of each history, best first, and their scores
+Scorer = Callable[[list[list[int]], int], Scored]  # histories, and how many items to score
 
 
 @dataclass
@@ -70,9 +59,10 @@ class BaselineArguments:
 
     Parameters:
         model (`str`, *optional*, defaults to `"sasrec-softmax"`):
-            What to train: `popularity`; `item-knn`, by cosine; SASRec with binary cross-entropy (`sasrec-bce`), the
-            softmax over all items (`sasrec-softmax`) or over the target and sampled items (`sasrec-sampled`), or
-            [`scaled_cross_entropy`] (`sasrec-sce`); or `bert4rec`, with the softmax over all items.
+            What to train: `popularity`; `item-knn`, by [`ItemNeighbours`]; SASRec with binary cross-entropy
+            (`sasrec-bce`), the softmax over all items (`sasrec-softmax`) or over the target and sampled items
+            (`sasrec-sampled`), or [`scaled_cross_entropy`] (`sasrec-sce`); or `bert4rec`, with the softmax over all
+            items.
         output_dir (`str`, *optional*, defaults to `"outputs/baselines"`):
             Folder to write into.
         hidden_size (`int`, *optional*, defaults to `128`), num_layers, num_heads (`int`, *optional*, defaults to `2`):
@@ -87,8 +77,8 @@ class BaselineArguments:
             Items sampled for each target, uniformly, by the losses that sample.
         sce_scale, mask_probability (`float`, *optional*, defaults to `100.0` and `0.5`):
             `scale` of [`scaled_cross_entropy`], and share of the items that BERT4Rec masks.
-        neighbours (`int`, *optional*, defaults to `20`):
-            Neighbours of each item in item-kNN.
+        neighbours, shrinkage, decay (*optional*, defaults to `100`, `5**0.5` and `0.7`):
+            `num_neighbours`, `shrinkage` and `decay` of [`ItemNeighbours`], for item-kNN.
         seed (`int`, *optional*, defaults to `0`):
             Random seed.
     """
@@ -106,8 +96,17 @@ class BaselineArguments:
     num_negatives: int = field(default=100, metadata={"help": "Items sampled for each target."})
     sce_scale: float = field(default=100.0, metadata={"help": "Factor of the sampled sum in sasrec-sce."})
     mask_probability: float = field(default=0.5, metadata={"help": "Share of the items that BERT4Rec masks."})
-    neighbours: int = field(default=20, metadata={"help": "Neighbours of each item in item-kNN."})
+    neighbours: int = field(default=100, metadata={"help": "Neighbours of each item in item-kNN."})
+    shrinkage: float = field(default=5**0.5, metadata={"help": "How little rare items count in item-kNN."})
+    decay: float = field(
+        default=0.7, metadata={"help": "Weight of a history's item relative to the next, in item-kNN."}
+    )
     seed: int = field(default=0, metadata={"help": "Random seed."})
+
+    @property
+    def loss(self) -> str:
+        """RecTools' name of the loss."""
+        return LOSSES[self.model]
 
     def __post_init__(self):
         whole = ("num_layers", "num_heads", "batch_size", "max_epochs", "patience", "num_negatives", "neighbours")
@@ -130,33 +129,42 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
     data = load_data(data_args)
     catalog, train_users = data.catalog, data.windows["train"]["user_id"]
     sequences = {split: [catalog.indices(ids) for ids in data.windows[split]["item_ids"]] for split in data.windows}
+    histories = {split: [sequence[:-1] for sequence in sequences[split]] for split in sequences}
     targets = {split: [sequence[-1] for sequence in sequences[split]] for split in sequences}
 
     started = time.time()
-    counted = make_dataset(sequences["train"], train_users, once=True)
-    popular = PopularModel().fit(counted).recommend(counted.user_id_map.external_ids[:1], counted, TOP_K, False)
+    had = {(user, item) for user, sequence in zip(train_users, sequences["train"]) for item in sequence}
+    counts = np.bincount([item for _, item in had], minlength=len(catalog))
+    popular = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
 
-    def rank(model: ModelBase | None, split: str) -> tuple[np.ndarray, np.ndarray]:
-        histories = [sequence[:-1] for sequence in sequences[split]]
-        items = rank_items(model, histories, counted.item_id_map, popular["item_id"].tolist())
+    def rank(scored: Scored, split: str) -> tuple[np.ndarray, np.ndarray]:
+        items = fill(scored[0], popular)
         return items, ranks_of_targets(items, targets[split])
 
-    def validate(model: ModelBase | None) -> float:
-        return ranking_metrics(rank(model, "validation")[1], (TOP_K,))["ndcg@10"]
+    def validate(score: Scorer) -> float:
+        ranks = rank(score(histories["validation"], TOP_K), "validation")[1]
+        return ranking_metrics(ranks, (TOP_K,))["ndcg@10"]
 
     if args.model in LOSSES:
-        # As for the LLM, each window is a row of its own, even if a user has several
-        train = make_dataset(sequences["train"], range(len(train_users)))
-        model, chosen = train_transformer(args, train, max(map(len, sequences["train"])), validate)
+        from .sequence_models import train_transformer
+
+        score, chosen = train_transformer(args, sequences["train"], validate)
     else:
-        knn = ItemKNN(args.neighbours + 1, num_threads=1)  # each item is its own nearest neighbour
-        model = ImplicitItemKNNWrapperModel(knn).fit(counted) if args.model == "item-knn" else None
-        chosen = {"validation_ndcg@10": validate(model), "epochs": 0, "num_parameters": 0}
+        score = partial(score_by_popularity, popular, counts)
+        if args.model == "item-knn":
+            settings = (args.neighbours, args.shrinkage, args.decay)
+            neighbours = ItemNeighbours.fit(sequences["train"], train_users, len(catalog), *settings)
+            score = partial(score_by_neighbours, neighbours)
+        chosen = {"validation_ndcg@10": validate(score), "epochs": 0, "num_parameters": 0}
     trained = time.time()
-    items, ranks = rank(model, "test")
+    scored = {"test": score(histories["test"], NUM_SCORED)}
+    items, ranks = rank(scored["test"], "test")
     tested = time.time()
+    scored["validation"] = score(histories["validation"], NUM_SCORED)
+    for split, found in scored.items():
+        write_scores(Path(args.output_dir, f"scores_{split}.parquet"), catalog, *found)
     metrics = {
-        **ranking_metrics(ranks, (5, TOP_K), confidence=0.95),
+        **ranking_metrics(ranks, (5, TOP_K), confidence=0.95, is_cold=counts[targets["test"]] == 0),
         "coverage": coverage(items, len(catalog)),
         "num_rows": len(ranks),
         **chosen,
@@ -165,139 +173,40 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
         "seed": args.seed,
         "arguments": {**dataclasses.asdict(args), **dataclasses.asdict(data_args)},
     }
-    test_ids, seen = [ids[-1] for ids in data.windows["test"]["item_ids"]], data.seen_items
-    write_results(Path(args.output_dir), metrics, catalog, test_ids, items, ranks, seen)
-    num_cold = sum(item not in seen for item in test_ids)
-    print(f"\nTest, {len(ranks)} users, {len(catalog)} items, {num_cold} cold targets, which these models can't rank")
-    print(f"{format_table({args.model: metrics})}\n\n{args.output_dir}/metrics.json, {tested - started:.0f} seconds")
+    test_ids = [catalog.ids[item] for item in targets["test"]]
+    write_results(Path(args.output_dir), metrics, catalog, test_ids, items, ranks, data.seen_items)
+    print(
+        f"\nTest, {len(ranks)} users, {len(catalog)} items, {metrics['num_cold']} cold targets, which these models "
+        f"can't rank\n{format_table({args.model: metrics})}\n\n{args.output_dir}/metrics.json, "
+        f"{tested - started:.0f} seconds"
+    )
 
 
-def make_dataset(
-    sequences: list[list[int]], users: Sequence[Any], items: IdMap | None = None, once: bool = False
-) -> Dataset:
-    """
-    RecTools' dataset of sequences of items (indices in the catalogue, in time order) and the user of each. `items`
-    leaves all others out; `once` counts each item of a user once.
-    """
-    frame = pd.DataFrame({"user_id": list(users), "item_id": sequences}).explode("item_id", ignore_index=True)
-    frame = frame.astype({"item_id": int}).assign(weight=1, datetime=pd.to_datetime(frame.index))
-    if once:
-        frame = frame.drop_duplicates(["user_id", "item_id"])
-    if items is None:
-        return Dataset.construct(frame)
-    frame = frame[frame["item_id"].isin(items.external_ids)]
-    user_ids = IdMap.from_values(frame["user_id"])
-    return Dataset(user_ids, items, Interactions.from_raw(frame, user_ids, items))
+def score_by_popularity(popular: np.ndarray, counts: np.ndarray, histories: list[list[int]], count: int) -> Scored:
+    """The most popular items, and how many users have them."""
+    items = popular[:count]
+    return [items] * len(histories), [counts[items]] * len(histories)
 
 
-def rank_items(model: ModelBase | None, histories: list[list[int]], items: IdMap, popular: list[int]) -> np.ndarray:
-    """
-    The best items for each history, as indices in the catalogue: those that `model` finds, which are none if it knows
-    no item of the history; then the most popular ones; then `-1`.
-    """
-    ranked = [[] for _ in histories]
-    dataset = make_dataset(histories, range(len(histories)), items)
-    if model is not None and dataset.user_id_map.size:
-        users = dataset.user_id_map.external_ids
-        for user, item in model.recommend(users, dataset, TOP_K, filter_viewed=False)[["user_id", "item_id"]].values:
-            ranked[user].append(item)
-    ranked = [list(dict.fromkeys([*row, *popular, *range(-1, -TOP_K, -1)]))[:TOP_K] for row in ranked]
-    return np.maximum(ranked, -1)
+def score_by_neighbours(neighbours: ItemNeighbours, histories: list[list[int]], count: int) -> Scored:
+    """The items that have a score; of equal ones the first in the catalogue comes first."""
+    bias = neighbours.score(histories)
+    orders = [values.argsort(descending=True, stable=True)[:count] for values in bias.values]
+    items, scores = ([row[order].numpy() for row, order in zip(rows, orders)] for rows in (bias.items, bias.values))
+    return items, scores
 
 
-def train_transformer(
-    args: BaselineArguments, train: Dataset, longest: int, validate: Callable[[ModelBase], float]
-) -> tuple[ModelBase, dict[str, float]]:
-    """The model of the epoch that `validate` rates highest, and that rating, the epoch, and the model's size."""
-    for name in ("pytorch_lightning", "lightning_fabric"):  # Lightning reports each `fit`, here once per epoch
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|rectools|pydantic")
-    settings = {
-        "n_factors": args.hidden_size,
-        "n_blocks": args.num_layers,
-        "n_heads": args.num_heads,
-        "dropout_rate": args.dropout,
-        "lr": args.learning_rate,
-        "batch_size": args.batch_size,
-        "loss": LOSSES[args.model],
-        "n_negatives": args.num_negatives,
-    }
-    options = {
-        "bert4rec": {"mask_prob": args.mask_probability},
-        "sasrec-sce": {
-            "lightning_module_type": ScaledCrossEntropyModule,
-            "lightning_module_kwargs": {"scale": args.sce_scale},
-        },
-    }
-    # In BERT4Rec the mask takes the last place; SASRec's inputs are all items but the last
-    model_class, length = (BERT4RecModel, longest) if args.model == "bert4rec" else (SASRecModel, longest - 1)
-    model = model_class(session_max_len=length, **settings, **options.get(args.model, {}))
-    best = {"validation_ndcg@10": -math.inf}
-    for epoch in range(1, args.max_epochs + 1):
-        model.fit_partial(train, min_epochs=1, max_epochs=1)
-        loss = model.fit_trainer.callback_metrics["train_loss"].item()
-        if not math.isfinite(loss):  # also if BERT4Rec masks no item of a batch
-            raise ValueError(
-                f"the loss is {loss} in epoch {epoch}: lower `learning_rate`, which is {args.learning_rate}, or raise "
-                f"`batch_size`, which is {args.batch_size}."
-            )
-        ndcg = validate(model)
-        print(f"epoch {epoch}: loss {loss:.4f}, validation NDCG@10 {ndcg:.4f}", flush=True)
-        if ndcg > best["validation_ndcg@10"]:
-            best = {"validation_ndcg@10": ndcg, "epochs": epoch}
-            weights = copy.deepcopy(model.torch_model.state_dict())
-        elif epoch - best["epochs"] >= args.patience:
-            break
-    model.torch_model.load_state_dict(weights)
-    return model, {**best, "num_parameters": sum(weight.numel() for weight in model.torch_model.parameters())}
+def fill(ranked: list[np.ndarray], popular: np.ndarray) -> np.ndarray:
+    """The first items of each row; where there are too few, the most popular other ones; then `-1`."""
+    rest = [*popular[: 2 * TOP_K].tolist(), *range(-1, -TOP_K - 1, -1)]
+    rows = [list(dict.fromkeys([*row[:TOP_K].tolist(), *rest]))[:TOP_K] for row in ranked]
+    return np.maximum(rows, -1)
 
 
-def scaled_cross_entropy(positive: torch.Tensor, negatives: torch.Tensor, scale: float) -> torch.Tensor:
-    r"""
-    Softmax loss over the target and sampled items, whose sum is scaled up as if there were more of them,
-    \\( -\log \frac{e^{s_+}}{e^{s_+} + \alpha \sum_j e^{s_j}} \\): the *scaled* cross-entropy of
-    [Xu et al.](https://huggingface.co/papers/2408.14238), not the *scalable* one of
-    [Mezentsev et al.](https://huggingface.co/papers/2409.18721).
-
-    Args:
-        positive (`torch.Tensor` of shape `[...]`), negatives (`torch.Tensor` of shape `[..., num_negatives]`):
-            Scores of the targets and of the sampled items.
-        scale (`float`):
-            Factor \\( \alpha \\) of their sum.
-
-    Returns:
-        `torch.Tensor` of shape `[...]`: the loss of each target.
-    """
-    sampled = negatives.logsumexp(dim=-1) + math.log(scale)
-    return torch.nn.functional.softplus(sampled - positive)
-
-
-class ScaledCrossEntropyModule(TransformerLightningModule):
-    """RecTools' training with [`scaled_cross_entropy`]."""
-
-    def __init__(self, *args: Any, scale: float, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.scale = scale
-
-    @staticmethod
-    def requires_negatives(loss: str) -> bool:
-        return True
-
-    def get_loss_calculator(self) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-        def mean_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            losses = scaled_cross_entropy(logits[..., 0], logits[..., 1:], self.scale)
-            return (losses * weights)[targets != 0].mean()  # 0 is padding
-
-        return mean_loss
-
-
-class ItemKNN(CosineRecommender):
-    """Item-kNN in which no item is its own neighbour, as the history would otherwise rank first."""
-
-    def fit(self, *args: Any, **kwargs: Any) -> None:
-        super().fit(*args, **kwargs)
-        self.similarity = (self.similarity - sparse.diags(self.similarity.diagonal())).tocsr()
-        self.scorer = NearestNeighboursScorer(self.similarity)
+def write_scores(path: Path, catalog: ItemCatalog, items: list[np.ndarray], scores: list[np.ndarray]) -> None:
+    """Write what a model alone says of each window: ids of items, best first, and their scores."""
+    ids = [[catalog.ids[item] for item in row.tolist()] for row in items]
+    write_parquet(path, pd.DataFrame({"item_ids": ids, "scores": [row.astype(float) for row in scores]}))
 
 
 run = command(main)

@@ -21,6 +21,9 @@ accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path outputs/quick
     --decoding exact beam beam-vocab
 ```
 
+So are several values of λ, by which exact search counts the probability that the model gives to invalid tokens:
+`--vocab_weight 0 0.5 1`.
+
 Writes `metrics.json` and `recommendations.txt` into `--output_dir`, which for this model is
 `outputs/evaluate/outputs/quickstart/msl` by default.
 """
@@ -52,7 +55,7 @@ DECODINGS = {
     "beam-vocab": {"mode": "beam", "normalize": "vocab"},
     "generate": {"mode": "generate", "normalize": "trie"},
 }
-SAME_SCORE = {"beam": "exact"}  # exact search by the score of the beams
+SAME_SCORE = {"beam": "exact", "beam-vocab": "exact-1"}  # exact search by the score of the beams
 
 
 @dataclass
@@ -71,6 +74,10 @@ class EvaluationArguments:
             How to find the best items: `exact`; `beam`, beam search by the restricted probability that MSL trains;
             `beam-vocab`, by the probability over the vocabulary, as in published code; or `generate`, the same as
             `beam`, for models that the engine can't run.
+        vocab_weight (`list[float]`, *optional*, defaults to `[0.0]`):
+            As for [`recommend`]. For `exact` only, which is repeated for each value.
+        max_expansions (`int`, *optional*, defaults to `1024`):
+            As for [`recommend`]. For `exact` only.
         num_beams (`int`, *optional*):
             Beam width, `top_k` by default.
         length_penalty (`float`, *optional*, defaults to `0.0`):
@@ -93,6 +100,13 @@ class EvaluationArguments:
     decoding: list[str] = field(
         default_factory=lambda: ["exact"], metadata={"help": "How to decode.", "choices": list(DECODINGS)}
     )
+    vocab_weight: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={
+            "help": "Share of the vocabulary's probability in the score. For exact search, once for each value."
+        },
+    )
+    max_expansions: int = field(default=1024, metadata={"help": "Limit of exact search, per user."})
     num_beams: int | None = field(default=None, metadata={"help": "Beam width, `top_k` by default."})
     length_penalty: float = field(default=0.0, metadata={"help": "As for `generate`. For beams only."})
     match: str = field(default="id", metadata={"help": "What counts as a hit.", "choices": ["id", "text"]})
@@ -102,17 +116,15 @@ class EvaluationArguments:
 
 
 def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelConfig) -> None:
-    if args.decoding == ["exact"] and (args.num_beams or args.length_penalty):
-        raise ValueError("`num_beams` and `length_penalty` have no effect on exact search: add beam to `decoding`.")
+    decodings = make_decodings(args)
     process = PartialState(cpu=not torch.accelerator.is_available())
     output_dir = find_output_dir(args.output_dir, model_args.model_name_or_path)
     data, task = load_trained(model_args, data_args, args.max_length, args.trust_remote_code)
     rows = data.rows(args.split, task)
     model = load_model(model_args, args.trust_remote_code)
     ks = sorted({min(5, args.top_k), args.top_k})
-    settings = {"ks": ks, "match": args.match, "batch_size": args.batch_size}
-    beams = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
-    results, found = evaluate_decodings(args.decoding, model, task, rows, beam_settings=beams, **settings)
+    settings = {"ks": ks, "match": args.match, "batch_size": args.batch_size, "seen_items": data.seen_items}
+    results, found = evaluate_decodings(decodings, model, task, rows, **settings)
     pruning = {name: beam_pruning(found[SAME_SCORE[name]], found[name]) for name in found if found[name].lost_at.size}
     first, *others = found
     differences = {f"{other} - {first}": compare(found[other], found[first], ks) for other in others}
@@ -122,10 +134,12 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
         report = {**results, "differences": differences, "pruning": pruning, "arguments": arguments}
         write_json(output_dir / "metrics.json", report)
         write_text(output_dir / "recommendations.txt", text)
-        columns = tuple(f"{name}@{k}" for k in ks for name in ("ndcg", "hr"))
+        columns = tuple(f"{name}@{args.top_k}" for name in ("ndcg", "hr"))
         title = f"{model_args.model_name_or_path}, {args.split}, {len(rows)} users, {len(task.catalog)} items"
         if count := results[first].get("withdrawn_targets"):
             title += f"; {count} targets are withdrawn and count as misses"
+        if count := results[first].get("num_cold"):
+            title += f"; {count} targets are cold"
         print(f"{text}\n{title}\n{format_table(results, columns)}")
         if differences:
             print(f"\nDifference, with its interval\n{format_table(differences, (*columns, 'same_items'))}")
@@ -147,26 +161,38 @@ def find_output_dir(output_dir: str | None, name: str) -> Path:
     return Path(output_dir)
 
 
+def make_decodings(args: EvaluationArguments) -> dict[str, dict[str, Any]]:
+    """The ways of decoding to compare, by name: arguments of [`evaluate_recommendations`]."""
+    if args.decoding == ["exact"] and (args.num_beams or args.length_penalty):
+        raise ValueError("`num_beams` and `length_penalty` have no effect on exact search: add beam to `decoding`.")
+    if "exact" not in args.decoding and (args.vocab_weight != [0] or args.max_expansions != 1024):
+        raise ValueError("`vocab_weight` and `max_expansions` have no effect on beams: add exact to `decoding`.")
+    decodings = {}
+    for name in args.decoding:
+        if name != "exact":
+            beams = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
+            decodings[name] = DECODINGS[name] | beams
+            continue
+        for weight in args.vocab_weight:
+            score = {"vocab_weight": weight, "max_expansions": args.max_expansions}
+            decodings[f"exact-{weight:g}" if weight else name] = DECODINGS[name] | score
+    return decodings
+
+
 def evaluate_decodings(
-    decodings: list[str],
-    model: PreTrainedModel,
-    task: RankingTask,
-    rows: Dataset,
-    beam_settings: dict[str, Any] | None = None,
-    **settings: Any,
+    decodings: dict[str, dict[str, Any]], model: PreTrainedModel, task: RankingTask, rows: Dataset, **settings: Any
 ) -> tuple[dict[str, dict[str, float]], dict[str, Recommendations]]:
     """
-    Metrics and recommendations of one model by each of several [`DECODINGS`]. `beam_settings` are for those that are
-    not exact; `settings` are passed to [`evaluate_recommendations`].
+    Metrics and recommendations of one model by each of several ways of decoding: the arguments of
+    [`evaluate_recommendations`] by name, besides the `settings` that all have.
     """
     results, found = {}, {}
-    for name in sorted(decodings, key=lambda name: name != "exact"):  # whose items the beams follow
-        started = time.time()
-        beams = {} if name == "exact" else dict(beam_settings or {})
-        if SAME_SCORE.get(name) in found and not beams.get("length_penalty"):
-            beams["follow"] = found[SAME_SCORE[name]].items
+    for name in sorted(decodings, key=SAME_SCORE.__contains__):  # beams last, as they follow the items found exactly
+        started, decoding = time.time(), decodings[name]
+        if SAME_SCORE.get(name) in found and not decoding.get("length_penalty"):
+            decoding = decoding | {"follow": found[SAME_SCORE[name]].items}
         results[name], found[name] = evaluate_recommendations(
-            model, task, rows, return_recommendations=True, **settings, **beams, **DECODINGS[name]
+            model, task, rows, return_recommendations=True, **settings, **decoding
         )
         results[name]["test_seconds"] = round(time.time() - started, 1)
         for counter in ("expansions", "rounds"):

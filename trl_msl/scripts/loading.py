@@ -18,10 +18,12 @@ from ..data import (
     RankingTask,
     best_possible,
     build_rows,
+    distinct_items,
     generate_catalog,
     generate_transitions,
     generate_windows,
     read_data,
+    select_windows,
 )
 from ..recommender import find_folder, load_causal_lm
 from ..training import last_complete_checkpoint, warn_of_missing_state
@@ -34,13 +36,17 @@ logger = logging.getLogger(__name__)
 class Data:
     """
     The items, the windows by split, the options that name them and, for generated data, the best metrics possible on
-    test.
+    test. `seen_items` are the ids of the items in the training windows, if there are any.
     """
 
     catalog: ItemCatalog
     windows: DatasetDict
     args: DataArguments
     best_possible: dict[str, float] | None = None
+
+    def __post_init__(self):
+        windows = self.windows.get("train")
+        self.seen_items: set[str] | None = None if windows is None else distinct_items(windows)
 
     def rows(self, split: str, task: RankingTask) -> Dataset:
         if split not in self.windows:
@@ -49,12 +55,6 @@ class Data:
                 f"`train_file`, {self.args.train_file!r}, too."
             )
         return build_rows(self.windows[split], task)
-
-    @property
-    def seen_items(self) -> set[str] | None:
-        """Ids of the items in the training windows, if there are any."""
-        windows = self.windows.get("train")
-        return None if windows is None else {item for window in windows["item_ids"][:] for item in window}
 
 
 def load_data(args: DataArguments, catalog: ItemCatalog | None = None) -> Data:
@@ -67,9 +67,7 @@ def load_data(args: DataArguments, catalog: ItemCatalog | None = None) -> Data:
     titles = generate_catalog()
     texts = list(titles) if args.item_text == "id" else list(titles.values())
     transitions = generate_transitions(titles)
-    windows = generate_windows(transitions)
-    for split, most in (("validation", args.max_validation_users), ("test", args.max_test_users)):
-        windows[split] = windows[split].select(range(min(most or len(windows[split]), len(windows[split]))))
+    windows = select_windows(generate_windows(transitions), args)
     catalog = catalog or ItemCatalog(list(titles), texts, template=args.item_template)
     logger.info("Using the quickstart's generated data: %d items.", len(titles))
     return Data(catalog, windows, args, best_possible(transitions, windows["test"]))

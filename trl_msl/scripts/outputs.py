@@ -88,13 +88,14 @@ def write_results(
     rankings = pd.DataFrame({"item_id": targets, "recommended": ids, "rank": ranks.astype(int)})
     if seen is not None:
         rankings["is_cold"] = ~rankings["item_id"].isin(seen)
-        metrics = {**metrics, "cold_targets": int(rankings["is_cold"].sum())}
     write_parquet(folder / "rankings.parquet", rankings)
     write_json(folder / "metrics.json", metrics)
 
 
 def format_table(results: dict[str, dict[str, float]], columns: tuple[str, ...] = ("ndcg@10", "hr@10")) -> str:
-    """A row per system; each metric with its interval, if known."""
+    """A row per system; each metric with its interval, if known; of warm and cold targets only if some are cold."""
+    if any(metrics.get("num_cold") for metrics in results.values()):
+        columns += tuple(f"{columns[0]}_{group}" for group in ("warm", "cold"))
     width = max(14, *map(len, results))
     lines = [" " * width + "".join(f"{column:>28}" for column in columns)]
     for name, metrics in results.items():

@@ -28,7 +28,7 @@ from .outputs import write_json, write_text
 
 NUM_PERMUTATIONS = 10_000
 COSTS = ("train_seconds", "test_seconds", "num_parameters", "num_trainable_parameters")
-MEANS = ("coverage", "validation_ndcg@10", "cold_targets", *COSTS)
+MEANS = ("coverage", "validation_ndcg@10", *COSTS)
 
 
 @dataclass
@@ -171,6 +171,7 @@ def describe(system: System, is_cold: np.ndarray | None) -> dict[str, Any]:
         row[metric] = float(values.mean())
         if metric.endswith("@10"):
             row[f"{metric}_low"], row[f"{metric}_high"] = bootstrap_interval(system.per_user(metric))
+    row["num_cold"] = None if is_cold is None else int(is_cold.sum())
     for name, chosen in (("warm", ~is_cold), ("cold", is_cold)) if is_cold is not None and is_cold.any() else ():
         row[f"ndcg@10_{name}"] = float(system.per_user("ndcg@10")[chosen].mean()) if chosen.any() else None
     by_seed = system.values["ndcg@10"].mean(axis=1)

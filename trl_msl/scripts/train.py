@@ -63,6 +63,11 @@ def make_trainer(
     task: RankingTask, data: Data, config: MSLConfig, model_args: ModelConfig, trainer_class: type = MSLTrainer
 ) -> MSLTrainer:
     """The trainer that the options describe."""
+    if data.args.covering_windows and not config.supervise_history:
+        raise ValueError(
+            "`covering_windows` leaves out windows whose target is in the history of another, but `supervise_history` "
+            "is off, so that nothing would be learnt from it: pass supervise_history=True."
+        )
     options = trainer_options(config, model_args, data.rows("train", task), data.rows("validation", task))
     return trainer_class(task=task, **options)
 

@@ -78,7 +78,8 @@ def train_and_evaluate(
     """
     config, folder = trainer.args, Path(trainer.args.output_dir)
     if config.eval_strategy != "no":
-        settings = {"ks": (10,), "batch_size": args.eval_batch_users, **DECODINGS[args.decoding[0]]}
+        settings = {"ks": (10,), "batch_size": args.eval_batch_users, "seen_items": data.seen_items}
+        settings |= DECODINGS[args.decoding[0]]
         trainer.add_callback(RecommendationCallback(trainer, data.rows("validation", task), task, **settings))
     trainer.add_callback(_OptionsCallback(data.args))
     started = time.time()
@@ -146,7 +147,9 @@ def evaluate_and_write(
             write_json(folder / "metrics.json", costs)
         return costs
     rows = data.rows("test", task)
-    results, found = evaluate_decodings(args.decoding, model, task, rows, batch_size=args.eval_batch_users)
+    settings = {"batch_size": args.eval_batch_users, "seen_items": data.seen_items}
+    decodings = {name: DECODINGS[name] for name in args.decoding}
+    results, found = evaluate_decodings(decodings, model, task, rows, **settings)
     first = args.decoding[0]
     if process.is_main_process:
         for decoding, result in found.items():

@@ -27,7 +27,7 @@ DATA_FILE = "data.json"
 # Options that decide which windows are in which split
 _SPLITTING = (
     "data_dir", "train_file", "interactions", "user_column", "item_column", "timestamp_column", "min_interactions",
-    "unknown_items", "drop_duplicates",
+    "unknown_items", "drop_duplicates", "validation_gap", "covering_windows",
 )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def load_trained(
         _check_items(task.catalog, source, args, name)
     data = load_data(args, task.catalog)
     if trained_on is not None:
-        _warn_of_trained_targets(data, trained_on)
+        _compare_splits(data, trained_on)
     return data, task
 
 
@@ -152,15 +152,20 @@ def _check_items(catalog: ItemCatalog, source: str, args: DataArguments, name: s
         )
 
 
-def _warn_of_trained_targets(data: Data, trained_on: DataArguments) -> None:
-    """Warn if, with options other than in training, training targets are in the validation or test split."""
+def _compare_splits(data: Data, trained_on: DataArguments) -> None:
+    """
+    With options other than in training, warn if training targets are in the validation or test split, and note which
+    items that training has seen.
+    """
     here, there = (vars(_with_whole_paths(args)) for args in (data.args, trained_on))
     different = {name: (here[name], there[name]) for name in _SPLITTING if here[name] != there[name]}
-    if not different or not (trained_on.data_dir or trained_on.interactions):
+    if not different:
         return
     logger.info("The data of its training, to compare the splits:")
+    data.seen_items = None
     try:
-        trained = set(_targets(load_data(trained_on, data.catalog).windows["train"]))
+        training = load_data(trained_on, data.catalog)
+        trained, data.seen_items = set(_targets(training.windows["train"])), training.seen_items
     except (ValueError, KeyError) as error:
         logger.warning("Can't check whether the model was trained on some of these windows: %s", error)
         return

@@ -59,8 +59,8 @@ def make_model_card(
         tags=_tags([*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])]),
     )
     split, metrics = ("test", trainer.test_metrics) if trainer.test_metrics else ("validation", _validated(trainer))
-    ranked = [name for name in metrics if "@" in name] if "num_rows" in metrics else []
-    measured = [name for name in ranked if not name.startswith("validation") and not name.endswith(("_low", "_high"))]
+    # Without intervals, `validation_...`, and those of warm and cold targets
+    measured = [name for name in metrics if "@" in name and "_" not in name] if "num_rows" in metrics else []
     if measured:
         metadata.eval_results = [_result(name, metrics[name], split, dataset_name) for name in measured]
     origin = f", fine-tuned from {f'[{base}](https://huggingface.co/{base})' if is_published else f'`{base}`'}"
@@ -126,12 +126,17 @@ def _result(name: str, value: float, split: str, dataset: str | None) -> EvalRes
 
 
 def _evaluation(measured: list[str], metrics: dict[str, float], split: str) -> str:
-    rows = []
+    head, rows, groups = ["metric", "value", "95% interval"], [], []
+    text = f"## Evaluation\n\nOn {metrics['num_rows']:,} {split} rows, ranking the whole catalogue"
+    if metrics.get("num_cold"):
+        groups = ["warm", "cold"]
+        text += f"; warm are the {metrics['num_warm']:,} whose item is in the training rows, cold the others"
     for name in measured:
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-        rows.append((name, f"{metrics[name]:.4f}", "-" if low is None else f"{low:.4f} to {high:.4f}"))
-    text = f"## Evaluation\n\nOn {metrics['num_rows']:,} {split} rows, ranking the whole catalogue:\n\n"
-    return text + _table(("metric", "value", "95% interval"), rows)
+        cells = [metrics[name], *(metrics.get(f"{name}_{group}") for group in groups)]
+        value, *others = ("-" if cell is None else f"{cell:.4f}" for cell in cells)
+        rows.append((name, value, "-" if low is None else f"{low:.4f} to {high:.4f}", *others))
+    return f"{text}:\n\n{_table((*head, *groups), rows)}"
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple]) -> str:

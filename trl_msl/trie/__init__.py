@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trie of a catalogue's token sequences. This room knows only integers."""
 
-from .arrays import TRIE_FILE, check_regular, read_checksum, replacing
+from .arrays import TRIE_FILE, check_regular, flatten_sequences, read_checksum, replacing
 from .compressed import CompressedTrie
 from .item_trie import ItemTrie
 from .ragged import logsumexp_by_row, pad_rows, ragged_arange
@@ -12,6 +12,7 @@ __all__ = [
     "ItemTrie",
     "TRIE_FILE",
     "check_regular",
+    "flatten_sequences",
     "logsumexp_by_row",
     "pad_rows",
     "ragged_arange",

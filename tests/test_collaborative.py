@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Item-kNN: neighbours and scores, compared with what they are by definition."""
+
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_msl.collaborative import ItemNeighbours, item_neighbours
+
+
+NUM_ITEMS = 9
+WINDOWS = st.lists(
+    st.tuples(st.integers(0, 4), st.lists(st.integers(0, NUM_ITEMS - 2), min_size=1, max_size=6)),
+    min_size=1, max_size=12,
+)  # fmt: skip
+
+
+def similarities(windows, shrinkage):
+    """All of them, by definition."""
+    sets = {}
+    for user, items in windows:
+        sets.setdefault(user, set()).update(items)
+    counts = Counter(item for items in sets.values() for item in items)
+    common = Counter(pair for items in sets.values() for pair in combinations(sorted(items), 2))
+    found = np.zeros((NUM_ITEMS, NUM_ITEMS))
+    for (i, j), number in common.items():
+        found[i, j] = found[j, i] = number / ((counts[i] ** 0.5 + shrinkage) * (counts[j] ** 0.5 + shrinkage))
+    return found
+
+
+def rows_of(neighbours):
+    ends = neighbours.offsets.tolist()
+    items, values = neighbours.neighbours.tolist(), neighbours.similarities.tolist()
+    return [dict(zip(items[a:b], values[a:b])) for a, b in zip(ends, ends[1:])]
+
+
+def dense(bias, num_users):
+    scores = np.zeros((num_users, NUM_ITEMS))
+    for user, (items, values) in enumerate(zip(bias.items, bias.values)):
+        scores[user, items.numpy()] = values.numpy()
+    return scores
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 1 << 23])
+@settings(max_examples=60, deadline=None)
+@given(WINDOWS, st.integers(1, NUM_ITEMS), st.sampled_from([0.0, 5**0.5]))
+def test_neighbours_are_the_most_similar_items(pairs, windows, num_neighbours, shrinkage):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(item_neighbours, "_PAIRS", pairs)
+        found = ItemNeighbours.fit(
+            [items for _, items in windows], [f"u{user}" for user, _ in windows], NUM_ITEMS, num_neighbours, shrinkage
+        )
+    for row, expected in zip(rows_of(found), similarities(windows, shrinkage), strict=True):
+        best = sorted((-value, item) for item, value in enumerate(expected) if value > 0)[:num_neighbours]
+        assert list(row) == [item for _, item in best]
+        np.testing.assert_allclose(list(row.values()), [-value for value, _ in best], rtol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    WINDOWS,
+    st.lists(st.lists(st.integers(0, NUM_ITEMS - 1), max_size=5), min_size=1, max_size=4),
+    st.sampled_from([0.5, 0.7, 1.0]),
+)
+def test_scores_are_weighted_sums_of_similarities(windows, histories, decay):
+    found = ItemNeighbours.fit([items for _, items in windows], [user for user, _ in windows], NUM_ITEMS, decay=decay)
+    table, expected = similarities(windows, 5**0.5), np.zeros((len(histories), NUM_ITEMS))
+    for user, history in enumerate(histories):
+        for age, item in enumerate(reversed(history)):
+            expected[user] += decay**age * table[item]
+    bias = found.score(histories)
+    np.testing.assert_allclose(dense(bias, len(histories)), expected, rtol=1e-6)
+    assert bias.default == 0.0 and all((row > 0).all() for row in bias.values)
+    for user, history in enumerate(histories):  # alone as in the batch, to the last bit
+        alone = found.score([history])
+        assert torch.equal(alone.items[0], bias.items[user]) and torch.equal(alone.values[0], bias.values[user])
+
+
+@pytest.mark.parametrize("pairs", [1, 1 << 23])
+def test_neighbours_by_vectors(pairs, monkeypatch):
+    monkeypatch.setattr(item_neighbours, "_PAIRS", pairs)
+    vectors = torch.randn(NUM_ITEMS, 4, generator=torch.Generator().manual_seed(0))
+    vectors[5] = 0.0
+    cosines = torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
+    for item, row in enumerate(rows_of(ItemNeighbours.from_vectors(vectors, num_neighbours=3))):
+        best = sorted(
+            ((-value, other) for other, value in enumerate(cosines[item].tolist()) if value > 0 and other != item)
+        )[:3]
+        assert list(row) == [other for _, other in best]
+        np.testing.assert_allclose(list(row.values()), [-value for value, _ in best], rtol=1e-5)
+        assert 5 not in row and not (item == 5 and row)
+
+
+def test_a_catalogue_that_has_grown():
+    found = ItemNeighbours.fit([[0, 1], [1, 2]], ["a", "b"], 3)
+    grown = found.extend(5)
+    assert rows_of(grown) == [*rows_of(found), {}, {}]
+    assert torch.equal(grown.score([[1, 4]]).items[0], found.score([[1]]).items[0])
+
+
+def test_bad_arguments():
+    fit = {"sequences": [[0, 1]], "users": ["a"], "num_items": 2}
+    for change, error in (
+        ({"users": ["a", "b"]}, "`users` has 2 entries for 1 sequences"),
+        ({"num_items": 1}, "`sequences` hold items from 0 to 1, but .* 0 to 0"),
+        ({"num_neighbours": 0}, "`num_neighbours` is 0"),
+        ({"shrinkage": -1.0}, "`shrinkage` is -1.0"),
+        ({"decay": 0.0}, "`decay` is 0.0: it must be above 0"),
+        ({"decay": float("nan")}, "`decay` is nan"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            ItemNeighbours.fit(**fit | change)
+    for vectors in (torch.zeros(3), torch.full((3, 2), torch.nan)):
+        with pytest.raises(ValueError, match="`vectors` has shape"):
+            ItemNeighbours.from_vectors(vectors)
+    with pytest.raises(ValueError, match="`histories` hold items from -1 to 0"):
+        ItemNeighbours.fit(**fit).score([[0, -1]])
+    good = {
+        "offsets": torch.tensor([0, 1, 2]),
+        "neighbours": torch.tensor([1, 0]).int(),
+        "similarities": torch.ones(2),
+        "decay": 1.0,
+    }
+    ItemNeighbours(**good)
+    for name, value, error in (
+        ("offsets", torch.tensor([0, 1, 2]).int(), "`offsets` is torch.int32"),
+        ("offsets", torch.tensor([0, 2, 1]), "do not fit"),
+        ("offsets", torch.tensor([0, 3, 2]), "do not fit"),
+        ("offsets", torch.tensor([1, 1, 2]), "do not fit"),
+        ("offsets", torch.tensor([2]), "do not fit"),
+        ("neighbours", torch.tensor([2, 0]).int(), "`neighbours` must hold item indices"),
+        ("neighbours", torch.tensor([-1, 0]).int(), "`neighbours` must hold item indices"),
+        ("similarities", torch.ones(3), "do not fit"),
+        ("similarities", torch.tensor([1.0, torch.inf]), "finite numbers above 0"),
+        ("similarities", torch.tensor([1.0, 0.0]), "finite numbers above 0"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            ItemNeighbours(**good | {name: value})
