@@ -21,6 +21,8 @@ accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path outputs/quick
     --decoding exact beam beam-vocab
 ```
 
+Of the best items by the same score, which for `beam` is that of `exact`, it tells how many beams lose, and where.
+
 So are several values of λ, by which exact search counts the probability that the model gives to invalid tokens:
 `--vocab_weight 0 0.5 1`.
 
