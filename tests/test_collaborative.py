@@ -96,6 +96,12 @@ def test_neighbours_by_vectors(pairs, monkeypatch):
         assert 5 not in row and not (item == 5 and row)
 
 
+def test_nobody_has_two_items():
+    for sequences in ([], [[0], [2, 2]]):
+        found = ItemNeighbours.fit(sequences, range(len(sequences)), NUM_ITEMS)
+        assert rows_of(found) == [{}] * NUM_ITEMS and not len(found.score([[0, 2]]).items[0])
+
+
 def test_a_catalogue_that_has_grown():
     found = ItemNeighbours.fit([[0, 1], [1, 2]], ["a", "b"], 3)
     grown = found.extend(5)

@@ -25,7 +25,7 @@ ALLOWED = {
     "softmax_dpo": {"trie", "data", "model", "training", "decoding"},
     "evaluation": {"trie", "data", "model", "decoding"},
     "doctor": {"trie", "data", "model", "decoding"},
-    "recommender": {"trie", "data", "model", "decoding", "evaluation"},
+    "recommender": {"trie", "data", "model", "decoding", "evaluation", "collaborative"},
 }
 ALLOWED["scripts"] = set(ALLOWED)
 ALLOWED["experiments"] = set(ALLOWED)

@@ -40,15 +40,15 @@ def score_every_item(model, trie, prompts, weight: float) -> np.ndarray:
 def biases(draw, num_users, num_items):
     """A bias as users pass it, and the same as a matrix."""
     row = st.lists(BIAS, min_size=num_items, max_size=num_items)
-    kind = draw(st.sampled_from(["none", "shared", "prepared", "users", "users", "sparse", "sparse"]))
+    kind = draw(st.sampled_from(["none", "shared", "prepared", "users", "users", "sparse", "sparse", "function"]))
     if kind == "none":
         return None, np.zeros((num_users, num_items))
     if kind in ("shared", "prepared"):
         values = draw(row)
         return (values if kind == "shared" else torch.tensor(values)), np.array([values] * num_users)
-    if kind == "users":
+    if kind in ("users", "function"):
         values = np.array(draw(st.lists(row, min_size=num_users, max_size=num_users)))
-        return values, values
+        return (values if kind == "users" else lambda users: values[users]), values
     defaults = draw(st.lists(st.sampled_from([-4.0, 0.0, 1.0]), min_size=num_users, max_size=num_users))
     items = st.lists(st.integers(0, num_items - 1), unique=True)
     listed = [draw(items) for _ in range(num_users)]
@@ -281,6 +281,8 @@ def test_recommending_and_evaluating(tokenizer, task, prompts, catalog):
         torch.arange(12.0),
         torch.randn(5, 12),
         SparseBias([[1], [2], [], [3], [4]], [[5], [5], [], [5], [5]]),
+        lambda users: SparseBias([[user] for user in users], [[5.0]] * len(users)),
+        lambda users: torch.arange(12.0),
     ):
         score = {"vocab_weight": 0.5, "item_bias": bias}
         found = recommend(model, task, rows["prompt"][:], 4, **score)
@@ -297,6 +299,20 @@ def test_recommending_and_evaluating(tokenizer, task, prompts, catalog):
             with pytest.raises(ValueError, match=f"`{name}` is .*only exact search has it: leave it out"):
                 recommend(model, task, prompts, 4, mode, **{name: value})
     recommend(model, task, prompts, 4, "beam", vocab_weight=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_a_function_is_called_for_each_batch(batch_size, tokenizer, trie, prompts):
+    decoder, dense, batches = TrieDecoder(make_model(tokenizer), trie), torch.randn(5, 12), []
+
+    def item_bias(users):
+        batches.append(users)
+        return dense[users]
+
+    found = decoder.search(prompts, 12, item_bias=item_bias, batch_size=batch_size)
+    assert torch.equal(found.items, decoder.search(prompts, 12, item_bias=dense, batch_size=batch_size).items)
+    assert sorted(user for users in batches for user in users) == list(range(5))
+    assert max(map(len, batches)) == min(batch_size, 5)
 
 
 def test_bad_arguments(tokenizer, trie, prompts):
@@ -326,6 +342,14 @@ def test_bad_arguments(tokenizer, trie, prompts):
     ):
         with pytest.raises(ValueError, match=error):
             decoder.search(prompts, item_bias=bias)
+    for values, error in (
+        (torch.zeros(4, 12), r"`item_bias` has shape \(4, 12\): pass \(12,\), .*\(5, 12\)"),
+        (SparseBias([[1]], [[0.0]]), "`item_bias.items` has 1 lists for 5 prompts"),
+        (decoder.prepare_item_bias([0.0] * 12), "`item_bias` is a function that returns a `ItemBias`: let it return"),
+        (None, "`item_bias` must hold numbers"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            decoder.search(prompts, item_bias=lambda users, values=values: values)
     other = TrieDecoder(make_model(tokenizer), trie)
     with pytest.raises(ValueError, match="`item_bias` was prepared by another `TrieDecoder`"):
         decoder.search(prompts, item_bias=other.prepare_item_bias([0.0] * 12))

@@ -9,6 +9,7 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from helpers import make_model, make_windows
 from hub_server import serve
@@ -17,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from test_bad_input import edit
 
 from trl_msl import ItemCatalog, RankingTask, Recommender
+from trl_msl.collaborative import FUSION_FILE, Fusion, ItemNeighbours, load_fusion
 from trl_msl.data import DataArguments
 from trl_msl.scripts import merge, recommend, update_catalog
 from trl_msl.scripts.trained import write_options
@@ -34,6 +36,14 @@ def users(tmp_path, catalog):
     windows = make_windows(catalog.ids, 11)["item_ids"][:]
     pd.DataFrame({"user_id": range(11), "item_ids": windows}).to_parquet(tmp_path / "users.parquet")
     return tmp_path / "users.parquet"
+
+
+@pytest.fixture
+def fusion(model):
+    """A fusion in the recommender's folder."""
+    fusion = Fusion(torch.arange(12), ItemNeighbours.fit([[0, 4, 8], [3, 8]], ["a", "b"], 12), 0.0, 0.3, 2.0)
+    fusion.save_pretrained(model)
+    return fusion
 
 
 def test_recommend_to_the_users_of_a_file(tmp_path, model, users):
@@ -90,6 +100,51 @@ def test_parts_that_cannot_be_resumed(tmp_path, model, users, task, caplog, monk
     run(recommend, *arguments, tmp_path / "found.parquet")
     assert "000000000000.parquet cannot be read and is made again" in caplog.text
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "found.parquet"), whole)
+
+
+def test_recommend_by_a_fusion(tmp_path, model, fusion):
+    """On two processes, to users without history, too; a changed fusion is an error."""
+    histories = [["b0", "b4"], [], ["b3"], ["b8", "b4"], [], ["b1"], ["b2", "b5"]]
+    pd.DataFrame({"item_ids": list(map(json.dumps, histories))}).to_csv(tmp_path / "users.csv", index=False)
+    arguments = ["--model_name_or_path", model, "--users", tmp_path / "users.csv", "--top_k", 3, "--output"]
+    with pytest.raises(ValueError, match="2 of 7 users have an empty history .* by popular_without_history=True"):
+        run(recommend, *arguments, tmp_path / "found.parquet")
+    arguments[:0] = ["--popular_without_history", "true"]
+    launch("trl_msl.scripts.recommend", *arguments, tmp_path / "found.parquet", num_processes=2)
+    found = pd.read_parquet(tmp_path / "found.parquet")
+    loaded = Recommender.from_pretrained(model)
+    expected = loaded.recommend(histories, k=3, popular_without_history=True)
+    assert found["recommended_ids"].map(list).tolist() == expected.ids
+    assert found["recommended_ids"][1].tolist() == ["b11", "b10", "b9"]
+    assert expected.ids != loaded.recommend(histories, k=3, popular_without_history=True, fused=False).ids
+
+    (tmp_path / "found.parquet.parts").mkdir()
+    (tmp_path / "found.parquet.parts" / "job.json").write_text("{}")
+    with pytest.raises(ValueError, match="fusion_sha256"):
+        run(recommend, *arguments, tmp_path / "found.parquet")
+    (model / FUSION_FILE).unlink()
+    with pytest.raises(ValueError, match="`popular_without_history` is True, but the model has no fusion"):
+        run(recommend, *arguments, tmp_path / "again.parquet")
+
+
+def test_users_of_whom_nothing_is_known(tmp_path, model, fusion):
+    """They have no item of the catalogue, or are not in the log."""
+    arguments = ["--model_name_or_path", model, "--output", tmp_path / "found.jsonl", "--top_k", 2]
+    arguments += ["--popular_without_history", "true", "--users", tmp_path / "users.csv"]
+    pd.DataFrame({"user_id": ["u1", "u2"], "item_ids": ["b99", "b98 b11"]}).to_csv(tmp_path / "users.csv", index=False)
+    with pytest.raises(ValueError, match="different ids that are not in the catalogue"):
+        run(recommend, *arguments)
+    run(recommend, *arguments, "--unknown_items", "drop")
+    found = pd.read_json(tmp_path / "found.jsonl", lines=True)
+    assert found["recommended_ids"][0] == ["b11", "b10"] and "b11" not in found["recommended_ids"][1]
+
+    log = pd.DataFrame({"user_id": ["u2", "u2"], "item_id": ["b0", "b11"], "timestamp": [1, 2]})
+    log.to_csv(tmp_path / "log.csv", index=False)
+    pd.DataFrame({"user_id": ["u1", "u2"]}).to_csv(tmp_path / "users.csv", index=False)
+    run(recommend, *arguments, "--interactions", tmp_path / "log.csv")
+    found = pd.read_json(tmp_path / "found.jsonl", lines=True)
+    assert found["item_ids"].tolist() == [[], ["b0", "b11"]]
+    assert found["recommended_ids"][0] == ["b11", "b10"] and "b11" not in found["recommended_ids"][1]
 
 
 def test_users_with_unknown_items(tmp_path, model, caplog):
@@ -255,7 +310,7 @@ On 6 test rows:
 """
 
 
-def test_update_the_catalogue_of_a_trained_model(tmp_path, model, capsys):
+def test_update_the_catalogue_of_a_trained_model(tmp_path, model, fusion, capsys):
     recommender = Recommender.from_pretrained(model)
     (model / "checkpoint-1").mkdir()
     write_options(DataArguments(), model)
@@ -278,6 +333,7 @@ def test_update_the_catalogue_of_a_trained_model(tmp_path, model, capsys):
     expected = recommender.update(add=new, withdraw=["b3", "b7"]).recommend([["b3", "n0"]], k=14)
     found = Recommender.from_pretrained(tmp_path / "updated").recommend([["b3", "n0"]], k=14)
     assert found.ids == expected.ids and found.scores[0] == pytest.approx(expected.scores[0], abs=1e-5)
+    assert load_fusion(tmp_path / "updated", 14).fingerprint() == fusion.extend(14).fingerprint()
     with pytest.raises(ValueError, match="exists already: name another"):
         run(update_catalog, *arguments)
 
@@ -322,8 +378,9 @@ def test_adapters_that_are_saved_again_name_their_base_absolutely(tmp_path, adap
         assert Recommender.from_pretrained(folder).recommend([["b0"]], k=3).ids
 
 
-def test_merge_and_push(tmp_path, adapter, model):
-    """Another one loads it by the card's example, without the base model."""
+def test_merge_and_push(tmp_path, adapter, model, fusion):
+    """Another one loads it by the card's example, without the base model; a fusion goes with it."""
+    fusion.save_pretrained(adapter)
     (adapter / "README.md").write_text(CARD)
     (adapter / "metrics.json").write_text("{}")
     expected = Recommender.from_pretrained(adapter).recommend([["b0", "b4"]], k=5)
@@ -337,7 +394,7 @@ def test_merge_and_push(tmp_path, adapter, model):
         subprocess.run(list(map(str, command)), env=environment, check=True, timeout=280)
     for name, content in hub.repos["somebody/merged"].items():
         assert (tmp_path / "merged" / name).read_bytes() == content
-    assert "model.safetensors" in hub.repos["somebody/merged"]
+    assert {"model.safetensors", FUSION_FILE} <= hub.repos["somebody/merged"].keys()
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "# Model Card for merged\n\nThis is the adapter `adapter`, merged into its base model.\n" in card
     assert "This is the recommender of our shop." in card

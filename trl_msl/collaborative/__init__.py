@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What users with similar histories chose, as scores of items. This room knows only item indices."""
 
-from .item_neighbours import ItemNeighbours
+from .fusion import FUSION_FILE, Fusion, load_fusion
+from .item_neighbours import ItemNeighbours, count_users
 
 
-__all__ = ["ItemNeighbours"]
+__all__ = ["FUSION_FILE", "Fusion", "ItemNeighbours", "count_users", "load_fusion"]

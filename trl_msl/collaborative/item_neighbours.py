@@ -104,11 +104,7 @@ class ItemNeighbours:
         _check_number_of_neighbours(num_neighbours)
         if not 0 <= shrinkage < float("inf"):
             raise ValueError(f"`shrinkage` is {shrinkage}: it must be a finite number, and at least 0.")
-        if len(sequences) != len(users):
-            raise ValueError(f"`users` has {len(users)} entries for {len(sequences)} sequences: pass one for each.")
-        items, lengths = _flatten("sequences", sequences, num_items)
-        codes = torch.from_numpy(pd.factorize(pd.Series(list(users), dtype=object), use_na_sentinel=False)[0])
-        had = torch.unique(torch.repeat_interleave(codes, lengths) * num_items + items)
+        had = _items_of_users(sequences, users, num_items)
         user, item = had // num_items, had % num_items
         counts, sizes = torch.bincount(item, minlength=num_items), torch.bincount(user)
         starts, norms = sizes.cumsum(0) - sizes, counts.double().sqrt() + shrinkage
@@ -195,6 +191,20 @@ class ItemNeighbours:
         """The same for a catalogue that has grown: new items have no neighbours and are none."""
         offsets = torch.cat([self.offsets, self.offsets[-1:].expand(num_items - self.num_items)])
         return dataclasses.replace(self, offsets=offsets)
+
+
+def count_users(sequences: Sequence[Sequence[int]], users: Sequence[Any], num_items: int) -> Tensor:
+    """Number of users who have each item, with arguments as for [`ItemNeighbours.fit`]: int64, `(num_items,)`."""
+    return torch.bincount(_items_of_users(sequences, users, num_items) % num_items, minlength=num_items)
+
+
+def _items_of_users(sequences: Sequence[Sequence[int]], users: Sequence[Any], num_items: int) -> Tensor:
+    """`user · num_items + item` of all that users have, each once, in ascending order."""
+    if len(sequences) != len(users):
+        raise ValueError(f"`users` has {len(users)} entries for {len(sequences)} sequences: pass one for each.")
+    items, lengths = _flatten("sequences", sequences, num_items)
+    codes = torch.from_numpy(pd.factorize(pd.Series(list(users), dtype=object), use_na_sentinel=False)[0])
+    return torch.unique(torch.repeat_interleave(codes, lengths) * num_items + items)
 
 
 def _check_number_of_neighbours(num_neighbours: int) -> None:

@@ -2,7 +2,7 @@
 """Exact top K, beam search and constrained generation over the trie."""
 
 from .decoder import TrieDecoder
-from .item_bias import ItemBias, SparseBias
+from .item_bias import Biases, ItemBias, SparseBias, read_item_bias, select_users, sum_biases
 from .logits_processor import TrieLogitsProcessor
 from .output import DecodingOutput
 from .recommendations import Recommendations, recommend
@@ -11,11 +11,15 @@ from .restriction import Allowed
 
 __all__ = [
     "Allowed",
+    "Biases",
     "DecodingOutput",
     "ItemBias",
     "Recommendations",
     "SparseBias",
     "TrieDecoder",
     "TrieLogitsProcessor",
+    "read_item_bias",
     "recommend",
+    "select_users",
+    "sum_biases",
 ]

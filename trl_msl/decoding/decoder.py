@@ -122,11 +122,12 @@ class TrieDecoder:
                 At 0 an item's score is its log-probability among the items, at 1 that which the language model gives
                 its tokens; values between or above are allowed. Above 0 forced tokens have to be run, one at a time,
                 and each takes the logits of the whole vocabulary.
-            item_bias (`torch.Tensor` of shape `(num_items,)` or `(num_prompts, num_items)`, [`SparseBias`] or
-            [`ItemBias`], *optional*):
+            item_bias (`torch.Tensor` of shape `(num_items,)` or `(num_prompts, num_items)`, [`SparseBias`],
+            [`ItemBias`] or function, *optional*):
                 What is added to the score of each item, for all users or for each of them; `-inf` for what must not be
                 found. The wider its range, the more nodes are expanded. Prepare one for several searches with
-                [`~TrieDecoder.prepare_item_bias`].
+                [`~TrieDecoder.prepare_item_bias`]. A function is called for each batch, with the places of its users
+                in `prompts`, and returns what is added for them, so that memory is bounded by the batch.
             num_candidates (`int`, *optional*):
                 Rank by the bias only this many items, the best without it: for biases with which an exact search takes
                 too many expansions. Then `exact` is `True` only where no other item can be among the best.

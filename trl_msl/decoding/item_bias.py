@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,11 +33,6 @@ class SparseBias:
     items: Sequence[Items]
     values: Sequence[Sequence[float]]
     default: float | Sequence[float] = 0.0
-
-    def select(self, users: Sequence[int]) -> SparseBias:
-        """The same for some of the users, once [`read_item_bias`] has read it."""
-        items, values = ([rows[user] for user in users] for rows in (self.items, self.values))
-        return SparseBias(items, values, self.default[list(users)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,20 +153,26 @@ def range_maxima(values: Tensor, start: Tensor, end: Tensor) -> Tensor:
     return maxima
 
 
-Biases = ItemBias | SparseBias | Tensor | np.ndarray | Sequence[float] | Sequence[Sequence[float]]
+Values = SparseBias | Tensor | np.ndarray | Sequence[float] | Sequence[Sequence[float]]
+BiasFunction = Callable[[Sequence[int]], Values]
+Biases = ItemBias | Values | BiasFunction
+ReadBiases = ItemBias | SparseBias | Tensor | BiasFunction
 
 
-def read_item_bias(item_bias: Biases, num_users: int | None, num_items: int) -> Tensor | SparseBias:
+def read_item_bias(item_bias: Biases, num_users: int | None, num_items: int) -> ReadBiases:
     """
-    Biases of items as users pass them, other than an [`ItemBias`]. Without `num_users` it must be that of all users.
+    Biases of items as users pass them. Without `num_users` they must be those of all users.
 
     Returns:
-        `torch.Tensor` of shape `(num_items,)` or `(num_users, num_items)`, fp32; or [`SparseBias`] of a list of int64
-        and one of fp32 tensors, and a default of shape `(num_users,)`, fp32.
+        `torch.Tensor` of shape `(num_items,)` or `(num_users, num_items)`, fp32; [`SparseBias`] of a list of int64
+        and one of fp32 tensors, and a default of shape `(num_users,)`, fp32; or, as it is, an [`ItemBias`] or a
+        function, which [`bias_of_users`] calls.
 
     Raises:
         `ValueError`: if a shape does not fit, or a value is anything but a finite number or `-inf`.
     """
+    if num_users is not None and (isinstance(item_bias, ItemBias) or callable(item_bias)):
+        return item_bias
     if num_users is None or not isinstance(item_bias, SparseBias):
         values, of_users = _read_values(item_bias), f", or ({num_users}, {num_items}), one for each prompt and item"
         if tuple(values.shape) not in ((num_items,), (num_users, num_items)):
@@ -194,6 +195,69 @@ def read_item_bias(item_bias: Biases, num_users: int | None, num_items: int) -> 
             "that users must not get there is `allowed`.)"
         )
     return SparseBias(items, values, default.expand(num_users))
+
+
+def select_users(item_bias: ReadBiases, users: Sequence[int]) -> ReadBiases:
+    """The biases of some users, in their order, of what [`read_item_bias`] returns."""
+    if isinstance(item_bias, SparseBias):
+        items, values = ([rows[user] for user in users] for rows in (item_bias.items, item_bias.values))
+        return SparseBias(items, values, item_bias.default[list(users)])
+    if isinstance(item_bias, Tensor) and item_bias.ndim == 2:
+        return item_bias[list(users)]
+    if callable(item_bias):
+        return lambda batch: item_bias([users[user] for user in batch])
+    return item_bias
+
+
+def bias_of_users(item_bias: ReadBiases, users: Sequence[int], num_items: int) -> ItemBias | SparseBias | Tensor:
+    """
+    The biases of a batch of users, of what [`read_item_bias`] returns: those of a function read likewise, a single row
+    of numbers repeated for each user.
+
+    Raises:
+        `ValueError`: if what a function returns does not fit the users or the catalogue.
+    """
+    if not callable(item_bias):
+        return select_users(item_bias, users)
+    found = read_item_bias(item_bias(users), len(users), num_items)
+    if isinstance(found, ItemBias) or callable(found):
+        raise ValueError(
+            f"`item_bias` is a function that returns a `{type(found).__name__}`: let it return numbers for the users "
+            "that it is given, or a `SparseBias`."
+        )
+    return found.expand(len(users), num_items) if isinstance(found, Tensor) else found
+
+
+def sum_biases(biases: Sequence[Biases], num_users: int, num_items: int) -> Biases | None:
+    """
+    Their sum: `None` of none, one as it is, and of several a function that adds them for a batch at a time.
+
+    Raises:
+        `ValueError`: as for [`read_item_bias`].
+    """
+    if len(biases) < 2:
+        return biases[0] if biases else None
+    biases = [read_item_bias(bias, num_users, num_items) for bias in biases]
+
+    def of_batch(users: Sequence[int]) -> Tensor:
+        total = torch.zeros(len(users), num_items)
+        for bias in biases:
+            total += _dense(bias_of_users(bias, users, num_items), num_items)
+        return total
+
+    return of_batch
+
+
+def _dense(bias: ItemBias | SparseBias | Tensor, num_items: int) -> Tensor:
+    """Biases by item, on the CPU: a row for each user, or one for all."""
+    if isinstance(bias, ItemBias):
+        return bias.values[:, bias.tree.item_place].cpu()
+    if isinstance(bias, Tensor):
+        return bias.cpu()
+    rows = bias.default.cpu()[:, None].repeat(1, num_items)
+    for row, items, values in zip(rows, bias.items, bias.values):
+        row[items.cpu()] = values.cpu()
+    return rows
 
 
 def _read_values(values: Tensor | np.ndarray | Sequence | float) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import Prompt, RankingTask
@@ -20,7 +19,7 @@ from ..model import check_whole
 from .arguments import Items, read_allowed, read_followed, read_item_lists, read_prompts
 from .by_generate import generate_items
 from .decoder import TrieDecoder
-from .item_bias import Biases, ItemBias, SparseBias, read_item_bias
+from .item_bias import Biases, read_item_bias, select_users
 from .output import DecodingOutput
 from .request import check_score
 from .restriction import Allowed
@@ -139,7 +138,7 @@ def recommend(
         exclude = read_item_lists("exclude", exclude, len(prompts), trie.num_items)
     if allowed is not None and not isinstance(allowed, Allowed):
         allowed = read_allowed(allowed, len(prompts), trie.num_items)
-    if item_bias is not None and not isinstance(item_bias, ItemBias):
+    if item_bias is not None:
         item_bias = read_item_bias(item_bias, len(prompts), trie.num_items)
     process = PartialState()
     is_encoded = not isinstance(prompts[0], str) and not (len(prompts[0]) > 0 and isinstance(prompts[0][0], dict))
@@ -151,11 +150,7 @@ def recommend(
         "exclude": None if exclude is None else [exclude[user] for user in mine],
         "allowed": [allowed[user] for user in mine] if isinstance(allowed, list) else allowed,
     }
-    if isinstance(item_bias, SparseBias):
-        item_bias = item_bias.select(mine)
-    elif isinstance(item_bias, Tensor) and item_bias.ndim == 2:
-        item_bias = item_bias[list(mine)]
-    exact_arguments["item_bias"] = item_bias
+    exact_arguments["item_bias"] = None if item_bias is None else select_users(item_bias, mine)
     num_invalid = 0
     if mode == "generate":
         check_whole(model)

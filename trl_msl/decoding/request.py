@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..trie import CompressedTrie
 from .arguments import Items, read_allowed, read_item_lists
-from .item_bias import Biases, ItemBias, ListedBias, SparseBias, read_item_bias
+from .item_bias import Biases, ItemBias, ListedBias, SparseBias, bias_of_users, read_item_bias
 from .restriction import Allowed, Restriction
 
 
@@ -43,7 +43,7 @@ class Request:
         if allowed is not None and not isinstance(allowed, Allowed):
             allowed = read_allowed(allowed, num_users, num_items)
             allowed = Allowed.from_items(tree, allowed) if isinstance(allowed, Tensor) else allowed
-        if item_bias is not None and not isinstance(item_bias, ItemBias):
+        if item_bias is not None:
             item_bias = read_item_bias(item_bias, num_users, num_items)
             is_shared = isinstance(item_bias, Tensor) and item_bias.ndim == 1
             item_bias = ItemBias.from_values(tree, item_bias) if is_shared else item_bias
@@ -59,10 +59,12 @@ class Request:
             [rows[user] for user in users] if isinstance(rows, list) else rows for rows in (self.exclude, self.allowed)
         )
         bias = self.item_bias
+        if bias is not None:
+            bias = bias_of_users(bias, users, len(self.tree.item_order))
         if isinstance(bias, SparseBias):
-            bias = ListedBias(self.tree, bias.select(users))
+            bias = ListedBias(self.tree, bias)
         elif isinstance(bias, Tensor):
-            bias = ItemBias.from_values(self.tree, bias[users])
+            bias = ItemBias.from_values(self.tree, bias)
         # One for all users has removed its items from `allowed`
         removed = None if bias is self.item_bias else bias.removed
         return Restriction(self.tree, exclude, allowed, removed), bias

@@ -2,7 +2,8 @@
 """A trained model with its task, loaded from one folder or repository."""
 
 from .loading import find_base, find_folder, find_task_folder, load_adapter, load_causal_lm, name_base_absolutely
-from .recommender import AllowedItems, RecommendedItems, Recommender
+from .recommender import Recommender
+from .requests import AllowedItems, RecommendedItems
 
 
 __all__ = [

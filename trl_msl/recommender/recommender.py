@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..collaborative import FUSION_FILE, Fusion, load_fusion
 from ..data import TASK_FILE, TASK_FILES, ItemCatalog, RankingTask
-from ..decoding import Allowed, TrieDecoder, recommend
+from ..decoding import TrieDecoder, read_item_bias, recommend, select_users
 from .loading import (
     check_files,
     find_base,
@@ -24,49 +24,10 @@ from .loading import (
     load_causal_lm,
     name_base_absolutely,
 )
+from .requests import AllowedItems, RecommendedItems, check_histories
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class RecommendedItems:
-    """
-    Items recommended to each user, best first; fewer than asked for if no more are left.
-
-    Args:
-        ids, texts (`list[list[str]]`):
-            Ids and texts of each user's items.
-        scores (`list[list[float]]`):
-            Log-probabilities of the items.
-        exact (`list[bool]`):
-            Whether these are certainly the best items for each user.
-    """
-
-    ids: list[list[str]]
-    texts: list[list[str]]
-    scores: list[list[float]]
-    exact: list[bool]
-
-
-@dataclass(frozen=True, eq=False)
-class AllowedItems:
-    """
-    Items that may be recommended, prepared by [`Recommender.prepare_allowed`].
-
-    Args:
-        task ([`RankingTask`]), decoder ([`TrieDecoder`]):
-            What they have been prepared for.
-        indices (`list[int]`, *optional*):
-            Their indices. `None` for the whole catalogue.
-        prepared ([`~decoding.Allowed`], *optional*):
-            The same for the decoder.
-    """
-
-    task: RankingTask
-    decoder: TrieDecoder
-    indices: list[int] | None
-    prepared: Allowed | None
 
 
 class Recommender:
@@ -82,6 +43,11 @@ class Recommender:
             Causal language model: an adapter, merged, or full.
         task ([`RankingTask`]):
             What it ranks.
+        fusion ([`Fusion`], *optional*):
+            Popularity and neighbours of the task's items, to rank by together with the model.
+
+    Raises:
+        `ValueError`: if `fusion` has another number of items.
 
     Example:
 
@@ -92,8 +58,14 @@ class Recommender:
     ```
     """
 
-    def __init__(self, model: PreTrainedModel, task: RankingTask):
+    def __init__(self, model: PreTrainedModel, task: RankingTask, fusion: Fusion | None = None):
+        if fusion is not None and fusion.num_items != len(task.catalog):
+            raise ValueError(
+                f"`fusion` is of {fusion.num_items} items, the catalogue of `task` has {len(task.catalog)}: pass that "
+                "of the same items, or `fusion.extend` where new ones have been added."
+            )
         self.model = model
+        self.fusion = fusion
         self._task = task
         self._lock = threading.Lock()
         self._available: AllowedItems | None = None
@@ -153,20 +125,29 @@ class Recommender:
         trust_remote_code = kwargs.setdefault("trust_remote_code", False)
         tokenizer = load(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
         task = RankingTask.from_pretrained(task_folder, tokenizer)
-        return cls(load_causal_lm(folder, **kwargs), task)
+        fusion = load_fusion(folder, len(task.catalog))
+        return cls(load_causal_lm(folder, **kwargs), task, fusion)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write model (or adapter), tokenizer and catalogue into a folder, the catalogue last."""
+        """Write model (or adapter), tokenizer, fusion and catalogue into a folder, the catalogue last."""
         self.model.save_pretrained(save_directory)
         name_base_absolutely(Path(save_directory), find_base(Path(save_directory)))
         self.task.tokenizer.save_pretrained(save_directory)
+        if self.fusion is not None:
+            self.fusion.save_pretrained(save_directory)
+        else:  # of what was in the folder before
+            Path(save_directory, FUSION_FILE).unlink(missing_ok=True)
         self.task.save_pretrained(save_directory)
 
     def update(
         self, add: ItemCatalog | None = None, withdraw: Iterable[str] = (), restore: Iterable[str] = ()
     ) -> Recommender:
-        """The same model with items added and withdrawn: see [`RankingTask.update`]."""
-        return Recommender(self.model, self.task.update(add, withdraw, restore))
+        """
+        The same model with items added and withdrawn: see [`RankingTask.update`]. To its `fusion` new items are items
+        that nobody has.
+        """
+        task = self.task.update(add, withdraw, restore)
+        return Recommender(self.model, task, self.fusion and self.fusion.extend(len(task.catalog)))
 
     def recommend(
         self,
@@ -174,6 +155,8 @@ class Recommender:
         k: int = 10,
         exclude_history: bool = True,
         allowed: Iterable[str] | None = None,
+        popular_without_history: bool = False,
+        fused: bool = True,
         **kwargs: Any,
     ) -> RecommendedItems:
         """
@@ -190,22 +173,28 @@ class Recommender:
             allowed (`Iterable[str]` or [`AllowedItems`], *optional*):
                 Ids of the items that may be recommended, such as those in stock. For many requests prepare them once,
                 by [`~Recommender.prepare_allowed`].
+            popular_without_history (`bool`, *optional*, defaults to `False`):
+                Whether users with an empty history get the most popular items, as counted by `fusion`. Their scores
+                are the logarithm of the item's share of all counts. Otherwise an empty history is an error.
+            fused (`bool`, *optional*, defaults to `True`):
+                Whether to rank by `fusion`, too, if there is one. `False` ranks by the model alone. A `vocab_weight`
+                in `kwargs` replaces that of `fusion`, an `item_bias` is added to its own.
             **kwargs:
                 `batch_size`, `mode` and other arguments of [`recommend`]. Without `mode`, the task's `decoding` is
                 used. A model that [`TrieDecoder`] can't run takes `mode="generate"`, with `exclude_history=False`.
 
         Raises:
             `ValueError`: if a history is empty or holds an item that is not in the catalogue, `k` exceeds the number
-                of items, or no item is left to recommend.
+                of items, no item is left to recommend, or a `fusion` is to be used without exact search.
         """
-        catalog, template = self.task.catalog, self.task.prompt_template
+        catalog = self.task.catalog
         if not 1 <= k <= len(catalog):
             raise ValueError(f"`k` is {k}: it must lie between 1 and the number of items, {len(catalog)}.")
-        _check_histories(histories)
+        check_histories(histories, may_be_empty=popular_without_history)
+        if popular_without_history and self.fusion is None:
+            raise ValueError("`popular_without_history` is True, but there is no `fusion` with counts: pass False.")
         indices = self._indices(histories)
-        written = [[catalog.completions[index] for index in self.task.shown(history)] for history in indices]
-        rows = {"prompt": [template.render(history) for history in written], "history": written}
-        settings = ({} if "mode" in kwargs else self.task.decoding) | kwargs
+        settings = self._settings(indices, fused, kwargs)
         if settings.get("mode") == "generate":
             model, engine = self.model, {"allowed": self._available_indices(allowed)}
             if exclude_history:
@@ -213,22 +202,49 @@ class Recommender:
         else:
             allowed = self.prepare_allowed(allowed)
             model, engine = allowed.decoder.model, {"decoder": allowed.decoder, "allowed": allowed.prepared}
-        found = recommend(
-            model,
-            self.task,
-            self.task.ranking_prompts(rows),
-            top_k=k,
-            exclude=[self._with_same_text(history) for history in indices] if exclude_history else None,
-            **engine,
-            **settings,
-        )
-        items = [[index for index in row if index >= 0] for row in found.items.tolist()]
+        found: list[tuple[list[int], list[float], bool]] = [([], [], True)] * len(indices)
+        if len(some := [user for user, history in enumerate(indices) if history]) < len(indices):
+            found = [(*self.fusion.most_popular(k, self._available_indices(allowed)), True)] * len(indices)
+        if some:
+            shown = [indices[user] for user in some]
+            ranked = recommend(
+                model,
+                self.task,
+                self._prompts(shown),
+                top_k=k,
+                exclude=[self._with_same_text(history) for history in shown] if exclude_history else None,
+                **engine,
+                **settings,
+            )
+            for user, *answer in zip(some, ranked.items.tolist(), ranked.scores.tolist(), ranked.exact.tolist()):
+                found[user] = answer
+        items = [[index for index in row if index >= 0] for row, _, _ in found]
         return RecommendedItems(
             ids=[[catalog.ids[index] for index in row] for row in items],
             texts=[[catalog.texts[index] for index in row] for row in items],
-            scores=[scores[: len(row)] for scores, row in zip(found.scores.tolist(), items)],
-            exact=found.exact.tolist(),
+            scores=[scores[: len(row)] for (_, scores, _), row in zip(found, items)],
+            exact=[exact for _, _, exact in found],
         )
+
+    def _prompts(self, histories: list[list[int]]) -> list[list[int]]:
+        """Token ids of the prompts for histories of item indices."""
+        catalog, template = self.task.catalog, self.task.prompt_template
+        written = [[catalog.completions[index] for index in self.task.shown(history)] for history in histories]
+        rows = {"prompt": [template.render(history) for history in written], "history": written}
+        return self.task.ranking_prompts(rows)
+
+    def _settings(self, histories: list[list[int]], fused: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of [`recommend`] for the users with a history: those of task, fusion and caller."""
+        settings = ({} if "mode" in kwargs else self.task.decoding) | kwargs
+        if fused and self.fusion is not None:
+            if (mode := settings.get("mode", "exact")) != "exact":
+                raise ValueError(f"`mode` is {mode!r}, but only exact search can rank by `fusion`: pass fused=False.")
+            item_bias = settings.pop("item_bias", None)
+            settings = self.fusion.arguments(histories, item_bias) | settings
+        if settings.get("item_bias") is not None:
+            bias = read_item_bias(settings["item_bias"], len(histories), len(self.task.catalog))
+            settings["item_bias"] = select_users(bias, [user for user, history in enumerate(histories) if history])
+        return settings
 
     def prepare_allowed(self, allowed: Iterable[str] | AllowedItems | None) -> AllowedItems:
         """
@@ -318,26 +334,3 @@ class Recommender:
         """The items, and others with the same texts."""
         texts = self.task.catalog.texts
         return [same for index in indices for same in self._indices_of_text[texts[index]]]
-
-
-def _check_histories(histories: Sequence[Sequence[str]]) -> None:
-    """Raise a `ValueError` if there is no history, one is empty, or one is not a list."""
-    if len(histories) == 0:
-        raise ValueError("`histories` is empty: pass at least one.")
-    # Not a string, each character of which could be an id
-    not_lists = [
-        user
-        for user, history in enumerate(histories)
-        if isinstance(history, str | bytes | Mapping) or not hasattr(history, "__len__")
-    ]
-    if not_lists:
-        raise ValueError(
-            f"`histories`: {len(not_lists)} of {len(histories)} are not lists, the first that of user {not_lists[0]}, "
-            f"{histories[not_lists[0]]!r}. Pass a list of items for each user, even if there is only one user."
-        )
-    empty = [user for user, history in enumerate(histories) if len(history) == 0]
-    if empty:
-        raise ValueError(
-            f"`histories`: {len(empty)} of {len(histories)} are empty, the first that of user {empty[0]}. Leave these "
-            "users out, and recommend the most popular items to them."
-        )

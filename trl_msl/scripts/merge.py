@@ -15,6 +15,7 @@ from pathlib import Path
 from huggingface_hub import create_repo, upload_folder
 from trl import ModelConfig
 
+from ..collaborative import load_fusion
 from ..data import RankingTask
 from ..recommender import Recommender, find_folder, find_task_folder, load_adapter
 from ..training import NEVER_PUSHED
@@ -55,7 +56,8 @@ def main(args: MergeArguments, model_args: ModelConfig) -> None:
         if args.push_to_hub:  # before the work, as it may be refused
             repo = args.hub_model_id or Path(args.output_dir).resolve().name
             model_id = create_repo(repo, private=args.hub_private_repo, exist_ok=True).repo_id
-        Recommender(model.merge_and_unload(), task).save_pretrained(folder)
+        fusion = load_fusion(adapter, len(task.catalog))
+        Recommender(model.merge_and_unload(), task, fusion).save_pretrained(folder)
         copy_options(adapter, folder)
         write_card(adapter, folder, model_id, f"This is the adapter `{Path(name).name}`, merged into its base model.")
     if args.push_to_hub:

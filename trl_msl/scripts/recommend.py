@@ -82,7 +82,9 @@ def main(args: RecommendArguments, model_args: ModelConfig) -> None:
     catalog = recommender.task.catalog
     if args.top_k > len(catalog):
         raise ValueError(f"`top_k` is {args.top_k}: it must lie between 1 and the number of items, {len(catalog)}.")
-    users, report = check_items(users, only_ids, catalog, args.unknown_items)
+    if args.popular_without_history and recommender.fusion is None:
+        raise ValueError("`popular_without_history` is True, but the model has no fusion with counts: pass False.")
+    users, report = check_items(users, only_ids, catalog, args)
     logger.info("%s users, %s items%s", f"{len(users):,}", f"{len(catalog):,}", report)
 
     folder = Path(f"{args.output}.parts")
@@ -96,7 +98,7 @@ def main(args: RecommendArguments, model_args: ModelConfig) -> None:
     missing = [path for path, part in parts.items() if not is_complete(path, part)]
     if len(missing) < len(parts):
         logger.info("%d of %d parts are done already.", len(parts) - len(missing), len(parts))
-    options = {"batch_size": args.batch_size}
+    options = {"batch_size": args.batch_size, "popular_without_history": args.popular_without_history}
     if args.max_expansions is not None:
         options["max_expansions"] = args.max_expansions
     process.wait_for_everyone()  # all must see the same parts missing before one writes any
@@ -157,8 +159,8 @@ def report_shortcomings(found: pd.DataFrame, top_k: int, is_exact: bool) -> None
 
 def fingerprints(recommender: Recommender, users: pd.DataFrame, args: RecommendArguments) -> dict[str, str]:
     """
-    SHA-256 of what the recommendations depend on: the users (histories and file), the weights and the task. The
-    weights are those in memory: they include an adapter's base model, and follow a branch on the Hub.
+    SHA-256 of what the recommendations depend on: the users (histories and file), the weights, the task and the
+    fusion. The weights are those in memory: they include an adapter's base model, and follow a branch on the Hub.
     """
     read = [users[name].tolist() for name in (args.user_column, "item_ids") if name in users.columns]
     file = Path(args.users).read_bytes() if args.users and Path(args.users).is_file() else b""
@@ -172,6 +174,7 @@ def fingerprints(recommender: Recommender, users: pd.DataFrame, args: RecommendA
         "users_sha256": hashlib.sha256(json.dumps(read).encode() + file).hexdigest(),
         "weights_sha256": weights.hexdigest(),
         "task_sha256": hashlib.sha256(json.dumps(ranked).encode()).hexdigest(),
+        "fusion_sha256": recommender.fusion.fingerprint() if recommender.fusion else "",
     }
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from transformers import AutoTokenizer
 
+from ..collaborative import load_fusion
 from ..data import RankingTask, read_items
 from ..recommender import find_base, find_folder, find_task_folder, name_base_absolutely
 from ..training import NEVER_PUSHED
@@ -75,6 +76,8 @@ def main(args: UpdateArguments) -> None:
         shutil.copytree(folder, updated_folder, ignore=shutil.ignore_patterns(*NEVER_PUSHED, "base_model"))
         copy_options(folder, updated_folder)
         name_base_absolutely(updated_folder, find_base(folder))
+        if fusion := load_fusion(folder, len(task.catalog)):
+            fusion.extend(len(updated.catalog)).save_pretrained(updated_folder)
         updated.save_pretrained(updated_folder)
         shared = updated.shared_prefixes()
         summary, *details = describe(updated, shared)

@@ -29,6 +29,9 @@ class UserArguments:
         unknown_items (`str`, *optional*, defaults to `"error"`):
             What to do with items of a history that are not in the catalogue: `error`, or `drop`, which also drops
             users without any other items, and reports the numbers.
+        popular_without_history (`bool`, *optional*, defaults to `False`):
+            Whether users without history, or without any known items, get the most popular items, for which the model
+            must have a `Fusion`. With `interactions`, users who are not in the log are such users, too.
     """
 
     users: str | None = field(default=None, metadata={"help": "File with a column `item_ids`, or with user ids."})
@@ -38,6 +41,9 @@ class UserArguments:
     timestamp_column: str = field(default="timestamp", metadata={"help": "Time column of the log."})
     unknown_items: str = field(
         default="error", metadata={"help": "Items that are not in the catalogue.", "choices": ["error", "drop"]}
+    )
+    popular_without_history: bool = field(
+        default=False, metadata={"help": "Recommend popular items to users without history, by the model's fusion."}
     )
 
 
@@ -61,10 +67,11 @@ def read_users(args: UserArguments) -> tuple[pd.DataFrame, bool]:
             f"{malformed[:5]}, with {repr(cells[malformed[0]])[:200]}). Correct them."
         )
     empty = [row for row, items in enumerate(histories) if not items]
-    if empty and args.unknown_items == "error":
+    if empty and args.unknown_items == "error" and not args.popular_without_history:
         raise ValueError(
             f"`users` = {args.users!r}: {len(empty)} of {len(table)} users have an empty history (the first rows: "
-            f"{empty[:5]}). Leave them out, for example by unknown_items='drop', and recommend popular items to them."
+            f"{empty[:5]}). Leave them out, for example by unknown_items='drop', or give them popular items by "
+            "popular_without_history=True."
         )
     only_ids = any(isinstance(cell, str) and cell.strip() and not _is_list(cell) for cell in cells)
     return table.assign(item_ids=histories), only_ids
@@ -82,12 +89,13 @@ def _users_of_log(args: UserArguments) -> pd.DataFrame:
             "the two out."
         )
     users = table[args.user_column]
-    if len(unknown := users[~users.isin(histories.index)]):
+    if len(unknown := users[~users.isin(histories.index)]) and not args.popular_without_history:
         raise ValueError(
             f"`users` = {args.users!r} holds {len(unknown)} user(s) of {len(users)} without interactions in "
-            f"{args.interactions!r}, such as {unknown.tolist()[:3]}: leave them out."
+            f"{args.interactions!r}, such as {unknown.tolist()[:3]}: leave them out, or give them popular items by "
+            "popular_without_history=True."
         )
-    return table.assign(item_ids=histories.loc[users].tolist())
+    return table.assign(item_ids=[histories.get(user, []) for user in users])
 
 
 def _read_file(args: UserArguments, column: str) -> pd.DataFrame:
@@ -127,11 +135,11 @@ def _split_ids(cell: str) -> list[str] | None:
 
 
 def check_items(
-    table: pd.DataFrame, only_ids: bool, catalog: ItemCatalog, unknown_items: str
+    table: pd.DataFrame, only_ids: bool, catalog: ItemCatalog, args: UserArguments
 ) -> tuple[pd.DataFrame, str]:
     """
-    The users with their histories reduced to items of the catalogue, without those who have none left, and a note on
-    what was dropped.
+    The users with their histories reduced to items of the catalogue, without those who have none left unless they get
+    popular items, and a note on what was dropped.
 
     Raises:
         `ValueError`: if there are unknown items and `unknown_items` is not `"drop"`, or no user is left.
@@ -144,19 +152,19 @@ def check_items(
     kept = [[item for item in history if item not in unknown] for history in table["item_ids"]]
     num_items = sum(map(len, table["item_ids"])) - sum(map(len, kept))
     hint = " A history from a log or without brackets holds ids; write titles as a list." if only_ids else ""
-    if unknown and unknown_items == "error":
+    if unknown and args.unknown_items == "error":
         num_users = sum(len(left) < len(history) for left, history in zip(kept, table["item_ids"]))
         raise ValueError(
             f"The histories of {num_users} of {len(table)} users hold {len(unknown)} different {kind} that are not in "
             f"the catalogue of {len(catalog)} items, such as {sorted(unknown)[:3]}. Pass ids or texts of this model's "
             f"catalogue, or drop unknown items by unknown_items='drop'.{hint}"
         )
-    num_users = sum(len(items) == 0 for items in kept)
+    num_users = 0 if args.popular_without_history else sum(len(items) == 0 for items in kept)
     if num_users == len(table):
         raise ValueError(
             f"unknown_items='drop' leaves none of the {num_users:,} users: none of their items is in the catalogue, "
             f"such as {sorted(unknown)[:3]}. Pass ids or texts of this model's catalogue.{hint}"
         )
-    kept = table.assign(item_ids=kept)[[len(items) > 0 for items in kept]]
+    kept = table.assign(item_ids=kept)[[len(items) > 0 or args.popular_without_history for items in kept]]
     note = f" ({num_items:,} unknown items were dropped, and {num_users:,} users without any other)"
     return kept, note if num_items or num_users else ""
