@@ -15,7 +15,8 @@ doubled: then it expands as many as with the model trained on this data in `docs
   which no title is likely, such as one with random weights, gives no certain result, and then there is no ratio;
 - `decode_bias_overhead`, `decode_user_bias_overhead`, `decode_sparse_bias_overhead`: time with an item bias over time
   without, for popularity, a table of all users and items, and 100 items of each user; and their expansions;
-- `bias_range`: expansions by the range of a bias against the model, `-c · log P_valid(item | prompt of another user)`;
+- `bias_range`: expansions by the range of a bias against the model, `-c · log P_valid(item | prompt of another user)`,
+  the curve of `outputs/bench/decoding_bias.png`;
 - `beam10_top10_right_share`: users whose ten best items a search with 10 beams finds, all of them, in any order;
 - `schedule`: cost by the number of nodes that a round expands, for models of different sharpness, the curves of
   `outputs/bench/decoding_schedule.png`.
@@ -179,14 +180,29 @@ def _compare_biases(decoder: TrieDecoder, books: Catalog, prompts: list[list[int
     results |= summarize(time_calls(functions, 5 * rounds, warmup=0))
     for name in list(functions)[1:]:
         results[f"{name}_overhead"] = results[f"{name}_s"] / results["decode_unbiased_s"]
-    [log_probs] = decoder.score_items(prompts[-1:], [range(num_items)])
-    results["bias_range"] = {"share": [0.0, 0.1, 0.2, 0.4], "range": [], "expansions": [], "exact": []}
-    for share in results["bias_range"]["share"]:
-        found = decoder.search(prompts[:-1], TOP_K, item_bias=-share * log_probs, batch_size=BATCH_SIZE)
-        results["bias_range"]["range"].append(share * (log_probs.max() - log_probs.min()).item())
-        results["bias_range"]["expansions"].append(found.expansions.float().mean().item())
-        results["bias_range"]["exact"].append(found.exact.float().mean().item())
+    results["bias_range"] = _measure_bias_range(decoder, prompts)
     return results
+
+
+def _measure_bias_range(decoder: TrieDecoder, prompts: list[list[int]]) -> dict[str, list[float]]:
+    """Expansions by the range of a bias that is against the model, and the plot. A search may have been cut short."""
+    [log_probs] = decoder.score_items(prompts[-1:], [range(decoder.trie.num_items)])
+    curve = {"share": [0.0, 0.1, 0.2, 0.4], "range": [], "expansions": [], "exact": []}
+    for share in curve["share"]:
+        found = decoder.search(prompts[:-1], TOP_K, item_bias=-share * log_probs, batch_size=BATCH_SIZE)
+        curve["range"].append(share * (log_probs.max() - log_probs.min()).item())
+        curve["expansions"].append(found.expansions.float().mean().item())
+        curve["exact"].append(found.exact.float().mean().item())
+    figure, axis = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
+    axis.plot(curve["range"], curve["expansions"], marker="o")
+    for place, expansions, exact in zip(curve["range"], curve["expansions"], curve["exact"]):
+        if exact < 1:
+            label = f"{exact:.0%} certain"
+            axis.annotate(label, (place, expansions), xytext=(-8, -3), textcoords="offset points", ha="right")
+    axis.set(xlabel="range of the bias, largest minus smallest", ylabel="expansions of a user", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    _save(figure, "decoding_bias.png")
+    return curve
 
 
 def _compare_vocab(decoder: TrieDecoder, books: Catalog, prompts: list[list[int]], rounds: int) -> dict:
@@ -238,7 +254,11 @@ def _measure_schedule(books: Catalog, prompts: list[list[int]], rounds: int) -> 
         axis.set_xticks(NODES_PER_ROUND, NODES_PER_ROUND)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
-    figure.savefig(OUTPUT_DIR / "decoding_schedule.png", dpi=120)
-    plt.close(figure)
+    _save(figure, "decoding_schedule.png")
     return schedule
+
+
+def _save(figure: plt.Figure, name: str) -> None:
+    OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
+    figure.savefig(OUTPUT_DIR / name, dpi=120)
+    plt.close(figure)

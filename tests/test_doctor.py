@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -12,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from helpers import TITLES, make_model, make_windows
 from transformers import BloomConfig, GPT2Config
 
-from trl_msl import ItemCatalog, PromptTemplate, RankingTask, read_windows
+from trl_msl import ItemCatalog, PromptTemplate, RankingTask, TrieDecoder, build_rows, read_windows, recommend
 from trl_msl.data import DataArguments
 from trl_msl.doctor import diagnose
 from trl_msl.scripts import doctor
@@ -49,7 +52,10 @@ def test_data_and_a_model_with_nothing_to_do(plain_task):
     model = make_model(plain_task.tokenizer)
     findings = diagnose(plain_task, make_splits(plain_task.catalog), model)
     assert {finding.status for finding in findings} == {"ok"}, findings
-    assert names(findings) == ["An item as the model writes it", "Valid tokens (AVT)", "Splits", "Exact decoding"]
+    assert names(findings) == [
+        "An item as the model writes it", "Valid tokens (AVT)", "Valid first tokens", "Splits", "Exact decoding"
+    ]  # fmt: skip
+    assert find(findings, "Valid first tokens").seen == "16, of which 16 (100%) begin a single item"
     assert find(findings, "An item as the model writes it").seen == "'a<|eos|>'"
     assert find(findings, "Splits").seen == "train 10, validation 10, test 10"
     assert not any(finding.advice for finding in findings)
@@ -86,6 +92,49 @@ def test_shares_of_targets_counted_by_hand(task):
     token = max(set(first), key=first.count)
     expected = f"{first.count(token) / 20:.0%} of the targets have {token!r}; {len(set(first))} different ones"
     assert find(findings, "First token where items differ").seen == expected
+
+
+@pytest.mark.parametrize("marks", ['"{text}"', "An item: {text}", "{text}"])
+def test_first_tokens_counted_by_hand(marks, tokenizer, template):
+    catalog = ItemCatalog(range(len(TITLES)), TITLES, template=marks)
+    task = RankingTask(catalog, tokenizer, template)
+    sequences, start = task.encode_items(catalog.completions), []
+    while True:
+        first = Counter(tokens[len(start)] for tokens in sequences if tokens[: len(start)] == start)
+        if max(first.values()) <= len(sequences) / 2:
+            break
+        start.append(first.most_common(1)[0][0])
+    alone = sum(count == 1 for count in first.values())
+    where = f" after {tokenizer.decode(start)!r}" if start else ""
+    seen = find(diagnose(task, make_splits(catalog)), "Valid first tokens").seen
+    assert seen == f"{len(first)}{where}, of which {alone} ({alone / len(first):.0%}) begin a single item"
+    assert bool(start) == (marks != "{text}")
+
+
+def test_items_that_most_users_get(tokenizer, template, monkeypatch):
+    texts, what = [f"{title}, {number}" for number in range(10) for title in TITLES], "Items that most users get"
+    task, model = RankingTask(ItemCatalog(range(120), texts), tokenizer, template), make_model(tokenizer)
+    splits = make_splits(task.catalog)
+    lists = recommend(model, task, build_rows(splits["train"], task)["prompt"][:], top_k=10).items.tolist()
+    counts = Counter(item for items in lists for item in items)
+    usual = [item for item, count in counts.items() if count >= len(lists) / 2]
+    first = min(usual, key=lambda item: (-counts[item], item))
+    common = [len({*one} & {*other}) / 10 for one, other in itertools.combinations(lists, 2)]
+    found = find(diagnose(task, splits, model), what)
+    assert found.status == "note" and found.seen.startswith(f"{len(usual)}, such as {texts[first]!r}")
+    assert found.seen.endswith(f"two of 10 users have {sum(common) / 45:.0%} of their 10 best items in common")
+    assert "`vocab_weight=1`" in found.advice and 0 < sum(common) < 45
+
+    # Ten lists with nothing in common, and then an item that half of the users get: it is in 10 of the 45 pairs
+    lists = torch.arange(100).view(10, 10)
+    monkeypatch.setattr(TrieDecoder, "search", lambda *args, **kwargs: SimpleNamespace(items=lists))
+    found = find(diagnose(task, splits, model), what)
+    assert (found.status, found.seen) == ("ok", "none; two of 10 users have 0% of their 10 best items in common")
+    lists[5:, 3] = 119
+    found = find(diagnose(task, splits, model), what)
+    assert found.seen == "1, such as 'Dune Messiah, 9'; two of 10 users have 2% of their 10 best items in common"
+    few = RankingTask(ItemCatalog(range(99), texts[:99]), tokenizer, template)  # a list is a tenth of them
+    assert what not in names(diagnose(few, make_splits(few.catalog), model))
 
 
 @pytest.mark.parametrize(("name", "expected"), [("amazon_books", 70.90), ("amazon_office", 8.97)])

@@ -104,7 +104,7 @@ def test_as_many_texts_as_places(model, task, rows):
 def test_repeats_in_a_list_take_no_rank(model, task, rows, monkeypatch):
     """The first two rows hold the texts A, A, B, C, the third B, A, C, A."""
     items = np.array([[5, 6, 0, 7], [5, 6, 0, 7], [0, 5, 7, 6]])
-    rest = {name: np.zeros(3) for name in ("scores", "expansions", "rounds")}
+    rest = {name: np.zeros(3) for name in ("scores", "expansions", "rounds", "lost_at")}
     found = Recommendations(items, exact=np.zeros(3, dtype=bool), **rest)
     monkeypatch.setattr("trl_msl.evaluation.evaluate.recommend", lambda *args, **kwargs: found)
     targets = rows.select(range(3)).map(lambda row, index: {"item_id": ["b6", "b0", "b7"][index]}, with_indices=True)

@@ -83,7 +83,7 @@ def test_folder_yaml_lora_and_best_checkpoint(tmp_path, folder, base_model):
         "--match", "text", "--num_beams", 30, "--decoding", "exact", "beam", "beam-vocab", "generate",
     )  # fmt: skip
     metrics = read(tmp_path / "out" / "metrics.json")
-    assert list(metrics) == ["exact", "beam", "beam-vocab", "generate", "differences", "arguments"]
+    assert list(metrics) == ["exact", "beam", "beam-vocab", "generate", "differences", "pruning", "arguments"]
     assert (metrics["exact"]["exact_rate"], metrics["beam"]["exact_rate"]) == (1, 0)
     for wide in ("beam", "generate"):  # more beams than items find them all
         assert metrics[wide]["ndcg@10"] == pytest.approx(metrics["exact"]["ndcg@10"])
@@ -109,6 +109,8 @@ def test_contradicting_options(tmp_path, folder, base_model):
     model, cpu = ["--model_name_or_path", base_model], ["--output_dir", tmp_path, "--use_cpu", "--bf16", "false"]
     with pytest.raises(ValueError, match="`resume_from_checkpoint` is for one run"):
         run(compare_losses, "--resume_from_checkpoint", "x", "--loss", "lml", "msl", *cpu)
+    with pytest.raises(ValueError, match="`covering_windows` leaves out .* but `supervise_history` is off"):
+        run(train, *model, "--data_dir", folder, "--covering_windows", *cpu)
     with pytest.raises(ValueError, match="`data_dir` and `interactions` are both given"):
         run(train, *model, "--data_dir", folder, "--interactions", "log.csv", *cpu)
     with pytest.raises(ValueError, match="`data_dir` and `interactions` are both missing.*`trl-msl quickstart`"):

@@ -97,6 +97,27 @@ def read_allowed(allowed: Items | Sequence[Items], num_users: int, num_items: in
     return read_item_lists("allowed", allowed, num_users, num_items)
 
 
+def read_followed(follow: Tensor | np.ndarray | None, num_users: int, num_items: int) -> Tensor:
+    """
+    Items for beam search to follow, int64 of shape `(num_users, num_followed)`; without columns for `None`.
+
+    Raises:
+        `ValueError`: if `follow` has another shape, or holds anything but item indices and `-1`.
+    """
+    items = torch.zeros(num_users, 0, dtype=torch.int64) if follow is None else torch.as_tensor(follow)
+    if items.ndim != 2 or len(items) != num_users or items.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"`follow` is of shape {tuple(items.shape)} and {items.dtype}: pass item indices, a row for each of the "
+            f"{num_users} prompts, such as `items` of a search."
+        )
+    if ((items < -1) | (items >= num_items)).any():
+        raise ValueError(
+            f"`follow` holds {int(items.min())} to {int(items.max())}: pass the items 0 to {num_items - 1}, and "
+            "-1 for none."
+        )
+    return items.long()
+
+
 def _is_list(values: Any, is_outer: bool = False) -> bool:
     """Whether these are a list of items or, `is_outer`, an ordered one that may hold lists of items."""
     if isinstance(values, Tensor | np.ndarray):

@@ -136,3 +136,5 @@ def _write(output: DecodingOutput, users: Tensor, state: Frontier | Beams, is_do
     output.exact[done] = state.is_exact[is_done].cpu()
     output.expansions[done] = state.expansions[is_done].cpu()
     output.rounds[done] = state.rounds[is_done].cpu()
+    if isinstance(state, Beams):
+        output.lost_at[done] = state.lost_at[is_done].cpu()

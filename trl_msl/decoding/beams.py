@@ -28,6 +28,8 @@ class Beams:
             Power of the number of tokens by which the score of a finished item is divided.
         root_scores (`torch.Tensor` of shape `(num_users,)`, fp32):
             Log-probability of the tokens that all items begin with.
+        followed (`torch.Tensor` of shape `(num_users, num_followed)`, int64):
+            Indices of the items to follow; `-1` where there is none.
 
     Attributes (a row for each user that still searches):
         users (`torch.Tensor` of shape `(num_users,)`, int64):
@@ -39,6 +41,8 @@ class Beams:
             Finished items by their node, and scores; best first, `-inf` where there is none.
         expansions, rounds (`torch.Tensor` of shape `(num_users,)`, int64):
             Number of positions whose next tokens were scored, and number of rounds in which some were.
+        lost_at (`torch.Tensor` of shape `(num_users, num_followed)`, int64):
+            As in [`DecodingOutput`].
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Beams:
         num_beams: int,
         length_penalty: float,
         root_scores: Tensor,
+        followed: Tensor,
     ):
         shape, device = (len(root_scores), num_beams), tree.device
         self.tree = tree
@@ -62,6 +67,9 @@ class Beams:
         self.finished_scores = torch.full(shape, -torch.inf, device=device)
         self.expansions = torch.zeros_like(self.users)
         self.rounds = torch.zeros_like(self.users)
+        followed = followed.to(device)
+        self.followed = torch.where(followed < 0, -1, tree.item_place[followed].long())  # where they stand
+        self.lost_at = torch.zeros_like(self.followed)
         if tree.num_children[0] > 0:
             self.scores[:, 0] = root_scores
         else:  # all items have the same tokens
@@ -131,6 +139,17 @@ class Beams:
         )
         self.scores, best = scores.topk(num_beams, dim=1, sorted=True)
         self.nodes, self.steps = nodes.gather(1, best), steps.gather(1, best)
+        if self.followed.shape[1] > 0:
+            self._follow()
+
+    def _follow(self) -> None:
+        """Note which of the followed items have left both the beams and the finished items with the last token."""
+        nodes = torch.cat([self.nodes, self.finished_nodes], dim=1)
+        is_held = torch.cat([self.is_alive, self.finished_scores > -torch.inf], dim=1)
+        start, end = self.tree.item_start[nodes], torch.where(is_held, self.tree.item_end[nodes], 0)
+        place = self.followed[:, :, None]
+        is_kept = ((start[:, None] <= place) & (place < end[:, None])).any(2)
+        self.lost_at = self.lost_at.where(is_kept | (self.lost_at > 0) | (self.followed < 0), self.length)
 
     def count_expansions(self, is_expanded: Tensor) -> None:
         """Count the beams that are expanded, bool of shape `(num_users, num_beams)`."""
@@ -155,5 +174,6 @@ class Beams:
 
     def select(self, rows: Tensor) -> None:
         """Keep only some users, given by a mask over rows."""
-        for name in ("users", "nodes", "steps", "scores", "finished_nodes", "finished_scores", "expansions", "rounds"):
+        finished, counts = ("finished_nodes", "finished_scores"), ("expansions", "rounds", "lost_at")
+        for name in ("users", "nodes", "steps", "scores", *finished, *counts, "followed"):
             setattr(self, name, getattr(self, name)[rows])

@@ -17,6 +17,7 @@ from ..model import evaluating
 from ..trie import ItemTrie
 from .logits_processor import TrieLogitsProcessor
 from .output import DecodingOutput
+from .request import check_beams
 
 
 _GENERATING = threading.Lock()
@@ -55,8 +56,7 @@ def generate_items(
         `ValueError`: if there are fewer beams than `top_k`, or items without an end token of their own.
     """
     num_beams = num_beams or top_k
-    if num_beams < top_k:
-        raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
+    check_beams(num_beams, normalize, top_k)
     trie = trie.to("cpu")
     by_length = sorted(range(len(prompts)), key=lambda user: -len(prompts[user]))
     pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

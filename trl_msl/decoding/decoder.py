@@ -26,13 +26,13 @@ from ..model import (
     prefill_prefix,
 )
 from ..trie import CompressedTrie, ItemTrie
-from .arguments import Items, read_allowed, read_item_lists, read_prompts
+from .arguments import Items, read_allowed, read_followed, read_item_lists, read_prompts
 from .batches import Project, beam_search_batch, score_batch, score_root, search_batch
 from .beams import Beams
 from .frontier import Frontier, RerankingFrontier
 from .item_bias import Biases, ItemBias, read_item_bias
 from .output import DecodingOutput
-from .request import Request, check_score
+from .request import Request, check_beams, check_score
 from .restriction import Allowed
 
 
@@ -173,6 +173,7 @@ class TrieDecoder:
         num_beams: int | None = None,
         normalize: str = "trie",
         length_penalty: float = 0.0,
+        follow: Tensor | None = None,
         batch_size: int = 16,
     ) -> DecodingOutput:
         """
@@ -189,6 +190,8 @@ class TrieDecoder:
                 forward pass and all logits for every token, including forced ones.
             length_penalty (`float`, *optional*, defaults to `0.0`):
                 Scores of finished items are divided by their number of tokens to this power, as `generate` does.
+            follow (`torch.Tensor` of shape `(num_prompts, num_followed)`, *optional*):
+                Item indices, `-1` for none, of which `lost_at` of the output says where the beams lost them.
 
         Returns:
             [`DecodingOutput`]: The items of each prompt, none of them certain.
@@ -199,22 +202,20 @@ class TrieDecoder:
         num_beams = top_k if num_beams is None else num_beams
         prompts = self._check_prompts(prompts, batch_size=batch_size, top_k=top_k)
         request = Request(self.tree, len(prompts), exclude, allowed)
-        if num_beams < top_k:
-            raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
-        if normalize not in ("trie", "vocab"):
-            raise ValueError(f"`normalize` is {normalize!r}: it must be 'trie' or 'vocab'.")
+        followed = read_followed(follow, len(prompts), self.trie.num_items)
+        check_beams(num_beams, normalize, top_k)
         if not self._ends_at_leaves:
             raise ValueError(
                 "`trie` has items that are the beginning of others, so beam search can't tell when one is finished: "
                 "append an end token to every sequence, as `ItemCatalog.build_trie` does."
             )
         vocab_weight = float(normalize == "vocab")
-        output = DecodingOutput.empty(len(prompts), top_k)
+        output = DecodingOutput.empty(len(prompts), top_k, followed.shape[1])
         with self._ready(cast_head=vocab_weight > 0) as project:
             for users, cache in self._batches(prompts, batch_size):
                 restriction, _ = request.of_batch(users.tolist())
                 root_scores = score_root(project, cache, vocab_weight)
-                beams = Beams(self.tree, restriction, num_beams, length_penalty, root_scores)
+                beams = Beams(self.tree, restriction, num_beams, length_penalty, root_scores, followed[users])
                 beam_search_batch(project, output, users, cache, beams, vocab_weight)
         return output
 

@@ -25,6 +25,9 @@ class DecodingOutput:
             Number of nodes, or tokens, whose next tokens were scored.
         rounds (`torch.Tensor` of shape `(num_users,)`, int64):
             Number of forward passes whose logits were used for the user.
+        lost_at (`torch.Tensor` of shape `(num_users, num_followed)`, int64):
+            For the items that beam search was told to follow, the number of the token, from 1, at which the last beam
+            that led there was pruned; 0 for those that it kept.
     """
 
     items: Tensor
@@ -32,9 +35,10 @@ class DecodingOutput:
     exact: Tensor
     expansions: Tensor
     rounds: Tensor
+    lost_at: Tensor
 
     @classmethod
-    def empty(cls, num_users: int, top_k: int) -> DecodingOutput:
+    def empty(cls, num_users: int, top_k: int, num_followed: int = 0) -> DecodingOutput:
         """Output in which nothing has been found."""
         return cls(
             items=torch.full((num_users, top_k), -1),
@@ -42,4 +46,5 @@ class DecodingOutput:
             exact=torch.zeros(num_users, dtype=torch.bool),
             expansions=torch.zeros(num_users, dtype=torch.int64),
             rounds=torch.zeros(num_users, dtype=torch.int64),
+            lost_at=torch.zeros(num_users, num_followed, dtype=torch.int64),
         )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..data import Prompt, RankingTask
 from ..model import check_whole
-from .arguments import Items, read_allowed, read_item_lists, read_prompts
+from .arguments import Items, read_allowed, read_followed, read_item_lists, read_prompts
 from .by_generate import generate_items
 from .decoder import TrieDecoder
 from .item_bias import Biases, read_item_bias, select_users
@@ -36,8 +36,8 @@ class Recommendations:
     Ranked items of some users.
 
     Args:
-        items, scores, exact, expansions, rounds (`numpy.ndarray`):
-            As in [`DecodingOutput`]. The last two are 0 from `generate`.
+        items, scores, exact, expansions, rounds, lost_at (`numpy.ndarray`):
+            As in [`DecodingOutput`]. `expansions` and `rounds` are 0 from `generate`.
         invalid_rate (`float`):
             Share of decoded sequences that are not items; 0 with constrained decoding.
         target_ranks (`numpy.ndarray` of shape `(num_users,)`, int64, *optional*):
@@ -49,6 +49,7 @@ class Recommendations:
     exact: np.ndarray
     expansions: np.ndarray
     rounds: np.ndarray
+    lost_at: np.ndarray
     invalid_rate: float = 0.0
     target_ranks: np.ndarray | None = None
 
@@ -68,6 +69,7 @@ def recommend(
     num_beams: int | None = None,
     normalize: str = "trie",
     length_penalty: float = 0.0,
+    follow: np.ndarray | Tensor | None = None,
     batch_size: int = 16,
     decoder: TrieDecoder | None = None,
 ) -> Recommendations:
@@ -102,6 +104,9 @@ def recommend(
         length_penalty (`float`, *optional*, defaults to `0.0`):
             With beams, as for `generate`, whose default of 1.0 favours long titles: their last tokens are forced and
             cost nothing.
+        follow (*optional*):
+            With `"beam"`, items of which the result says where the beams lost them, as for
+            [`TrieDecoder.beam_search`].
         batch_size (`int`, *optional*, defaults to `16`):
             Prompts per process at a time.
         decoder ([`TrieDecoder`], *optional*):
@@ -116,6 +121,8 @@ def recommend(
     score = {"vocab_weight": vocab_weight, "item_bias": item_bias, "num_candidates": num_candidates}
     exact_arguments = score | {"max_expansions": max_expansions}
     _check_mode(mode, beam_arguments, exact_arguments, exclude, allowed)
+    if follow is not None and mode != "beam":
+        raise ValueError(f"`follow` is {reprlib.repr(follow)}, but only beam search has it: pass mode='beam'.")
     if not 0 < top_k <= trie.num_items:
         raise ValueError(f"`top_k` is {top_k}: it must lie between 1 and the number of items, {trie.num_items}.")
     if isinstance(prompts, str):  # whose characters would be taken for prompts
@@ -126,6 +133,7 @@ def recommend(
         raise ValueError("`decoder` has another model or trie: make it with `TrieDecoder(model, task.trie)`.")
     # All processes read everything, so that they all raise the same errors
     check_score(vocab_weight, item_bias, num_candidates, top_k)
+    follow = read_followed(follow, len(prompts), trie.num_items)
     if exclude is not None:
         exclude = read_item_lists("exclude", exclude, len(prompts), trie.num_items)
     if allowed is not None and not isinstance(allowed, Allowed):
@@ -149,13 +157,13 @@ def recommend(
     elif decoder is None:
         decoder = TrieDecoder(model, trie)
     if len(mine) == 0:  # more processes than prompts
-        found = DecodingOutput.empty(0, top_k)
+        found = DecodingOutput.empty(0, top_k, follow.shape[1])
     elif mode == "generate":
         found, num_invalid = generate_items(model, task.tokenizer, trie, **arguments, **beam_arguments)
     elif mode == "exact":
         found = decoder.search(**exact_arguments, **restrictions, **arguments)
     else:
-        found = decoder.beam_search(**beam_arguments, **restrictions, **arguments)
+        found = decoder.beam_search(**beam_arguments, **restrictions, **arguments, follow=follow[list(mine)])
     results = {name: getattr(found, name).numpy() for name in DecodingOutput.__annotations__}
     if process.num_processes > 1:
         shares = gather_object([results])

@@ -70,6 +70,14 @@ class Request:
         return Restriction(self.tree, exclude, allowed, removed), bias
 
 
+def check_beams(num_beams: int, normalize: str, top_k: int) -> None:
+    """Raise a `ValueError` where these arguments of [`TrieDecoder.beam_search`] are out of range."""
+    if num_beams < top_k:
+        raise ValueError(f"`num_beams` is {num_beams}: it must be at least `top_k` = {top_k}.")
+    if normalize not in ("trie", "vocab"):
+        raise ValueError(f"`normalize` is {normalize!r}: it must be 'trie' or 'vocab'.")
+
+
 def check_score(vocab_weight: float, item_bias: Biases | None, num_candidates: int | None, top_k: int) -> None:
     """Raise a `ValueError` where these arguments of [`TrieDecoder.search`] are out of range."""
     if not (vocab_weight >= 0 and math.isfinite(vocab_weight)):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..trie import CompressedTrie
 from .findings import Case, Finding, shorten
 
 
@@ -53,6 +54,27 @@ def check_branching(case: Case) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def check_first_tokens(case: Case) -> Iterator[Finding]:
+    """
+    The tokens after what more than half of the items begin with, such as a quotation mark. An item that is alone
+    behind one of them gets all of its probability among the valid tokens.
+    """
+    tree, node = CompressedTrie(case.trie.to("cpu")), 0
+    while (children := tree.children(torch.tensor([node]))[1]).numel():
+        counts = tree.item_end[children] - tree.item_start[children]
+        if counts.max() <= len(case.catalog) / 2:
+            break
+        node = int(children[counts.argmax()])
+    else:  # they have the same text
+        return
+    tokens = case.trie.tokens(case.trie.paths(case.trie.item_nodes[tree.item_order[tree.item_start[node]]][None])[0])
+    start = case.tokenizer.decode(tokens[: int(tree.depth[node] + tree.chain_length(node))].tolist())
+    alone = int((counts == 1).sum())
+    where = f" after {start!r}" if start else ""
+    seen = f"{len(counts)}{where}, of which {alone} ({alone / len(counts):.0%}) begin a single item"
+    yield Finding("Valid first tokens", "ok", seen)
+
+
 def check_item_lengths(case: Case) -> Iterator[Finding]:
     longer = (case.trie.item_lengths > _LONG_ITEM).nonzero().squeeze(1).tolist()
     if longer:
@@ -80,4 +102,4 @@ def check_row_lengths(case: Case) -> Iterator[Finding]:
         yield Finding(what, "note", seen, "They lose their oldest items: raise `max_length` to keep them.")
 
 
-TOKEN_CHECKS = (check_written_form, check_branching, check_item_lengths, check_row_lengths)
+TOKEN_CHECKS = (check_written_form, check_branching, check_first_tokens, check_item_lengths, check_row_lengths)

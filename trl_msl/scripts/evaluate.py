@@ -21,6 +21,8 @@ accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path outputs/quick
     --decoding exact beam beam-vocab
 ```
 
+Of the best items by the same score, which for `beam` is that of `exact`, it tells how many beams lose, and where.
+
 So are several values of λ, by which exact search counts the probability that the model gives to invalid tokens:
 `--vocab_weight 0 0.5 1`.
 
@@ -42,7 +44,7 @@ from trl import ModelConfig
 
 from ..data import DataArguments, RankingTask
 from ..decoding import Recommendations
-from ..evaluation import bootstrap_interval, evaluate_recommendations, per_user_metrics
+from ..evaluation import beam_pruning, bootstrap_interval, evaluate_recommendations, per_user_metrics
 from .command_line import command
 from .loading import load_model
 from .outputs import describe_recommendations, finish, format_table, write_json, write_text
@@ -55,6 +57,7 @@ DECODINGS = {
     "beam-vocab": {"mode": "beam", "normalize": "vocab"},
     "generate": {"mode": "generate", "normalize": "trie"},
 }
+SAME_SCORE = {"beam": "exact", "beam-vocab": "exact-1"}  # exact search by the score of the beams
 
 
 @dataclass
@@ -124,12 +127,13 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
     ks = sorted({min(5, args.top_k), args.top_k})
     settings = {"ks": ks, "match": args.match, "batch_size": args.batch_size, "seen_items": data.seen_items}
     results, found = evaluate_decodings(decodings, model, task, rows, **settings)
+    pruning = {name: beam_pruning(found[SAME_SCORE[name]], found[name]) for name in found if found[name].lost_at.size}
     first, *others = found
     differences = {f"{other} - {first}": compare(found[other], found[first], ks) for other in others}
     if process.is_main_process:
         text = describe_recommendations(rows, task.catalog, found[first])
         arguments = {"model_name_or_path": model_args.model_name_or_path, **vars(args), "data": vars(data.args)}
-        report = {**results, "differences": differences, "arguments": arguments}
+        report = {**results, "differences": differences, "pruning": pruning, "arguments": arguments}
         write_json(output_dir / "metrics.json", report)
         write_text(output_dir / "recommendations.txt", text)
         columns = tuple(f"{name}@{args.top_k}" for name in ("ndcg", "hr"))
@@ -141,6 +145,8 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
         print(f"{text}\n{title}\n{format_table(results, columns)}")
         if differences:
             print(f"\nDifference, with its interval\n{format_table(differences, (*columns, 'same_items'))}")
+        if pruning:
+            print(f"\nWhat beams lose of the true top {args.top_k}\n{format_pruning(pruning)}")
         print(f"\n{output_dir}/metrics.json")
     finish()
 
@@ -183,8 +189,10 @@ def evaluate_decodings(
     [`evaluate_recommendations`] by name, besides the `settings` that all have.
     """
     results, found = {}, {}
-    for name, decoding in decodings.items():
-        started = time.time()
+    for name in sorted(decodings, key=SAME_SCORE.__contains__):  # beams last, as they follow the items found exactly
+        started, decoding = time.time(), decodings[name]
+        if SAME_SCORE.get(name) in found and not decoding.get("length_penalty"):
+            decoding = decoding | {"follow": found[SAME_SCORE[name]].items}
         results[name], found[name] = evaluate_recommendations(
             model, task, rows, return_recommendations=True, **settings, **decoding
         )
@@ -192,7 +200,7 @@ def evaluate_decodings(
         for counter in ("expansions", "rounds"):
             counts = getattr(found[name], counter)
             results[name] |= {f"{counter}_mean": float(counts.mean()), f"{counter}_max": int(counts.max())}
-    return results, found
+    return {name: results[name] for name in decodings}, {name: found[name] for name in decodings}
 
 
 def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> dict[str, float]:
@@ -207,6 +215,15 @@ def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> di
         difference[name] = float(per_user.mean())
         difference[f"{name}_low"], difference[f"{name}_high"] = bootstrap_interval(per_user)
     return difference
+
+
+def format_pruning(pruning: dict[str, dict[str, Any]]) -> str:
+    """Shares of users, items and targets, a row per way of decoding, and at which tokens items are lost."""
+    lines = [format_table(pruning, ("pruned_users", "pruned_items", "pruned_targets"))]
+    for name, shares in pruning.items():
+        tokens = [f"{share:.4f} at {place}" for place, share in enumerate(shares["pruned_by_token"], start=1) if share]
+        lines.append(f"{name}, items by the token at which they are pruned: {', '.join(tokens) or 'none'}")
+    return "\n".join(lines)
 
 
 run = command(main)
