@@ -70,7 +70,7 @@ def recommend(
     num_beams: int | None = None,
     normalize: str = "trie",
     length_penalty: float = 0.0,
-    follow: np.ndarray | Tensor | None = None,
+    follow: np.ndarray | None = None,
     batch_size: int = 16,
     decoder: TrieDecoder | None = None,
 ) -> Recommendations:
