@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import Prompt, RankingTask
