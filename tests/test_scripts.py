@@ -40,8 +40,6 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("name", cli.COMMANDS)
     def test_each_command_is_there(self, name):
-        if name == "baselines":
-            pytest.importorskip("rectools", reason='needs pip install "trl_msl[baselines]"')
         module = importlib.import_module(cli.COMMANDS[name][0])
         assert callable(module.run) and module.__doc__
 
