@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many of the best items a beam search loses, and at which token."""
+"""How much of the true top K a beam search loses, and at which token."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Recommender:
         self.task.tokenizer.save_pretrained(save_directory)
         if self.fusion is not None:
             self.fusion.save_pretrained(save_directory)
-        else:  # that of another model which was saved there before
+        else:  # left by a model that was saved there before
             Path(save_directory, FUSION_FILE).unlink(missing_ok=True)
         self.task.save_pretrained(save_directory)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recommender is asked with, checked, and what it answers."""
+"""A recommender's requests, checked, and its answers."""
 
 from __future__ import annotations
 
