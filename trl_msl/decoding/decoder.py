@@ -119,9 +119,9 @@ class TrieDecoder:
                 of the whole catalogue. Prepare a large list for several searches with
                 [`~TrieDecoder.prepare_allowed`].
             vocab_weight (`float`, *optional*, defaults to `0.0`):
-                At 0 an item's score is its log-probability among the items, at 1 that which the language model gives
-                its tokens; values between or above are allowed. Above 0 forced tokens have to be run, one at a time,
-                and each takes the logits of the whole vocabulary.
+                At 0 an item's score is its log-probability among the items, at 1 the one that the language model gives
+                its tokens; any other value from 0 up is allowed. Above 0 forced tokens are run, too, one at a time,
+                each with the logits of the whole vocabulary.
             item_bias (`torch.Tensor` of shape `(num_items,)` or `(num_prompts, num_items)`, [`SparseBias`],
             [`ItemBias`] or function, *optional*):
                 What is added to the score of each item, for all users or for each of them; `-inf` for what must not be
@@ -160,7 +160,7 @@ class TrieDecoder:
                 if num_candidates is None:
                     frontier = Frontier(*state, top_k, bias)
                 else:
-                    frontier = RerankingFrontier(*state, num_candidates, top_k, bias)
+                    frontier = RerankingFrontier(*state, num_candidates, top_k=top_k, bias=bias)
                 search_batch(project, output, users, cache, frontier, nodes_per_round, vocab_weight)
         return output
 

@@ -38,7 +38,8 @@ class SparseBias:
 @dataclass(frozen=True, eq=False)
 class ItemBias:
     """
-    Biases of all items, for all users, prepared once by [`TrieDecoder.prepare_item_bias`]; or for each of a batch.
+    Biases of all items: a row for all users, prepared once by [`TrieDecoder.prepare_item_bias`], or one for each user
+    of a batch.
 
     Args:
         tree ([`CompressedTrie`]):
@@ -69,18 +70,18 @@ class ItemBias:
 
     @property
     def removed(self) -> Tensor:
-        """Items of a bias of `-inf` for each user, for a [`Restriction`]."""
+        """Items whose bias is `-inf` for a user, for a [`Restriction`]."""
         users, places = (self.values == -torch.inf).nonzero(as_tuple=True)
         return users * (len(self.tree.item_order) + 1) + places
 
     @cached_property
     def _finite(self) -> Allowed | None:
-        """The other items, where this bias is that of all users; `None` if that is all of them."""
+        """Items whose bias, the same for all users, is finite; `None` if all are."""
         places = (self.values[0] > -torch.inf).nonzero().squeeze(1)
         return None if len(places) == len(self.tree.item_order) else Allowed(self.tree, places)
 
     def restrict(self, allowed: Allowed | list[Tensor] | None) -> Allowed | list[Tensor] | None:
-        """What users may get of `allowed` with this bias of all users: not the items whose bias is `-inf`."""
+        """`allowed` without the items whose bias, the same for all users, is `-inf`."""
         if self._finite is None or allowed is None:
             return self._finite if allowed is None else allowed
         is_finite = self.values[0] > -torch.inf
