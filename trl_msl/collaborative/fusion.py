@@ -153,7 +153,7 @@ class Fusion:
     # ------------------------------------------------------------------ storage
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write all of it to `fusion.safetensors` in a folder, whole or not at all, with a checksum."""
+        """Write `fusion.safetensors` with a checksum into a folder, whole or not at all."""
         tensors, header = self._content()
         with replacing(Path(save_directory) / FUSION_FILE) as temporary:
             save_file(tensors, temporary, metadata=header | {"sha256": self.fingerprint()})
@@ -161,7 +161,7 @@ class Fusion:
     @classmethod
     def from_pretrained(cls, save_directory: str | Path, num_items: int) -> Fusion:
         """
-        Read what [`Fusion.save_pretrained`] wrote, for a catalogue of `num_items`.
+        Read what [`Fusion.save_pretrained`] wrote for a catalogue of `num_items`.
 
         Raises:
             `ValueError`: if the file is missing or damaged, or belongs to another catalogue.
@@ -171,8 +171,13 @@ class Fusion:
             check_regular(path)
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-            found = cls._from_content(tensors, header)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            if header.get("format") != str(_FORMAT):
+                raise ValueError(f"its format is {header.get('format')}, this version reads {_FORMAT}")
+            neighbours = None
+            if "decay" in header:
+                neighbours = ItemNeighbours(*(tensors[name] for name in _NEIGHBOURS), decay=float(header["decay"]))
+            found = cls(tensors["popularity"], neighbours, **{name: float(header[name]) for name in _WEIGHTS})
             if header.get("sha256") != found.fingerprint():
                 raise ValueError("its checksum differs")
             if found.num_items != num_items:
@@ -185,23 +190,16 @@ class Fusion:
         return found
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        tensors, header = {"popularity": self.popularity}, {name: repr(getattr(self, name)) for name in _WEIGHTS}
+        # As floats, which they are when they are read
+        header = {name: repr(float(getattr(self, name))) for name in _WEIGHTS}
+        tensors = {"popularity": self.popularity}
         if self.neighbours is not None:
             tensors |= {name: getattr(self.neighbours, name) for name in _NEIGHBOURS}
-            header["decay"] = repr(self.neighbours.decay)
+            header["decay"] = repr(float(self.neighbours.decay))
         return {name: tensor.contiguous() for name, tensor in tensors.items()}, header | {"format": str(_FORMAT)}
 
-    @classmethod
-    def _from_content(cls, tensors: dict[str, Tensor], header: dict[str, str]) -> Fusion:
-        if header.get("format") != str(_FORMAT):
-            raise ValueError(f"its format is {header.get('format')}, this version reads {_FORMAT}")
-        neighbours = None
-        if "decay" in header:
-            neighbours = ItemNeighbours(*(tensors[name] for name in _NEIGHBOURS), decay=float(header["decay"]))
-        return cls(tensors["popularity"], neighbours, **{name: float(header[name]) for name in _WEIGHTS})
-
     def fingerprint(self) -> str:
-        """SHA-256 of all that the fused scores depend on."""
+        """SHA-256 of everything that the scores depend on."""
         tensors, header = self._content()
         digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
         for name in sorted(tensors):
