@@ -32,6 +32,7 @@ from trl_msl import (
     build_rows,
     recommend,
 )
+from trl_msl.collaborative import Fusion, ItemNeighbours
 from trl_msl.data import TASK_FILES, encode_items
 from trl_msl.experiments.from_scratch import train_tokenizer
 from trl_msl.recommender import RecommendedItems
@@ -398,14 +399,17 @@ def test_the_engine_is_made_once(folder, monkeypatch):
 
 
 def test_requests_from_several_threads(folder, catalog):
-    recommender = Recommender.from_pretrained(folder).update(withdraw=["b7"])
+    loaded, neighbours = Recommender.from_pretrained(folder), ItemNeighbours.fit([[0, 4, 8], [3, 8]], ["a", "b"], 12)
+    fusion = Fusion(torch.arange(12), neighbours, popularity_weight=0.5, neighbour_weight=2.0)
+    recommender = Recommender(loaded.model, loaded.task, fusion).update(withdraw=["b7"])
     stock = recommender.prepare_allowed(catalog.ids[:9])
     random = Random(0)
     requests = [
         {
-            "histories": [random.sample(catalog.ids, random.randint(1, 5)) for _ in range(random.randint(1, 3))],
+            "histories": [random.sample(catalog.ids, random.randint(0, 5)) for _ in range(random.randint(1, 3))],
+            "popular_without_history": True,
             "k": random.randint(1, 12),
-            "mode": random.choice(["exact", "beam"]),
+            **random.choice([{"mode": "exact"}, {"mode": "exact", "fused": False}, {"mode": "beam", "fused": False}]),
             "allowed": random.choice([None, stock, catalog.ids[3:]]),
         }
         for _ in range(60)

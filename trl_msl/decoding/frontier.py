@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -197,24 +199,16 @@ class RerankingFrontier(Frontier):
     Looks for the best `num_candidates` items without their biases, and ranks these by their scores with biases.
 
     Args:
-        tree, restriction, num_users, max_expansions, item_steps, bias:
-            As for [`Frontier`].
-        num_candidates, top_k (`int`):
-            Number of items to look for, and of the best ones of these.
+        *arguments:
+            Those of [`Frontier`], with the number of candidates as `top_k` and without a bias.
+        top_k (`int`):
+            Number of the best candidates to keep.
+        bias ([`ItemBias`] or [`ListedBias`]):
+            Bias of each user's items.
     """
 
-    def __init__(
-        self,
-        tree: CompressedTrie,
-        restriction: Restriction,
-        num_users: int,
-        max_expansions: int,
-        item_steps: Tensor | None,
-        num_candidates: int,
-        top_k: int,
-        bias: ItemBias | ListedBias,
-    ):
-        super().__init__(tree, restriction, num_users, max_expansions, item_steps, num_candidates)
+    def __init__(self, *arguments: Any, top_k: int, bias: ItemBias | ListedBias):
+        super().__init__(*arguments)
         self.reranking_bias = bias
         self.num_best = top_k
 

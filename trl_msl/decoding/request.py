@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the users of a search may get and what is added to their scores, checked, and given out batch by batch."""
+"""What users may get and what is added to their scores: checked, then selected for each batch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Request:
             bias = ListedBias(self.tree, bias)
         elif isinstance(bias, Tensor):
             bias = ItemBias.from_values(self.tree, bias)
-        # One for all users has removed its items from `allowed`
+        # A bias for all users has removed its items from `allowed`
         removed = None if bias is self.item_bias else bias.removed
         return Restriction(self.tree, exclude, allowed, removed), bias
 
