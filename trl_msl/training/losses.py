@@ -84,9 +84,9 @@ def bear_weights(
     where $p_y$ is the target's probability among the valid tokens and $p_B$ the B-th largest one (the smallest, if
     fewer are valid), below which a beam search with B beams would drop the target.
 
-    The paper adds $\lambda' \log \sigma((\log p_B - \log p_y) / \xi)$ to $-\log p_y$ instead. With $p_B$ constant, that
-    has the same gradient, where $\lambda = \lambda' / \xi$. Note the sign: the weight is larger for targets *inside* the
-    B best, since $\log \sigma$ is flat for those far outside, although these are the ones that are dropped.
+    The paper adds $\lambda' \log \sigma((\log p_B - \log p_y) / \xi)$ to $-\log p_y$ instead. With $p_B$ constant,
+    that has the same gradient, where $\lambda = \lambda' / \xi$. Note the sign: the weight is larger for targets
+    *inside* the B best, since $\log \sigma$ is flat for those far outside, although it is these that are dropped.
 
     Args:
         logits, valid_mask, targets, temperature:

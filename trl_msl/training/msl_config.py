@@ -263,7 +263,7 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
             )
         if self.position_weights == "igd" and self.negatives == "seen":
             raise ValueError(
-                "`position_weights` = 'igd' has no effect with `negatives` = 'seen', where positions without information "
+                "`position_weights` = 'igd' has no effect with `negatives` = 'seen', where tokens without information "
                 "gain have no loss: leave one of them out."
             )
 

@@ -180,7 +180,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
         return self._target_trie
 
     def _have_loss(self, nodes: Tensor) -> Tensor:
-        """Whether labels have a loss in training: with MSL, where several tokens are valid."""
+        """Whether labels have a loss in training. With MSL, those have one where several tokens are valid."""
         if self.args.normalize == "vocab":
             return torch.ones_like(nodes, dtype=torch.bool)
         if self.args.negatives == "seen":
@@ -211,15 +211,12 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
+        trie, temperature = self.trie, self.temperature
         if not self.model.training:
-            # Counted for training. The mean over an evaluation is taken in `evaluation_loop`
-            inputs, num_items_in_batch = self._without_repeated_rows(inputs), None
-        # Evaluated over all valid tokens at τ = 1, as in ranking, and comparable while τ moves
-        trie, temperature = self.trie, 1.0
-        if self.model.training:
-            temperature = self.temperature
-            if self.args.negatives == "seen":
-                trie, inputs = self._targets.trie, map_labels(inputs, self._targets.renumber)
+            # Over all valid tokens at τ = 1, as in ranking, and comparable while τ moves. The count is for training
+            inputs, temperature, num_items_in_batch = self._without_repeated_rows(inputs), 1.0, None
+        elif self.args.negatives == "seen":
+            trie, inputs = self._targets.trie, map_labels(inputs, self._targets.renumber)
         over_vocab = self.args.normalize == "vocab"
         options = SparseHeadOptions(
             num_negatives=self.args.num_negatives if self.model.training else None,
