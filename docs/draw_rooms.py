@@ -79,15 +79,16 @@ def draw_arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, flo
 def draw_arrows(axes: plt.Axes, arrows: list[tuple[str, str]], boxes: dict[str, Box], levels: dict[str, int]) -> None:
     for room, other in arrows:
         box, target = boxes[room], boxes[other]
-        if levels[room] - levels[other] > 1:  # around the floors between them
-            y = (target.bottom + target.top) / 2
-            axes.plot([WIDTH + 0.25] * 2, [box.bottom, y], color=GREY, linewidth=1.3, zorder=2)
-            draw_arrow(axes, (WIDTH + 0.25, y), (target.left + target.width, y))
-            continue
-        outgoing = sorted((o for r, o in arrows if r == room), key=lambda o: boxes[o].middle)
         incoming = sorted((r for r, o in arrows if o == other), key=lambda r: boxes[r].middle)
-        x = box.left + box.width * (outgoing.index(other) + 1) / (len(outgoing) + 1)
         end = target.left + target.width * (incoming.index(room) + 1) / (len(incoming) + 1)
+        if levels[room] - levels[other] > 1:  # around the floors between them
+            x, y, start = WIDTH + 0.25, target.top + FLOOR_GAP / 3, (box.bottom + box.top) / 2
+            axes.plot([WIDTH, x, x, end], [start, start, y, y], color=GREY, linewidth=1.3, zorder=2)
+            draw_arrow(axes, (end, y), (end, target.top))
+            continue
+        below = [other for r, other in arrows if r == room and levels[room] - levels[other] == 1]
+        outgoing = sorted(below, key=lambda other: boxes[other].middle)
+        x = box.left + box.width * (outgoing.index(other) + 1) / (len(outgoing) + 1)
         draw_arrow(axes, (x, box.bottom), (end, target.top))
 
 

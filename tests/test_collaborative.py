@@ -102,6 +102,12 @@ def test_nobody_has_two_items():
         assert rows_of(found) == [{}] * NUM_ITEMS and not len(found.score([[0, 2]]).items[0])
 
 
+def test_more_neighbours_than_fp32_can_count():
+    total = 2**24 + 1
+    parts = torch.zeros(total, dtype=torch.uint8), torch.zeros(1).expand(total), torch.ones(1).expand(total)
+    assert ItemNeighbours._from_parts([parts], 2, 1.0).offsets.tolist() == [0, total, total]
+
+
 def test_a_catalogue_that_has_grown():
     found = ItemNeighbours.fit([[0, 1], [1, 2]], ["a", "b"], 3)
     grown = found.extend(5)
@@ -113,7 +119,7 @@ def test_bad_arguments():
     fit = {"sequences": [[0, 1]], "users": ["a"], "num_items": 2}
     for change, error in (
         ({"users": ["a", "b"]}, "`users` has 2 entries for 1 sequences"),
-        ({"num_items": 1}, "`sequences` hold items from 0 to 1, but .* 0 to 0"),
+        ({"num_items": 1}, "`sequences` hold items 0 to 1, but .* 0 to 0"),
         ({"num_neighbours": 0}, "`num_neighbours` is 0"),
         ({"shrinkage": -1.0}, "`shrinkage` is -1.0"),
         ({"decay": 0.0}, "`decay` is 0.0: it must be above 0"),
@@ -124,7 +130,7 @@ def test_bad_arguments():
     for vectors in (torch.zeros(3), torch.full((3, 2), torch.nan)):
         with pytest.raises(ValueError, match="`vectors` has shape"):
             ItemNeighbours.from_vectors(vectors)
-    with pytest.raises(ValueError, match="`histories` hold items from -1 to 0"):
+    with pytest.raises(ValueError, match="`histories` hold items -1 to 0"):
         ItemNeighbours.fit(**fit).score([[0, -1]])
     good = {
         "offsets": torch.tensor([0, 1, 2]),
@@ -139,6 +145,7 @@ def test_bad_arguments():
         ("offsets", torch.tensor([0, 3, 2]), "do not fit"),
         ("offsets", torch.tensor([1, 1, 2]), "do not fit"),
         ("offsets", torch.tensor([2]), "do not fit"),
+        ("offsets", torch.tensor([0, 2**63 - 1, -(2**63), -1, 2]), "do not fit"),
         ("neighbours", torch.tensor([2, 0]).int(), "`neighbours` must hold item indices"),
         ("neighbours", torch.tensor([-1, 0]).int(), "`neighbours` must hold item indices"),
         ("similarities", torch.ones(3), "do not fit"),

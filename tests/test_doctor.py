@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from helpers import TITLES, make_model, make_windows
-from transformers import BloomConfig, GPT2Config
+from transformers import BloomConfig, GPT2Config, MistralConfig
 
 from trl_msl import ItemCatalog, PromptTemplate, RankingTask, TrieDecoder, build_rows, read_windows, recommend
 from trl_msl.data import DataArguments
@@ -55,7 +55,7 @@ def test_data_and_a_model_with_nothing_to_do(plain_task):
     assert names(findings) == [
         "An item as the model writes it", "Valid tokens (AVT)", "Valid first tokens", "Splits", "Exact decoding"
     ]  # fmt: skip
-    assert find(findings, "Valid first tokens").seen == "16, of which 16 (100%) begin a single item"
+    assert find(findings, "Valid first tokens").seen == "16; 16 of them (100%) lead to a single item"
     assert find(findings, "An item as the model writes it").seen == "'a<|eos|>'"
     assert find(findings, "Splits").seen == "train 10, validation 10, test 10"
     assert not any(finding.advice for finding in findings)
@@ -107,7 +107,7 @@ def test_first_tokens_counted_by_hand(marks, tokenizer, template):
     alone = sum(count == 1 for count in first.values())
     where = f" after {tokenizer.decode(start)!r}" if start else ""
     seen = find(diagnose(task, make_splits(catalog)), "Valid first tokens").seen
-    assert seen == f"{len(first)}{where}, of which {alone} ({alone / len(first):.0%}) begin a single item"
+    assert seen == f"{len(first)}{where}; {alone} of them ({alone / len(first):.0%}) lead to a single item"
     assert bool(start) == (marks != "{text}")
 
 
@@ -286,6 +286,15 @@ def test_a_model_that_cannot_decode_exactly(plain_task):
     model = make_model(plain_task.tokenizer, BloomConfig, n_layer=2, n_head=4)
     found = find(diagnose(plain_task, make_splits(plain_task.catalog), model), "Exact decoding")
     assert found.status == "note" and "can't run a tree of tokens" in found.seen
+
+
+def test_prompts_longer_than_a_sliding_window(tokenizer, template):
+    """The model can't rank for such users, which must not stop the doctor."""
+    catalog = ItemCatalog(range(120), [f"{title}, {number}" for number in range(10) for title in TITLES])
+    task, model = RankingTask(catalog, tokenizer, template), make_model(tokenizer, MistralConfig, sliding_window=16)
+    findings = diagnose(task, make_splits(catalog), model)
+    found = find(findings, "Items that most users get")
+    assert found.status == "note" and "sliding window of 16" in found.seen
 
 
 def run(*arguments):

@@ -90,7 +90,14 @@ def test_a_bias_of_the_caller_is_added(kind, recommender, expected, catalog):
     found = recommender.recommend(
         [*HISTORIES[:2], [], *HISTORIES[2:]], 12, False, popular_without_history=True, item_bias=bias, batch_size=2
     )
-    assert found.ids.pop(2) and found.scores.pop(2) and found.exact.pop(2)
+    # The user without history
+    counts = recommender.fusion.popularity
+    share = ((1 + counts) / (12 + counts.sum())).log().numpy() + dense[2]
+    assert found.exact.pop(2) and catalog.index_of_id["b3"] == 3
+    items, scores = catalog.indices(found.ids.pop(2)), found.scores.pop(2)
+    assert sorted(items) == [item for item in range(12) if item != 3]
+    np.testing.assert_allclose(scores, sorted(share[np.isfinite(share)], reverse=True), atol=1e-5)
+    np.testing.assert_allclose(scores, share[items], atol=1e-5)
     check(found, expected + dense[[0, 1, 3, 4]], catalog)
 
 
@@ -111,6 +118,21 @@ def test_part_of_the_weights(recommender, fusion, task, catalog):
         found, expected = (recommend(model, task, prompts, 12, **kwargs) for kwargs in (arguments, score))
         np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
         assert np.array_equal(found.items, expected.items)
+
+
+@pytest.mark.parametrize(("age", "largest"), [(400, 1.0), (3000, 0.0)])
+def test_only_old_items_have_neighbours(age, largest, fusion):
+    """So old that their weights are 0 in fp32, or even in fp64."""
+    scores = fusion.neighbour_scores([[0] + [10] * age, [0]])
+    assert len(scores.items[0]) == len(scores.items[1]) > 0
+    assert scores.values[0].max() == largest and scores.values[1].max() == 1.0
+
+
+def test_a_bias_prepared_for_another_catalogue(recommender):
+    bias = recommender.prepare_allowed(None).decoder.prepare_item_bias([0.0] * 12)
+    updated = recommender.update(add=ItemCatalog(["n0"], ["The Silent Wood"]))
+    with pytest.raises(ValueError, match="`item_bias` was prepared by another `TrieDecoder`: prepare it with this"):
+        updated.recommend(HISTORIES, item_bias=bias)
 
 
 def test_the_model_alone(recommender, task, catalog):
@@ -159,7 +181,7 @@ def test_items_added_without_training(recommender, fusion):
     found = updated.recommend([*HISTORIES, ["n1"]], 14, exclude_history=False)
     assert all(sorted(ids) == sorted(updated.task.catalog.ids) for ids in found.ids)
     assert recommender.update(withdraw=["b3"]).fusion.fingerprint() == fusion.fingerprint()
-    with pytest.raises(ValueError, match="`fusion` is of 12 items, the catalogue of `task` has 14"):
+    with pytest.raises(ValueError, match="`fusion` has 12 items, the catalogue of `task` has 14"):
         Recommender(recommender.model, updated.task, fusion)
 
 
@@ -186,7 +208,7 @@ def test_read_as_written(kind, fusion, tmp_path):
     found = Fusion.from_pretrained(tmp_path, 12)
     assert repr(found) == repr(fusion) and found.fingerprint() == fusion.fingerprint()
     assert torch.equal(found.popularity, fusion.popularity)
-    with pytest.raises(ValueError, match="of 12 items, the catalogue has 13"):
+    with pytest.raises(ValueError, match="has 12 items, the catalogue has 13"):
         Fusion.from_pretrained(tmp_path, 13)
 
 
@@ -217,7 +239,7 @@ def test_a_file_that_is_damaged(fusion, tmp_path):
     [
         ({"popularity": torch.zeros(12)}, "`popularity` is torch.float32"),
         ({"popularity": torch.full((12,), -1)}, "at least 0"),
-        ({"popularity": torch.zeros(11, dtype=torch.int64)}, "of 12 items, `popularity` is that of 11"),
+        ({"popularity": torch.zeros(11, dtype=torch.int64)}, "has 12 items, `popularity` has 11"),
         ({"neighbours": torch.tensor([12] * 3).int()}, "do not fit together"),
         ({"similarities": torch.ones(3, dtype=torch.float64)}, "`similarities` is torch.float64"),
         ({"offsets": None}, "offsets"),
@@ -252,7 +274,7 @@ def test_bad_arguments(fusion):
         ({"popularity_weight": math.inf}, "`popularity_weight` is inf: it must be a finite number"),
         ({"vocab_weight": -0.1}, "`vocab_weight` is -0.1: it must be at least 0"),
         ({"neighbour_weight": 1.0}, "`neighbour_weight` is 1.0, but `neighbours` is None"),
-        ({"neighbours": fusion.neighbours.extend(13)}, "`neighbours` are those of 13 items"),
+        ({"neighbours": fusion.neighbours.extend(13)}, "`neighbours` has 13 items"),
     ):
         with pytest.raises(ValueError, match=error):
             Fusion(counts, **kwargs)

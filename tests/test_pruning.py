@@ -98,7 +98,7 @@ def test_shares_counted_by_hand():
     exact.exact[:] = False
     assert beam_pruning(exact, beams) == {"num_users": 0, "num_targets": 0, "pruned_by_token": []}
     with pytest.raises(
-        ValueError, match=r"followed items of shape \(4, 0\), `exact` has \(4, 2\): .*follow=exact.items"
+        ValueError, match=r"followed items of shape \(4, 0\), but `exact` has \(4, 2\): .*follow=exact.items"
     ):
         beam_pruning(exact, exact)
 
@@ -106,10 +106,10 @@ def test_shares_counted_by_hand():
 def test_what_cannot_be_followed(task):
     model, prompts = make_model(task.tokenizer), [[1, 2], [3]]
     for follow, problem in (
-        ([[0, 1]], r"is of shape \(1, 2\) and torch.int64: pass item indices, a row for each of the 2 prompts"),
-        ([0, 1], r"is of shape \(2,\)"),
+        ([[0, 1]], r"has shape \(1, 2\) and dtype torch.int64: pass item indices, a row for each of the 2 prompts"),
+        ([0, 1], r"has shape \(2,\)"),
         ([[0.5], [1.0]], "torch.float32"),
-        ([[12], [0]], "holds 0 to 12: pass the items 0 to 11, and -1"),
+        ([[12], [0]], "holds 0 to 12: pass item indices from 0 to 11, and -1"),
         ([[-2], [0]], "holds -2 to 0"),
     ):
         with pytest.raises(ValueError, match=f"`follow` .*{problem}"):

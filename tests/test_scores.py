@@ -345,7 +345,7 @@ def test_bad_arguments(tokenizer, trie, prompts):
     for values, error in (
         (torch.zeros(4, 12), r"`item_bias` has shape \(4, 12\): pass \(12,\), .*\(5, 12\)"),
         (SparseBias([[1]], [[0.0]]), "`item_bias.items` has 1 lists for 5 prompts"),
-        (decoder.prepare_item_bias([0.0] * 12), "`item_bias` is a function that returns a `ItemBias`: let it return"),
+        (decoder.prepare_item_bias([0.0] * 12), "`item_bias` is a function that returns `ItemBias`: return numbers"),
         (None, "`item_bias` must hold numbers"),
     ):
         with pytest.raises(ValueError, match=error):

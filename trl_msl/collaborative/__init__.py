@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users with similar histories chose, as scores of items. This room knows only item indices."""
+"""Scores of items from what users with similar histories chose. This room knows only item indices."""
 
 from .fusion import FUSION_FILE, Fusion, load_fusion
 from .item_neighbours import ItemNeighbours, count_users

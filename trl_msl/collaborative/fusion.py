@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is added to a model's scores: popularity and a history's neighbours, with their weights, in one file."""
+"""Popularity and item-kNN with their weights, which are added to a model's scores: one file beside the model."""
 
 from __future__ import annotations
 
@@ -31,22 +31,21 @@ _NEIGHBOURS = ("offsets", "neighbours", "similarities")
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
-    r"""
-    A model's score fused with popularity and item-kNN: what [`recommend`] is to rank by, for any histories. To
+    """
+    A model's score fused with popularity and item-kNN. Items are ranked by
 
-    Σ log P_valid + vocab_weight · Σ log m, as of [`TrieDecoder.search`], is added
+        Σ log P_valid + vocab_weight · Σ log m + popularity_weight · log(1 + count) + neighbour_weight · s / max s
 
-    popularity_weight · log(1 + count) + neighbour_weight · s / max s,
-
-    with `s` the scores of [`ItemNeighbours`] for the user and `max s` the largest of them.
+    with the sums of [`TrieDecoder.search`], `count` the number of users who have the item, `s` its score by
+    [`ItemNeighbours`] for the whole history, and `max s` the user's largest.
 
     Args:
         popularity (`torch.Tensor` of shape `(num_items,)`, int64):
             Number of users who have each item: see [`count_users`].
         neighbours ([`ItemNeighbours`], *optional*):
-            The neighbours of the same items.
+            Neighbours of the same items.
         vocab_weight, popularity_weight, neighbour_weight (`float`, *optional*, default to `0.0`):
-            Weights, the first at least 0.
+            Weights of the parts; `vocab_weight` is at least 0.
 
     Raises:
         `ValueError`: if an argument is out of range, or the arguments do not fit together.
@@ -73,8 +72,8 @@ class Fusion:
             raise ValueError(f"`neighbour_weight` is {self.neighbour_weight}, but `neighbours` is None: pass them.")
         if self.neighbours is not None and self.neighbours.num_items != self.num_items:
             raise ValueError(
-                f"`neighbours` are those of {self.neighbours.num_items} items, `popularity` is that of "
-                f"{self.num_items}: they must be the same."
+                f"`neighbours` has {self.neighbours.num_items} items, `popularity` has {self.num_items}: pass both "
+                "for the same catalogue."
             )
 
     def __repr__(self) -> str:
@@ -92,9 +91,11 @@ class Fusion:
         return self.popularity.float().log1p()
 
     def neighbour_scores(self, histories: Sequence[Sequence[int]]) -> SparseBias:
-        """What `neighbour_weight` weighs: the scores of [`ItemNeighbours.score`] by the largest of each user."""
+        """What `neighbour_weight` weights: the scores of [`ItemNeighbours.score`] divided by each user's largest."""
         scores = self.neighbours.score(histories)
-        return dataclasses.replace(scores, values=[row / row.max() if len(row) else row for row in scores.values])
+        # All of them are 0 where only very old items have neighbours
+        rows = [row / row.max().clamp(min=torch.finfo(row.dtype).tiny) if len(row) else row for row in scores.values]
+        return dataclasses.replace(scores, values=rows)
 
     def arguments(self, histories: Sequence[Sequence[int]], item_bias: Biases | None = None) -> dict[str, Any]:
         """
@@ -104,11 +105,11 @@ class Fusion:
             histories (`Sequence[Sequence[int]]`):
                 Item indices of each user, oldest first, in the order of the prompts.
             item_bias (*optional*):
-                What else is to be added, as for [`TrieDecoder.search`].
+                What else to add, as for [`TrieDecoder.search`].
 
         Returns:
-            `dict`: `vocab_weight` and `item_bias`. The latter is a function where it differs between users: their
-            scores are made batch by batch.
+            `dict`: `vocab_weight` and `item_bias`, which is a function where users have different ones, so that they
+            are made batch by batch.
         """
         biases = [] if item_bias is None else [item_bias]
         if self.popularity_weight != 0:
@@ -121,21 +122,27 @@ class Fusion:
         scores = self.neighbour_scores([histories[user] for user in users])
         return dataclasses.replace(scores, values=[self.neighbour_weight * row for row in scores.values])
 
-    def most_popular(self, k: int, allowed: Sequence[int] | None = None) -> tuple[list[int], list[float]]:
+    def most_popular(
+        self, k: int, allowed: Sequence[int] | None = None, item_bias: Tensor | None = None
+    ) -> tuple[list[int], list[float]]:
         """
-        The `k` items that most users have, for users without history, and the logarithm of each one's share of all
-        counts, to which 1 is added.
+        The `k` items that most users have, for users without history, and their scores: the logarithm of an item's
+        share of all counts, each of which is raised by 1.
 
         Args:
             k (`int`):
                 Number of items; there may be fewer in `allowed`.
             allowed (`Sequence[int]`, *optional*):
-                Item indices that may be among them. Defaults to all.
+                Item indices to choose from. Defaults to all.
+            item_bias (`torch.Tensor` of shape `(num_items,)`, *optional*):
+                What to add to the scores; `-inf` for items that must not be found.
         """
+        scores = self.log_popularity - math.log(float(self.popularity.double().sum()) + self.num_items)
+        scores = scores if item_bias is None else scores + item_bias
         items = torch.arange(self.num_items) if allowed is None else torch.tensor(allowed).unique()
-        items = items[self.popularity[items].argsort(descending=True, stable=True)[:k]]
-        share = self.log_popularity[items] - math.log(float(self.popularity.double().sum()) + self.num_items)
-        return items.tolist(), share.tolist()
+        items = items[scores[items] > -torch.inf]
+        items = items[scores[items].argsort(descending=True, stable=True)[:k]]
+        return items.tolist(), scores[items].tolist()
 
     def extend(self, num_items: int) -> Fusion:
         """The same for a catalogue that has grown to `num_items`: nobody has the new items, which are the last."""
@@ -169,7 +176,7 @@ class Fusion:
             if header.get("sha256") != found.fingerprint():
                 raise ValueError("its checksum differs")
             if found.num_items != num_items:
-                raise ValueError(f"it is of {found.num_items} items, the catalogue has {num_items}")
+                raise ValueError(f"it has {found.num_items} items, the catalogue has {num_items}")
         except (OSError, KeyError, TypeError, ValueError, OverflowError, SafetensorError) as error:
             raise ValueError(
                 f"`save_directory` = {str(save_directory)!r} does not hold a readable {FUSION_FILE} ({error}). Choose "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Item-kNN: the neighbours of each item, and the scores that a history gives to the neighbours of its items."""
+"""Item-kNN: the neighbours of each item, and the scores that a history gives them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from ..decoding import SparseBias
 from ..trie import flatten_sequences, ragged_arange
 
 
-_PAIRS = 1 << 23  # pairs of items, and similarities, in memory at a time
+_PAIRS = 1 << 23  # pairs of items in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
 class ItemNeighbours:
     """
-    The nearest neighbours of each item, by who chose them or by vectors, on the CPU.
+    The nearest neighbours of each item, by who chose them or by their vectors, on the CPU.
 
     Args:
         offsets (`torch.Tensor` of shape `(num_items + 1,)`, int64):
-            The neighbours of item `i` are those from `offsets[i]` to `offsets[i + 1]`.
+            Item `i` has the neighbours `offsets[i]` to `offsets[i + 1]` of the following.
         neighbours (`torch.Tensor` of shape `(num_neighbours,)`, int32):
-            Their item indices, nearest first.
+            Item indices, nearest first for each item.
         similarities (`torch.Tensor` of shape `(num_neighbours,)`, fp32):
-            Their similarities, all above 0.
+            Similarity of each neighbour, above 0.
         decay (`float`):
-            Weight of a history's item relative to the next one, above 0 and at most 1.
+            Weight of each item of a history relative to the one after it, above 0 and at most 1.
 
     Raises:
         `ValueError`: if an argument is out of range, or the tensors do not fit together.
@@ -55,7 +55,8 @@ class ItemNeighbours:
                 )
         total = len(self.neighbours)
         ends = self.offsets[[0, -1]].tolist() if len(self.offsets) > 1 else []
-        if ends != [0, total] or (self.offsets.diff() < 0).any() or len(self.similarities) != total:
+        is_falling = (self.offsets[1:] < self.offsets[:-1]).any()  # differences could overflow
+        if ends != [0, total] or is_falling or len(self.similarities) != total:
             raise ValueError("`offsets`, `neighbours` and `similarities` do not fit together.")
         if total and not 0 <= int(self.neighbours.min()) <= int(self.neighbours.max()) < self.num_items:
             raise ValueError(f"`neighbours` must hold item indices from 0 to {self.num_items - 1}.")
@@ -81,8 +82,9 @@ class ItemNeighbours:
         decay: float = 0.7,
     ) -> ItemNeighbours:
         r"""
-        Neighbours by a shrunken cosine between the sets of users of two items,
-        \\( c_{ij} / ((\sqrt{n_i} + s) (\sqrt{n_j} + s)) \\), with \\( c_{ij} \\) the number of users who have both.
+        Neighbours by the shrunken cosine of two items' sets of users,
+        \\( c_{ij} / ((\sqrt{n_i} + s) (\sqrt{n_j} + s)) \\), where \\( n_i \\) users have item \\( i \\) and
+        \\( c_{ij} \\) have both.
 
         Args:
             sequences (`Sequence[Sequence[int]]`):
@@ -92,7 +94,7 @@ class ItemNeighbours:
             num_items (`int`):
                 Number of items in the catalogue.
             num_neighbours (`int`, *optional*, defaults to `100`):
-                Maximum number of neighbours of each item. Of equally similar ones the first in the catalogue are kept.
+                Maximum number of neighbours of an item. Ties are broken by the order of the catalogue.
             shrinkage (`float`, *optional*, defaults to \\( \sqrt 5 \\)):
                 The \\( s \\) above, at least 0: it lowers the similarity of items that few users have.
             decay (`float`, *optional*, defaults to `0.7`):
@@ -109,7 +111,7 @@ class ItemNeighbours:
         counts, sizes = torch.bincount(item, minlength=num_items), torch.bincount(user)
         starts, norms = sizes.cumsum(0) - sizes, counts.double().sqrt() + shrinkage
 
-        # All pairs of items of a user, by the first item: those of some items at a time, so that memory is bounded
+        # Each user's pairs of items, sorted by the first, a range of first items at a time to bound memory
         by_item = item.argsort(stable=True)
         user, item = user[by_item], item[by_item]
         chunk = torch.bincount(item, weights=sizes[user], minlength=num_items).cumsum(0)[item] // _PAIRS
@@ -131,9 +133,9 @@ class ItemNeighbours:
 
         Args:
             vectors (`torch.Tensor` of shape `(num_items, dim)`):
-                A vector for each item; zeros for one that is to have no neighbours and to be none.
+                A vector for each item. An item whose vector is zero neither has neighbours nor is one.
             num_neighbours, decay (*optional*):
-                As for [`ItemNeighbours.fit`]. Items at a cosine of 0 or less are no neighbours.
+                As for [`ItemNeighbours.fit`]. Only items with a cosine above 0 are neighbours.
 
         Raises:
             `ValueError`: if an argument is out of range.
@@ -153,23 +155,24 @@ class ItemNeighbours:
 
     @classmethod
     def _from_parts(cls, parts: list[tuple[Tensor, Tensor, Tensor]], num_items: int, decay: float) -> ItemNeighbours:
-        """From items, neighbours and similarities in the order of items."""
+        """From tensors of items, neighbours and similarities, sorted by item."""
         rows, columns, values = (torch.cat(tensors) for tensors in zip(*parts)) if parts else torch.empty(3, 0)
         counts = torch.bincount(rows.long(), minlength=num_items)
-        return cls(torch.cat([torch.zeros(1), counts.cumsum(0)]).long(), columns.int(), values.float(), decay)
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return cls(offsets, columns.int(), values.float(), decay)
 
     def score(self, histories: Sequence[Sequence[int]]) -> SparseBias:
         r"""
-        Scores of items for each history, \\( \sum_h \gamma^{a(h)} \operatorname{sim}(h, i) \\), over its items
-        \\( h \\) of age \\( a \\), 0 for the newest, with `decay` as \\( \gamma \\).
+        Score of each item \\( i \\) for a history, \\( \sum_h \gamma^{a(h)} \operatorname{sim}(h, i) \\), with
+        `decay` as \\( \gamma \\) and \\( a(h) \\) the age of the history's item \\( h \\), 0 for the newest.
 
         Args:
             histories (`Sequence[Sequence[int]]`):
-                Item indices of each user, oldest first; none for a user without history.
+                Item indices of each user, oldest first. A history may be empty.
 
         Returns:
-            [`SparseBias`]: The items near those of each history, in ascending order, with scores above 0; the others
-            have 0. Time is in proportion to the number of neighbours of the histories' items.
+            [`SparseBias`]: The neighbours of each history's items, in ascending order, with their scores in fp64; the
+            other items have 0. This takes time in proportion to the number of these neighbours.
 
         Raises:
             `ValueError`: if a history holds anything but item indices.
@@ -181,25 +184,23 @@ class ItemNeighbours:
         places = self.offsets[items][rows] + places
         keys, inverse = torch.unique(users[rows] * self.num_items + self.neighbours[places], return_inverse=True)
         # In the order of the history, so that a user has the same sums in every batch
-        scores = torch.bincount(
-            inverse, weights=weights[rows] * self.similarities[places], minlength=len(keys)
-        ).float()
+        scores = torch.bincount(inverse, weights=weights[rows] * self.similarities[places], minlength=len(keys))
         counts = torch.bincount(keys // self.num_items, minlength=len(lengths)).tolist()
         return SparseBias((keys % self.num_items).split(counts), scores.split(counts))
 
     def extend(self, num_items: int) -> ItemNeighbours:
-        """The same for a catalogue that has grown: new items have no neighbours and are none."""
+        """The same for a catalogue that has grown: the new items neither have neighbours nor are any."""
         offsets = torch.cat([self.offsets, self.offsets[-1:].expand(num_items - self.num_items)])
         return dataclasses.replace(self, offsets=offsets)
 
 
 def count_users(sequences: Sequence[Sequence[int]], users: Sequence[Any], num_items: int) -> Tensor:
-    """Number of users who have each item, with arguments as for [`ItemNeighbours.fit`]: int64, `(num_items,)`."""
+    """Number of users who have each item, int64 of shape `(num_items,)`. Arguments as for [`ItemNeighbours.fit`]."""
     return torch.bincount(_items_of_users(sequences, users, num_items) % num_items, minlength=num_items)
 
 
 def _items_of_users(sequences: Sequence[Sequence[int]], users: Sequence[Any], num_items: int) -> Tensor:
-    """`user · num_items + item` of all that users have, each once, in ascending order."""
+    """`user · num_items + item` for each item that a user has, without repeats, in ascending order."""
     if len(sequences) != len(users):
         raise ValueError(f"`users` has {len(users)} entries for {len(sequences)} sequences: pass one for each.")
     items, lengths = _flatten("sequences", sequences, num_items)
@@ -213,11 +214,11 @@ def _check_number_of_neighbours(num_neighbours: int) -> None:
 
 
 def _flatten(name: str, rows: Sequence[Sequence[int]], num_items: int) -> tuple[Tensor, Tensor]:
-    """All items in a row, and the length of each list."""
+    """All items as one tensor, and the length of each list."""
     items, lengths = map(torch.from_numpy, flatten_sequences(rows))
     if len(items) and not 0 <= int(items.min()) <= int(items.max()) < num_items:
         raise ValueError(
-            f"`{name}` hold items from {items.min()} to {items.max()}, but the catalogue has items 0 to "
+            f"`{name}` hold items {items.min()} to {items.max()}, but the catalogue has items 0 to "
             f"{num_items - 1}: pass indices, such as `catalog.indices(ids)`."
         )
     return items, lengths

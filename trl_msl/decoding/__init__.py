@@ -2,7 +2,7 @@
 """Exact top K, beam search and constrained generation over the trie."""
 
 from .decoder import TrieDecoder
-from .item_bias import Biases, ItemBias, SparseBias, read_item_bias, select_users, sum_biases
+from .item_bias import Biases, ItemBias, SparseBias, dense_bias, read_item_bias, select_users, sum_biases
 from .logits_processor import TrieLogitsProcessor
 from .output import DecodingOutput
 from .recommendations import Recommendations, recommend
@@ -18,6 +18,7 @@ __all__ = [
     "SparseBias",
     "TrieDecoder",
     "TrieLogitsProcessor",
+    "dense_bias",
     "read_item_bias",
     "recommend",
     "select_users",

@@ -45,6 +45,13 @@ def read_prompts(prompts: Sequence[Sequence[int]], model: PreTrainedModel, **cou
     return prompts
 
 
+def common_length(prompts: list[list[int]]) -> int:
+    """Length of the beginning that all prompts share; 0 for a single one."""
+    first, last = min(prompts), max(prompts)  # what these share, all between them do
+    different = (place for place, (one, other) in enumerate(zip(first, last)) if one != other)
+    return next(different, len(first)) if len(prompts) > 1 else 0
+
+
 def read_item_lists(name: str, rows: Sequence[Items], num_users: int, num_items: int) -> list[Tensor]:
     """
     Item indices of each user as tensors.
@@ -99,7 +106,7 @@ def read_allowed(allowed: Items | Sequence[Items], num_users: int, num_items: in
 
 def read_followed(follow: Tensor | np.ndarray | None, num_users: int, num_items: int) -> Tensor:
     """
-    Items for beam search to follow, int64 of shape `(num_users, num_followed)`; without columns for `None`.
+    Items for beam search to follow, int64 of shape `(num_users, num_followed)`; `None` becomes `(num_users, 0)`.
 
     Raises:
         `ValueError`: if `follow` has another shape, or holds anything but item indices and `-1`.
@@ -107,13 +114,13 @@ def read_followed(follow: Tensor | np.ndarray | None, num_users: int, num_items:
     items = torch.zeros(num_users, 0, dtype=torch.int64) if follow is None else torch.as_tensor(follow)
     if items.ndim != 2 or len(items) != num_users or items.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"`follow` is of shape {tuple(items.shape)} and {items.dtype}: pass item indices, a row for each of the "
-            f"{num_users} prompts, such as `items` of a search."
+            f"`follow` has shape {tuple(items.shape)} and dtype {items.dtype}: pass item indices, a row for each of "
+            f"the {num_users} prompts, such as the `items` of a search."
         )
     if ((items < -1) | (items >= num_items)).any():
         raise ValueError(
-            f"`follow` holds {int(items.min())} to {int(items.max())}: pass the items 0 to {num_items - 1}, and "
-            "-1 for none."
+            f"`follow` holds {int(items.min())} to {int(items.max())}: pass item indices from 0 to {num_items - 1}, "
+            "and -1 for none."
         )
     return items.long()
 

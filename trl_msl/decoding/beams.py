@@ -68,7 +68,7 @@ class Beams:
         self.expansions = torch.zeros_like(self.users)
         self.rounds = torch.zeros_like(self.users)
         followed = followed.to(device)
-        self.followed = torch.where(followed < 0, -1, tree.item_place[followed].long())  # where they stand
+        self.followed = torch.where(followed < 0, -1, tree.item_place[followed].long())  # places in `item_order`
         self.lost_at = torch.zeros_like(self.followed)
         if tree.num_children[0] > 0:
             self.scores[:, 0] = root_scores
@@ -143,7 +143,7 @@ class Beams:
             self._follow()
 
     def _follow(self) -> None:
-        """Note which of the followed items have left both the beams and the finished items with the last token."""
+        """Note which followed items no beam leads to, and no finished item is, since the last token."""
         nodes = torch.cat([self.nodes, self.finished_nodes], dim=1)
         is_held = torch.cat([self.is_alive, self.finished_scores > -torch.inf], dim=1)
         start, end = self.tree.item_start[nodes], torch.where(is_held, self.tree.item_end[nodes], 0)

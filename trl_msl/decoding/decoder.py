@@ -26,7 +26,7 @@ from ..model import (
     prefill_prefix,
 )
 from ..trie import CompressedTrie, ItemTrie
-from .arguments import Items, read_allowed, read_followed, read_item_lists, read_prompts
+from .arguments import Items, common_length, read_allowed, read_followed, read_item_lists, read_prompts
 from .batches import Project, beam_search_batch, score_batch, score_root, search_batch
 from .beams import Beams
 from .frontier import Frontier, RerankingFrontier
@@ -126,8 +126,8 @@ class TrieDecoder:
             [`ItemBias`] or function, *optional*):
                 What is added to the score of each item, for all users or for each of them; `-inf` for what must not be
                 found. The wider its range, the more nodes are expanded. Prepare one for several searches with
-                [`~TrieDecoder.prepare_item_bias`]. A function is called for each batch, with the places of its users
-                in `prompts`, and returns what is added for them, so that memory is bounded by the batch.
+                [`~TrieDecoder.prepare_item_bias`]. A function is called for each batch with the positions of its
+                prompts and returns their biases, so that memory is bounded by the batch.
             num_candidates (`int`, *optional*):
                 Rank by the bias only this many items, the best without it: for biases with which an exact search takes
                 too many expansions. Then `exact` is `True` only where no other item can be among the best.
@@ -191,7 +191,7 @@ class TrieDecoder:
             length_penalty (`float`, *optional*, defaults to `0.0`):
                 Scores of finished items are divided by their number of tokens to this power, as `generate` does.
             follow (`torch.Tensor` of shape `(num_prompts, num_followed)`, *optional*):
-                Item indices, `-1` for none, of which `lost_at` of the output says where the beams lost them.
+                Item indices, `-1` for none. `lost_at` of the output says at which token the beams lost each.
 
         Returns:
             [`DecodingOutput`]: The items of each prompt, none of them certain.
@@ -306,8 +306,7 @@ class TrieDecoder:
     def _batches(self, prompts: Sequence[list[int]], batch_size: int) -> Iterator[tuple[Tensor, TreeCache]]:
         """Users of each batch and the cache of their prompts. Prompts of similar length share a batch."""
         order = sorted(range(len(prompts)), key=lambda user: -len(prompts[user]))
-        shared = _common_length(min(prompts), max(prompts)) if len(prompts) > 1 else 0
-        shared = min(shared, len(prompts[order[-1]]) - 1)  # each prompt keeps a token of its own
+        shared = min(common_length(prompts), len(prompts[order[-1]]) - 1)  # each prompt keeps a token of its own
         prefix = prefill_prefix(self.backbone, prompts[0][:shared], self.tree.device)
         starts = range(0, len(order), batch_size)
         is_silent = len(starts) < 2 or not PartialState().is_local_main_process
@@ -334,15 +333,8 @@ class TrieDecoder:
         """Index of each item's last token in its node's chain, int32 of shape `(num_items,)`."""
         return (self.trie.item_lengths - self.tree.depth[self.tree.item_nodes] - 1).int()
 
-    # ------------------------------------------------------------------ checks
-
     def _check_prompts(self, prompts: Sequence[Sequence[int]], **counts: int) -> list[list[int]]:
         """Raise a `ValueError` for prompts or numbers out of range; return the prompts as lists."""
         prompts = read_prompts(prompts, self.base, **counts)
         check_length(self.backbone, max(map(len, prompts)), self.trie.depth)
         return prompts
-
-
-def _common_length(first: list[int], last: list[int]) -> int:
-    """Length of the common beginning of the first and last of sorted prompts, and so of all of them."""
-    return next((i for i, (one, other) in enumerate(zip(first, last)) if one != other), len(first))

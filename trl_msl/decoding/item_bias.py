@@ -161,11 +161,11 @@ ReadBiases = ItemBias | SparseBias | Tensor | BiasFunction
 
 def read_item_bias(item_bias: Biases, num_users: int | None, num_items: int) -> ReadBiases:
     """
-    Biases of items as users pass them. Without `num_users` they must be those of all users.
+    Biases of items as users pass them. Without `num_users` they must be the same for all users.
 
     Returns:
         `torch.Tensor` of shape `(num_items,)` or `(num_users, num_items)`, fp32; [`SparseBias`] of a list of int64
-        and one of fp32 tensors, and a default of shape `(num_users,)`, fp32; or, as it is, an [`ItemBias`] or a
+        and one of fp32 tensors, and a default of shape `(num_users,)`, fp32; or, unchanged, an [`ItemBias`] or a
         function, which [`bias_of_users`] calls.
 
     Raises:
@@ -198,7 +198,7 @@ def read_item_bias(item_bias: Biases, num_users: int | None, num_items: int) -> 
 
 
 def select_users(item_bias: ReadBiases, users: Sequence[int]) -> ReadBiases:
-    """The biases of some users, in their order, of what [`read_item_bias`] returns."""
+    """From what [`read_item_bias`] returns, the biases of some users, in their order."""
     if isinstance(item_bias, SparseBias):
         items, values = ([rows[user] for user in users] for rows in (item_bias.items, item_bias.values))
         return SparseBias(items, values, item_bias.default[list(users)])
@@ -211,8 +211,8 @@ def select_users(item_bias: ReadBiases, users: Sequence[int]) -> ReadBiases:
 
 def bias_of_users(item_bias: ReadBiases, users: Sequence[int], num_items: int) -> ItemBias | SparseBias | Tensor:
     """
-    The biases of a batch of users, of what [`read_item_bias`] returns: those of a function read likewise, a single row
-    of numbers repeated for each user.
+    As [`select_users`] for a batch, for which a function is called. If it returns one row of numbers, each user gets
+    it.
 
     Raises:
         `ValueError`: if what a function returns does not fit the users or the catalogue.
@@ -222,15 +222,16 @@ def bias_of_users(item_bias: ReadBiases, users: Sequence[int], num_items: int) -
     found = read_item_bias(item_bias(users), len(users), num_items)
     if isinstance(found, ItemBias) or callable(found):
         raise ValueError(
-            f"`item_bias` is a function that returns a `{type(found).__name__}`: let it return numbers for the users "
-            "that it is given, or a `SparseBias`."
+            f"`item_bias` is a function that returns `{type(found).__name__}`: return numbers for the users that it "
+            "is given, or a `SparseBias`."
         )
     return found.expand(len(users), num_items) if isinstance(found, Tensor) else found
 
 
 def sum_biases(biases: Sequence[Biases], num_users: int, num_items: int) -> Biases | None:
     """
-    Their sum: `None` of none, one as it is, and of several a function that adds them for a batch at a time.
+    The sum of biases: `None` for none, a single one unchanged, and for several a function that adds them up for a
+    batch.
 
     Raises:
         `ValueError`: as for [`read_item_bias`].
@@ -242,18 +243,21 @@ def sum_biases(biases: Sequence[Biases], num_users: int, num_items: int) -> Bias
     def of_batch(users: Sequence[int]) -> Tensor:
         total = torch.zeros(len(users), num_items)
         for bias in biases:
-            total += _dense(bias_of_users(bias, users, num_items), num_items)
+            total += dense_bias(bias, users, num_items)
         return total
 
     return of_batch
 
 
-def _dense(bias: ItemBias | SparseBias | Tensor, num_items: int) -> Tensor:
-    """Biases by item, on the CPU: a row for each user, or one for all."""
+def dense_bias(item_bias: ReadBiases, users: Sequence[int], num_items: int) -> Tensor:
+    """As [`bias_of_users`], by item and on the CPU: a row for each user, or one for all of them."""
+    bias = bias_of_users(item_bias, users, num_items)
     if isinstance(bias, ItemBias):
+        if bias.values.shape[1] != num_items:
+            raise ValueError("`item_bias` was prepared by another `TrieDecoder`: prepare it with this one.")
         return bias.values[:, bias.tree.item_place].cpu()
     if isinstance(bias, Tensor):
-        return bias.cpu()
+        return torch.atleast_2d(bias.cpu())
     rows = bias.default.cpu()[:, None].repeat(1, num_items)
     for row, items, values in zip(rows, bias.items, bias.values):
         row[items.cpu()] = values.cpu()

@@ -26,8 +26,8 @@ class DecodingOutput:
         rounds (`torch.Tensor` of shape `(num_users,)`, int64):
             Number of forward passes whose logits were used for the user.
         lost_at (`torch.Tensor` of shape `(num_users, num_followed)`, int64):
-            For the items that beam search was told to follow, the number of the token, from 1, at which the last beam
-            that led there was pruned; 0 for those that it kept.
+            For each item that beam search was told to follow, the number of the token, from 1, at which the last beam
+            that led to it was pruned; 0 if it was not lost.
     """
 
     items: Tensor

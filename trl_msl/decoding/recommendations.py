@@ -105,7 +105,7 @@ def recommend(
             With beams, as for `generate`, whose default of 1.0 favours long titles: their last tokens are forced and
             cost nothing.
         follow (*optional*):
-            With `"beam"`, items of which the result says where the beams lost them, as for
+            With `"beam"`, items for which `lost_at` says where the beams lost them, as for
             [`TrieDecoder.beam_search`].
         batch_size (`int`, *optional*, defaults to `16`):
             Prompts per process at a time.

@@ -17,7 +17,7 @@ from .findings import Case, Finding, shorten
 
 
 _NUM_BEST, _NUM_PROMPTS = 10, 8
-_NUM_LISTS = 16  # a single batch, which takes seconds on a CPU even with a model of 100M parameters
+_NUM_LISTS = 16  # one batch: seconds on a CPU, even for a model of 100M parameters
 _DEFAULTS = {
     "do_sample": False, "top_k": 50, "top_p": 1.0, "temperature": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0
 }  # fmt: skip
@@ -112,18 +112,17 @@ def check_positions(case: Case) -> Iterator[Finding]:
 
 
 def check_label_bias(case: Case) -> Iterator[Finding]:
-    """Items that are among the best for most users, whatever their history, and what two users have in common."""
-    every = max(len(case.rows) // _NUM_LISTS, 1)
+    """Items that most users get, whatever their history, and how much two users' lists have in common."""
+    what, every = "Items that most users get", max(len(case.rows) // _NUM_LISTS, 1)
     rows = case.rows.select(range(0, len(case.rows), every)[:_NUM_LISTS])
-    room = _num_positions(case) - case.trie.depth
-    if len(case.catalog) < 10 * _NUM_BEST or len(rows) < 2 or room < 1:
+    if len(case.catalog) < 10 * _NUM_BEST or len(rows) < 2:
         return  # lists of much of the catalogue have much in common anyway
     try:
-        decoder = TrieDecoder(case.model, case.trie)
-    except ValueError:  # see `check_exact_decoding`
+        prompts = case.task.ranking_prompts(rows[:])
+        found = TrieDecoder(case.model, case.trie).search(prompts, top_k=_NUM_BEST, batch_size=_NUM_LISTS)
+    except ValueError as error:
+        yield Finding(what, "note", f"unknown, as there is no exact search: {error}")
         return
-    prompts = [prompt[-room:] for prompt in case.task.ranking_prompts(rows[:])]
-    found = decoder.search(prompts, top_k=_NUM_BEST, batch_size=_NUM_LISTS)
     items, counts = found.items.unique(return_counts=True)
     common = int((counts * (counts - 1)).sum()) / (len(rows) * (len(rows) - 1) * _NUM_BEST)
     seen = f"two of {len(rows)} users have {common:.0%} of their {_NUM_BEST} best items in common"
@@ -131,13 +130,13 @@ def check_label_bias(case: Case) -> Iterator[Finding]:
     if usual := items[order][counts >= len(rows) / 2].tolist():
         texts = ", ".join(repr(shorten(case.catalog.texts[item])) for item in usual[:3])
         yield Finding(
-            "Items that most users get", "note", f"{len(usual)}, such as {texts}; {seen}",
-            "A model that has not learnt the items prefers those with a rare beginning, whatever the history, as few "
-            "valid tokens share the probability after it (label bias). Training with MSL corrects this; to rank with "
+            what, "note", f"{len(usual)}, such as {texts}; {seen}",
+            "A model that has not learnt the items prefers those with a rare beginning, whatever the history: few "
+            "valid tokens share the probability after it (label bias). Training with MSL corrects this. To rank with "
             "the model as it is, pass `vocab_weight=1`.",
         )  # fmt: skip
     else:
-        yield Finding("Items that most users get", "ok", f"none; {seen}")
+        yield Finding(what, "ok", f"none; {seen}")
 
 
 def _base(case: Case) -> PreTrainedModel:

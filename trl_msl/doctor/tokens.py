@@ -56,8 +56,8 @@ def check_branching(case: Case) -> Iterator[Finding]:
 
 def check_first_tokens(case: Case) -> Iterator[Finding]:
     """
-    The tokens after what more than half of the items begin with, such as a quotation mark. An item that is alone
-    behind one of them gets all of its probability among the valid tokens.
+    The valid tokens after what more than half of the items begin with, such as a quotation mark. An item that is alone
+    after one of them gets all of that token's probability.
     """
     tree, node = CompressedTrie(case.trie.to("cpu")), 0
     while (children := tree.children(torch.tensor([node]))[1]).numel():
@@ -65,13 +65,13 @@ def check_first_tokens(case: Case) -> Iterator[Finding]:
         if counts.max() <= len(case.catalog) / 2:
             break
         node = int(children[counts.argmax()])
-    else:  # they have the same text
+    else:  # most items have the same text
         return
     tokens = case.trie.tokens(case.trie.paths(case.trie.item_nodes[tree.item_order[tree.item_start[node]]][None])[0])
     start = case.tokenizer.decode(tokens[: int(tree.depth[node] + tree.chain_length(node))].tolist())
     alone = int((counts == 1).sum())
     where = f" after {start!r}" if start else ""
-    seen = f"{len(counts)}{where}, of which {alone} ({alone / len(counts):.0%}) begin a single item"
+    seen = f"{len(counts)}{where}; {alone} of them ({alone / len(counts):.0%}) lead to a single item"
     yield Finding("Valid first tokens", "ok", seen)
 
 

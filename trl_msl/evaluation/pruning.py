@@ -12,33 +12,31 @@ from ..decoding import Recommendations
 
 def beam_pruning(exact: Recommendations, beams: Recommendations) -> dict[str, Any]:
     """
-    How many of the true top K a beam search loses, and at which token.
+    How much of the true top K a beam search loses, and at which token.
 
     Beam search drops an item for good once the beginning of its title is not among the best, however likely the rest.
-    The paper on BEAR (https://arxiv.org/abs/2601.22925) measures this by the pruning rate: of the targets that are
-    among the B items with the highest probability, the share that a search with B beams prunes. With K = B this is
-    `pruned_targets`. The other shares need no targets, so they say more with few users.
+    The BEAR paper (https://arxiv.org/abs/2601.22925) measures this by the pruning rate: the share of targets among the
+    B most probable items that a search with B beams prunes. With K = B this is `pruned_targets`. The other shares need
+    no targets, so they say more with few users.
 
     Args:
         exact ([`Recommendations`]):
-            From [`evaluate_recommendations`] with exact search. Users whose items are not certain to be the best are
-            left out.
+            From [`evaluate_recommendations`] with exact search. Users whose top K is not certain are left out.
         beams ([`Recommendations`]):
-            From beam search by the same score and for the same rows, with `follow=exact.items`.
+            From beam search by the same score for the same rows, with `follow=exact.items`.
 
     Returns:
-        `dict` of `num_users`, the number of users that count; `num_targets`, the number of their targets that are in
-        the true top K; `pruned_users`, the share of users who lose at least one item; `pruned_items` and
-        `pruned_targets`, the shares of items and of these targets that are lost; and `pruned_by_token`, a list of what
-        share of the items is lost at the first token of the titles, at the second, and so on. Shares of nothing are
-        left out.
+        `dict` of `num_users`, the number of users counted; `num_targets`, the number of their targets in the true top
+        K; `pruned_users`, the share of users who lose at least one item; `pruned_items` and `pruned_targets`, the
+        shares of items and of these targets that are lost; and `pruned_by_token`, the share of items lost at the first
+        token of their titles, at the second, and so on. A share of nothing is left out.
 
     Raises:
         `ValueError`: if `beams` did not follow as many items.
     """
     if beams.lost_at.shape != exact.items.shape:
         raise ValueError(
-            f"`beams` followed items of shape {beams.lost_at.shape}, `exact` has {exact.items.shape}: search with "
+            f"`beams` followed items of shape {beams.lost_at.shape}, but `exact` has {exact.items.shape}: search with "
             "`follow=exact.items`."
         )
     users = np.flatnonzero(exact.exact)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..collaborative import FUSION_FILE, Fusion, load_fusion
 from ..data import TASK_FILE, TASK_FILES, ItemCatalog, RankingTask
-from ..decoding import TrieDecoder, read_item_bias, recommend, select_users
-from .loading import (
-    check_files,
-    find_base,
-    find_folder,
-    find_task_folder,
-    load,
-    load_causal_lm,
-    name_base_absolutely,
-)
+from ..decoding import Biases, TrieDecoder, dense_bias, read_item_bias, recommend, select_users
+from .loading import check_files, find_base, find_folder, find_task_folder, load, load_causal_lm, name_base_absolutely
 from .requests import AllowedItems, RecommendedItems, check_histories
 
 
@@ -44,10 +36,10 @@ class Recommender:
         task ([`RankingTask`]):
             What it ranks.
         fusion ([`Fusion`], *optional*):
-            Popularity and neighbours of the task's items, to rank by together with the model.
+            Popularity and neighbours of the task's items, which are added to the model's scores.
 
     Raises:
-        `ValueError`: if `fusion` has another number of items.
+        `ValueError`: if `fusion` and `task` differ in their number of items.
 
     Example:
 
@@ -61,12 +53,11 @@ class Recommender:
     def __init__(self, model: PreTrainedModel, task: RankingTask, fusion: Fusion | None = None):
         if fusion is not None and fusion.num_items != len(task.catalog):
             raise ValueError(
-                f"`fusion` is of {fusion.num_items} items, the catalogue of `task` has {len(task.catalog)}: pass that "
-                "of the same items, or `fusion.extend` where new ones have been added."
+                f"`fusion` has {fusion.num_items} items, the catalogue of `task` has {len(task.catalog)}: pass one "
+                "fitted on this catalogue, or `fusion.extend(num_items)` if items have been added."
             )
         self.model = model
-        self.fusion = fusion
-        self._task = task
+        self._task, self._fusion = task, fusion
         self._lock = threading.Lock()
         self._available: AllowedItems | None = None
 
@@ -78,6 +69,11 @@ class Recommender:
     def task(self) -> RankingTask:
         """The task. For another one make another recommender: see [`Recommender.update`]."""
         return self._task
+
+    @property
+    def fusion(self) -> Fusion | None:
+        """What is added to the model's scores. For another one make another recommender."""
+        return self._fusion
 
     @classmethod
     def from_pretrained(
@@ -135,7 +131,7 @@ class Recommender:
         self.task.tokenizer.save_pretrained(save_directory)
         if self.fusion is not None:
             self.fusion.save_pretrained(save_directory)
-        else:  # of what was in the folder before
+        else:  # that of another model which was saved there before
             Path(save_directory, FUSION_FILE).unlink(missing_ok=True)
         self.task.save_pretrained(save_directory)
 
@@ -143,8 +139,8 @@ class Recommender:
         self, add: ItemCatalog | None = None, withdraw: Iterable[str] = (), restore: Iterable[str] = ()
     ) -> Recommender:
         """
-        The same model with items added and withdrawn: see [`RankingTask.update`]. To its `fusion` new items are items
-        that nobody has.
+        The same model with items added and withdrawn: see [`RankingTask.update`]. In its `fusion` nobody has the new
+        items.
         """
         task = self.task.update(add, withdraw, restore)
         return Recommender(self.model, task, self.fusion and self.fusion.extend(len(task.catalog)))
@@ -174,18 +170,18 @@ class Recommender:
                 Ids of the items that may be recommended, such as those in stock. For many requests prepare them once,
                 by [`~Recommender.prepare_allowed`].
             popular_without_history (`bool`, *optional*, defaults to `False`):
-                Whether users with an empty history get the most popular items, as counted by `fusion`. Their scores
-                are the logarithm of the item's share of all counts. Otherwise an empty history is an error.
+                Whether users with an empty history get the most popular items by the counts of `fusion`, with scores
+                from [`Fusion.most_popular`]. Otherwise an empty history is an error.
             fused (`bool`, *optional*, defaults to `True`):
-                Whether to rank by `fusion`, too, if there is one. `False` ranks by the model alone. A `vocab_weight`
-                in `kwargs` replaces that of `fusion`, an `item_bias` is added to its own.
+                Whether to add `fusion`, if there is one, to the model's scores. A `vocab_weight` in `kwargs` replaces
+                that of `fusion`; an `item_bias` is added to its biases and to the scores of popular items.
             **kwargs:
                 `batch_size`, `mode` and other arguments of [`recommend`]. Without `mode`, the task's `decoding` is
                 used. A model that [`TrieDecoder`] can't run takes `mode="generate"`, with `exclude_history=False`.
 
         Raises:
             `ValueError`: if a history is empty or holds an item that is not in the catalogue, `k` exceeds the number
-                of items, no item is left to recommend, or a `fusion` is to be used without exact search.
+                of items, no item is left to recommend, or a `fusion` is used without exact search.
         """
         catalog = self.task.catalog
         if not 1 <= k <= len(catalog):
@@ -194,7 +190,11 @@ class Recommender:
         if popular_without_history and self.fusion is None:
             raise ValueError("`popular_without_history` is True, but there is no `fusion` with counts: pass False.")
         indices = self._indices(histories)
-        settings = self._settings(indices, fused, kwargs)
+        if (item_bias := kwargs.pop("item_bias", None)) is not None:
+            item_bias = read_item_bias(item_bias, len(indices), len(catalog))
+        known = [user for user, history in enumerate(indices) if history]
+        shown = [indices[user] for user in known]
+        settings = self._settings(shown, fused, None if item_bias is None else select_users(item_bias, known), kwargs)
         if settings.get("mode") == "generate":
             model, engine = self.model, {"allowed": self._available_indices(allowed)}
             if exclude_history:
@@ -202,11 +202,10 @@ class Recommender:
         else:
             allowed = self.prepare_allowed(allowed)
             model, engine = allowed.decoder.model, {"decoder": allowed.decoder, "allowed": allowed.prepared}
-        found: list[tuple[list[int], list[float], bool]] = [([], [], True)] * len(indices)
-        if len(some := [user for user, history in enumerate(indices) if history]) < len(indices):
-            found = [(*self.fusion.most_popular(k, self._available_indices(allowed)), True)] * len(indices)
-        if some:
-            shown = [indices[user] for user in some]
+        found: dict[int, Sequence] = {}  # items, scores and certainty of each user
+        if unknown := [user for user, history in enumerate(indices) if not history]:
+            found |= self._most_popular(unknown, k, allowed, item_bias)
+        if shown:
             ranked = recommend(
                 model,
                 self.task,
@@ -216,15 +215,24 @@ class Recommender:
                 **engine,
                 **settings,
             )
-            for user, *answer in zip(some, ranked.items.tolist(), ranked.scores.tolist(), ranked.exact.tolist()):
-                found[user] = answer
-        items = [[index for index in row if index >= 0] for row, _, _ in found]
+            found |= zip(known, zip(ranked.items.tolist(), ranked.scores.tolist(), ranked.exact.tolist()))
+        rows, scores, exact = zip(*(found[user] for user in range(len(indices))))
+        items = [[index for index in row if index >= 0] for row in rows]
         return RecommendedItems(
             ids=[[catalog.ids[index] for index in row] for row in items],
             texts=[[catalog.texts[index] for index in row] for row in items],
-            scores=[scores[: len(row)] for (_, scores, _), row in zip(found, items)],
-            exact=[exact for _, _, exact in found],
+            scores=[of_user[: len(row)] for of_user, row in zip(scores, items)],
+            exact=list(exact),
         )
+
+    def _most_popular(
+        self, users: list[int], k: int, allowed: Iterable[str] | AllowedItems | None, item_bias: Biases | None
+    ) -> dict[int, Sequence]:
+        """What users without history get, in place of a search's items, scores and certainty."""
+        rank = partial(self.fusion.most_popular, k, self._available_indices(allowed))
+        if item_bias is None:
+            return dict.fromkeys(users, (*rank(), True))
+        return {user: (*rank(dense_bias(item_bias, [user], len(self.task.catalog))[0]), True) for user in users}
 
     def _prompts(self, histories: list[list[int]]) -> list[list[int]]:
         """Token ids of the prompts for histories of item indices."""
@@ -233,18 +241,16 @@ class Recommender:
         rows = {"prompt": [template.render(history) for history in written], "history": written}
         return self.task.ranking_prompts(rows)
 
-    def _settings(self, histories: list[list[int]], fused: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of [`recommend`] for the users with a history: those of task, fusion and caller."""
+    def _settings(
+        self, histories: list[list[int]], fused: bool, item_bias: Biases | None, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Arguments of [`recommend`] from task, fusion and caller."""
         settings = ({} if "mode" in kwargs else self.task.decoding) | kwargs
-        if fused and self.fusion is not None:
-            if (mode := settings.get("mode", "exact")) != "exact":
-                raise ValueError(f"`mode` is {mode!r}, but only exact search can rank by `fusion`: pass fused=False.")
-            item_bias = settings.pop("item_bias", None)
-            settings = self.fusion.arguments(histories, item_bias) | settings
-        if settings.get("item_bias") is not None:
-            bias = read_item_bias(settings["item_bias"], len(histories), len(self.task.catalog))
-            settings["item_bias"] = select_users(bias, [user for user, history in enumerate(histories) if history])
-        return settings
+        if not fused or self.fusion is None:
+            return settings | {"item_bias": item_bias}
+        if (mode := settings.get("mode", "exact")) != "exact":
+            raise ValueError(f"`mode` is {mode!r}, but only exact search can rank by `fusion`: pass fused=False.")
+        return self.fusion.arguments(histories, item_bias) | settings
 
     def prepare_allowed(self, allowed: Iterable[str] | AllowedItems | None) -> AllowedItems:
         """

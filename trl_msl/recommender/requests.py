@@ -19,7 +19,7 @@ class RecommendedItems:
         ids, texts (`list[list[str]]`):
             Ids and texts of each user's items.
         scores (`list[list[float]]`):
-            What the items are ranked by: their log-probabilities, and what a fusion or an `item_bias` adds.
+            What the items are ranked by: their log-probabilities, plus any fusion and `item_bias`.
         exact (`list[bool]`):
             Whether these are certainly the best items for each user.
     """
@@ -69,5 +69,5 @@ def check_histories(histories: Sequence[Sequence[str]], may_be_empty: bool = Fal
     if empty and not may_be_empty:
         raise ValueError(
             f"`histories`: {len(empty)} of {len(histories)} are empty, the first that of user {empty[0]}. Leave these "
-            "users out, or give them the most popular items by popular_without_history=True, which takes a `fusion`."
+            "users out, or give them the most popular items by popular_without_history=True, which needs a `fusion`."
         )

@@ -23,7 +23,7 @@ from .recommend import silent
 
 logger = logging.getLogger(__name__)
 _USERS = 1024  # whose scores by neighbours are in memory at a time
-_SAVED = ("items", "scores", "exact", "expansions", "rounds")
+_SAVED = ("items", "scores", "exact", "expansions", "rounds", "lost_at")
 
 
 @dataclass(frozen=True, eq=False)
