@@ -7,17 +7,17 @@ validation windows, and measure the result on the test windows once.
 accelerate launch -m trl_msl.scripts.fuse --model_name_or_path outputs/mine/msl --output_dir outputs/mine/fused
 ```
 
-What is ranked by is
+Items are ranked by
 
     Σ log P_valid + vocab_weight · Σ log m + popularity_weight · log(1 + count) + neighbour_weight · f(neighbours)
 
-and the search is exact for all of it. The data are those of the model's training, unless the data options name others.
-Weight 0 is always tried. `output_dir` then holds the model with its neighbours and weights, by which
-`Recommender.from_pretrained(output_dir)` recommends, `metrics.json` and `rankings.parquet`; and those two of each part
-alone in a folder of its own, so that `trl-msl report --runs <output_dir>` compares them.
+and the search is exact. The data are those of the model's training, unless the data options name others. Weight 0 is
+always tried. `output_dir` then holds the model with its neighbours and weights, which
+`Recommender.from_pretrained(output_dir)` uses, `metrics.json` and `rankings.parquet`; and these two files for each part
+in a folder of its own, so that `trl-msl report --runs <output_dir>` compares them.
 
-The scores of another model, such as SASRec, come from the folder that `trl-msl baselines` wrote them into. They are of
-the validation and the test windows only, so that results are written and no model:
+The scores of another model, such as SASRec, are read from a folder of `trl-msl baselines`. They cover only the
+validation and test windows, so only results are written, no model:
 
 ```bash
 trl-msl fuse --model_name_or_path outputs/mine/msl --scores outputs/mine/sasrec --output_dir outputs/mine/with-sasrec
@@ -73,7 +73,7 @@ class FuseArguments:
         output_dir (`str`):
             Folder to write, which must not exist.
         scores (`str`, *optional*):
-            Folder with `scores_validation.parquet` and `scores_test.parquet`, to use instead of item-kNN.
+            Folder with `scores_validation.parquet` and `scores_test.parquet` to use instead of item-kNN.
         vocab_weights, popularity_weights, neighbour_weights (`list[float]`, *optional*):
             Weights to try, besides 0. Each of the first takes two searches of all validation windows. If 1 is among
             them, the tables also have the vocabulary's probability, exactly and by beams.
@@ -94,7 +94,7 @@ class FuseArguments:
     """
 
     output_dir: str = field(metadata={"help": "Folder to write, which must not exist."})
-    scores: str | None = field(default=None, metadata={"help": "Folder with another model's scores, for item-kNN."})
+    scores: str | None = field(default=None, metadata={"help": "Folder with scores to use instead of item-kNN."})
     vocab_weights: list[float] = field(
         default_factory=lambda: [0.0, 0.25, 0.5, 1.0], metadata={"help": "Weights of the valid tokens' share to try."}
     )
@@ -147,7 +147,7 @@ def main(args: FuseArguments, data_args: DataArguments, model_args: ModelConfig)
         raise ValueError(f"`output_dir` = {args.output_dir!r} exists already: name another, or remove it.")
     process = PartialState(cpu=not torch.accelerator.is_available())
     data, task = load_trained(model_args, data_args, args.max_length, args.trust_remote_code)
-    # That of the folder to be written, too. A model may have been saved with beams, which know no biases
+    # Saved with the model, too, which may have been trained with beams: these can't use biases
     task = dataclasses.replace(task, decoding={"mode": "exact", "max_expansions": args.max_expansions})
     validation, test = splits = [Split.from_data(data, name, task) for name in ("validation", "test")]
     model, parts = load_model(model_args, args.trust_remote_code), Path(f"{args.output_dir}.parts")
@@ -192,7 +192,7 @@ def data_fingerprint(args: FuseArguments, data: Data) -> dict[str, str]:
 
 
 def fit(args: FuseArguments, data: Data, splits: list[Split], available: list[int]) -> tuple[Fusion, dict[str, float]]:
-    """Popularity and neighbours by the training windows; the neighbours' settings are those best on validation."""
+    """Popularity and neighbours from the training windows, with the settings that are best on validation."""
     train, catalog, (validation, _) = data.windows["train"], data.catalog, splits
     windows = [catalog.indices(ids) for ids in train["item_ids"]], train["user_id"][:], len(catalog)
     fusion = Fusion(count_users(*windows))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches by several weights of the same users: each is made once, also by a run that was interrupted."""
+"""Searches for the same users by several weights, each made only once, even if the run is interrupted."""
 
 import logging
 import time
@@ -63,8 +63,8 @@ class Split:
 
 class ScoredWindows:
     """
-    Another model's scores in the place of [`ItemNeighbours`], for the histories that it has scored. Those of a history
-    are moved and scaled to lie between 0, which items that are not listed have, too, and 1.
+    Another model's scores in place of [`ItemNeighbours`], for the histories that it has scored. Those of each history
+    are scaled to lie between 0, the score of items that are not listed, and 1.
     """
 
     def __init__(self, folder: Path, splits: list[Split], catalog: ItemCatalog):
@@ -79,7 +79,7 @@ class ScoredWindows:
             if not is_same:
                 raise ValueError(
                     f"{path} has scores of other windows than the {len(split.histories)} of the {split.name} split: "
-                    "write them with the same data options."
+                    "run `trl-msl baselines` with the same data options."
                 )
             for history, ids, scores in zip(split.histories, table["item_ids"], table["scores"]):
                 items, scores = np.array(catalog.indices(ids), dtype=np.int64), np.asarray(scores, dtype=np.float32)
@@ -106,7 +106,7 @@ class Searches:
         model ([`~transformers.PreTrainedModel`]), task ([`RankingTask`]):
             As for [`recommend`].
         folder (`Path`):
-            Where what was found is kept.
+            Where results are kept for a run that resumes.
         max_expansions, batch_size (`int`):
             As for [`recommend`].
     """
@@ -153,7 +153,7 @@ class Searches:
         return found
 
     def candidates(self, split: Split, fusion: Fusion, top_k: int) -> Candidates:
-        """The same items as candidates of other popularity and neighbour weights."""
+        """What [`Searches.find`] finds, as candidates for other popularity and neighbour weights."""
         with silent("trl_msl.decoding"):  # candidates need not be certain to be the best
             found = self.find(split, fusion, top_k)
         parts = np.zeros((2, *found.items.shape))
