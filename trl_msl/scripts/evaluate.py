@@ -24,7 +24,7 @@ accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path outputs/quick
 If exact search by the score of the beams is among them, the command also says how many of the best items the beams
 lose, and where.
 
-Exact searches by several values of λ, the weight of the valid tokens' share in the score, are compared in the same way:
+Exact searches by several values of λ, the weight of the valid tokens' share in the score, are compared likewise:
 `--vocab_weight 0 0.5 1`.
 
 Writes `metrics.json` and `recommendations.txt` into `--output_dir`, which for this model is

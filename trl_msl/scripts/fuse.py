@@ -13,7 +13,7 @@ Items are ranked by
 
 and the search is exact. The data are those of the model's training, unless the data options name others. Weight 0 is
 always tried. `output_dir` then holds the model with its neighbours and weights, which
-`Recommender.from_pretrained(output_dir)` uses, `metrics.json` and `rankings.parquet`; and these two files for each part
+`Recommender.from_pretrained(output_dir)` uses, `metrics.json` and `rankings.parquet`; the same files for each part
 in a folder of its own, so that `trl-msl report --runs <output_dir>` compares them.
 
 The scores of another model, such as SASRec, are read from a folder of `trl-msl baselines`. They cover only the
