@@ -3,15 +3,27 @@
 
 import math
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 from helpers import dense_positions, make_model, make_windows
 from test_losses import random_positions
 
-from trl_msl import ItemTrie, MSLConfig, MSLTrainer, build_rows, masked_softmax_loss, tokenize_rows
-from trl_msl.training.position_weights import bear_weights, count_targets, has_information_gain
+from trl_msl import (
+    ItemCatalog,
+    ItemTrie,
+    MSLConfig,
+    MSLTrainer,
+    PromptTemplate,
+    RankingTask,
+    build_rows,
+    masked_softmax_loss,
+    tokenize_rows,
+)
+from trl_msl.experiments.from_scratch import item_tokenizer
+from trl_msl.training.losses import bear_weights
+from trl_msl.training.target_trie import TargetTrie
+from trl_msl.trie import subset
 
 
 COMMON = {
@@ -73,39 +85,45 @@ def test_a_negative_weight_favours_targets_that_a_beam_search_drops():
 @pytest.mark.parametrize("seed", range(5))
 def test_information_gain_is_the_difference_of_entropies(seed):
     rng = random.Random(seed)
-    sequences = [[rng.randrange(3) for _ in range(rng.randint(1, 5))] for _ in range(25)]  # prefixes and duplicates
-    trie = ItemTrie.from_sequences(sequences)
+    # Prefixes and duplicates; 3 is the end token
+    sequences = [[*(rng.randrange(3) for _ in range(rng.randint(1, 5))), 3] for _ in range(25)]
     frequencies = {tuple(sequence): rng.choice([0, 0, 1, 4]) for sequence in sequences}
     frequencies[tuple(sequences[0])] = 2
     total = sum(frequencies.values())
 
-    def below(prefix):
-        return {item: n for item, n in frequencies.items() if item[: len(prefix)] == prefix}
-
     def entropy(prefix):
-        return -math.fsum(n / total * math.log(n / total) for n in below(prefix).values() if n)
+        below = [n / total for item, n in frequencies.items() if item[: len(prefix)] == prefix and n]
+        return -math.fsum(p * math.log(p) for p in below)
 
-    prefixes, num_targets = {0: ()}, torch.zeros(trie.num_nodes, dtype=torch.int64)
-    for node in range(trie.num_nodes):
-        if node:
-            parent, token = (int(f(torch.tensor(node))) for f in (trie.parents, trie.tokens))
-            prefixes[node] = (*prefixes[parent], token)
-        num_targets[node] = sum(below(prefixes[node]).values())
-    gain = has_information_gain(trie, num_targets)
-    expected = [node > 0 and entropy(path[:-1]) - entropy(path) > 1e-9 for node, path in prefixes.items()]
-    assert gain.tolist() == expected
-    assert 0 < gain.sum() < trie.num_nodes - 1
+    trie = ItemTrie.from_sequences(sequences)
+    items = [index for index, sequence in enumerate(sequences) if frequencies[tuple(sequence)]]
+    nodes = trie.paths(trie.item_nodes[items]).unique()
+    nodes = nodes[nodes > 0]
+    prefixes = [tuple(trie.tokens(trie.paths(node.view(1))[0]).tolist()) for node in nodes]
+    gain = TargetTrie(*subset(trie, torch.tensor(items))).have_information_gain(nodes)
+    assert gain.tolist() == [entropy(path[:-1]) - entropy(path) > 1e-9 for path in prefixes]
+    assert 0 < gain.sum() < len(nodes)
 
 
-def test_targets_are_counted_from_the_labels(rows, task, trie):
-    encoded = rows.map(tokenize_rows, batched=True, remove_columns=rows.column_names, fn_kwargs={"task": task})
-    expected = torch.zeros(trie.num_nodes, dtype=torch.int64)
-    for completion in rows["completion"]:
-        item = task.catalog.completions.index(completion)
-        expected[0] += 1
-        for node in trie.paths(trie.item_nodes[item : item + 1])[0].tolist():
-            expected[node] += 1
-    assert torch.equal(count_targets(trie, encoded), expected)
+@pytest.mark.parametrize("supervise_history", [False, True])
+def test_every_supervised_item_of_a_history_is_a_target(supervise_history, tmp_path, catalog):
+    """Nothing separates the items of these histories, so that no label says where they end."""
+    catalog = ItemCatalog(catalog.ids, catalog.ids)
+    tokenizer = item_tokenizer(catalog.completions)
+    task = RankingTask(catalog, tokenizer, PromptTemplate("{history}", separate_items=True))
+    windows = make_windows(catalog.ids, num_rows=3)
+    args = MSLConfig(
+        str(tmp_path), **COMMON, position_weights="igd", normalize="vocab", temperature=1.0,
+        supervise_history=supervise_history,
+    )  # fmt: skip
+    trainer = MSLTrainer(make_model(tokenizer), args, task=task, train_dataset=build_rows(windows, task))
+    trainer.train()
+    items = {item for ids in windows["item_ids"] for item in (ids[1:] if supervise_history else ids[-1:])}
+    nodes = task.trie.item_nodes[catalog.indices(sorted(items))].long()
+    targets = TargetTrie.from_rows(trainer.train_dataset, task.trie, torch.device("cpu"))
+    assert targets.trie.num_items == len(items) < len(catalog)
+    assert targets.have_information_gain(task.trie.parents(nodes)).all()  # the only token of each item
+    assert not targets.have_information_gain(nodes).any()  # its end
 
 
 # ---------------------------------------------------------------------- training
@@ -236,24 +254,6 @@ def test_equal_weights_are_no_weights_however_small(train, rows):
     )
     assert small == pytest.approx(plain, rel=1e-4)
     assert zero == 0 < plain
-
-
-def test_igd_counts_every_supervised_item_of_a_history(tmp_path, catalog, tokenizer, task):
-    separate = replace(task, prompt_template=replace(task.prompt_template, separate_items=True))
-    rows = build_rows(make_windows(catalog.ids), separate)
-    config = {**COMMON, "position_weights": "igd", "max_steps": 1}
-    last, every = (
-        MSLTrainer(
-            make_model(tokenizer),
-            MSLConfig(str(tmp_path), supervise_history=history, **config),
-            task=separate,
-            train_dataset=rows,
-        )
-        for history in (False, True)
-    )
-    counts = [int(count_targets(separate.trie, trainer.train_dataset)[0]) for trainer in (last, every)]
-    assert counts == [len(rows), sum(len(history) for history in rows["history"])]
-    every.train()
 
 
 # ---------------------------------------------------------------------- configuration

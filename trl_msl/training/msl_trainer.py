@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -12,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from ..data import RankingTask, have_single_items, tokenize_rows
-from .losses import masked_softmax_loss
+from ..data import RankingTask, tokenize_rows
+from .losses import bear_weights, masked_softmax_loss
 from .msl_config import MSLConfig
-from .position_weights import count_targets, has_information_gain, position_weights
 from .sparse_head import SparseCausalLMOutput, SparseHeadOptions, add_sparse_lm_head
+from .target_trie import TargetTrie, map_labels
 from .task_trainer import TaskTrainerMixin
 from .temperature import TemperatureCallback
-from .training_trie import TrainingTrie
+from .tokenized_rows import check_supervision, check_tokenized
 
 
 class MSLTrainer(TaskTrainerMixin, SFTTrainer):
@@ -112,13 +111,12 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             args.max_length = None  # TRL refuses a limit that it does not enforce; the task has enforced it already
         self._supervise_history = args.supervise_history
         self._evaluated: dict[str, float] = {}
-        self._training_trie = TrainingTrie(task.trie)
-        self._has_gain: Tensor | None = None
-        for name, value, other in (("negatives", "seen", "'all'"), ("position_weights", "igd", "`None`")):
+        self._target_trie: TargetTrie | None = None
+        for name, value in (("negatives", "seen"), ("position_weights", "igd")):
             if getattr(args, name) == value and isinstance(kwargs.get("train_dataset"), IterableDataset):
                 raise ValueError(
                     f"`{name}` = {value!r} needs all training targets before the first step, but `train_dataset` is a "
-                    f"stream: pass a `Dataset`, or use {other}."
+                    "stream: pass a `Dataset`, or leave the option out."
                 )
         super().__init__(model, args, **kwargs)
         if self._is_vision_dataset:
@@ -161,64 +159,64 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
                 "prompt/completion rows, which makes both."
             )
         else:
-            dataset = self._check_rows(dataset, _check_tokenized, dataset_name)
+            dataset = self._check_rows(dataset, check_tokenized, dataset_name)
             if supervise_history and isinstance(dataset, Dataset):
-                self._check_supervision(dataset)
+                check_supervision(dataset, self.task)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-    def _check_supervision(self, dataset: Dataset) -> None:
-        """Raise if rows that the user tokenised supervise only their last items."""
-        num_targets, trie = 0, self.trie.to("cpu")
-        for batch in dataset.select_columns(["labels"]).iter(batch_size=10_000):
-            nodes = torch.from_numpy(np.concatenate(batch["labels"]))
-            num_targets += int((trie.parents(nodes[nodes != -100]) == trie.first_branching_node).sum())
-        if num_targets <= len(dataset) and not have_single_items(_prompts(dataset), self.task):
-            raise ValueError(
-                f"`supervise_history` is True, but the {len(dataset)} tokenised rows of the train dataset have only "
-                f"{num_targets} targets, their last items: map `tokenize_rows` with `supervise_history=True`."
-            )
-
     def train(self, *args: Any, **kwargs: Any):
-        if self.args.negatives == "seen":  # now, as the rows may have been replaced
-            self._training_trie = TrainingTrie.of_targets(self.train_dataset, self.trie, self.args.device)
-        if self.args.position_weights == "igd":
-            trie = self.trie.to("cpu")
-            self._has_gain = has_information_gain(trie, count_targets(trie, self.train_dataset)).to(self.args.device)
+        self._target_trie = None  # the rows may have been replaced
+        if self.args.negatives == "seen" and self._targets.trie.first_branching_node < 0:
+            raise ValueError(
+                "`negatives` = 'seen' leaves no wrong token, since all rows of `train_dataset` have the same target: "
+                "use 'all'."
+            )
         return super().train(*args, **kwargs)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
-        num_items = self._count_positions(batch_samples, device)
-        if self._has_gain is None or num_items is None:
-            return num_items
-        weight, num_with_gain = self.args.igd_weight, self._count_positions(batch_samples, device, self._has_gain)
-        return weight * num_items + (1 - weight) * num_with_gain  # the sum of the weights
+    @property
+    def _targets(self) -> TargetTrie:
+        if self._target_trie is None:
+            self._target_trie = TargetTrie.from_rows(self.train_dataset, self.trie, self.args.device)
+        return self._target_trie
 
-    def _count_positions(self, batch_samples: list, device: torch.device, is_counted: Tensor | None = None):
-        """Number of positions with a loss, as `Trainer` counts labels; only of nodes where `is_counted`, if given."""
-        counted = []
-        for batch in map(self._training_trie.renumber, batch_samples):
-            for name in ("labels", "shift_labels"):
-                if name in batch:
-                    nodes = batch[name]
-                    known, is_loss = nodes.clamp(min=0), nodes >= 0
-                    if self.args.normalize == "trie":  # forced positions have no loss, and no part in its mean
-                        is_loss = is_loss & (self._training_trie.trie.to(nodes.device).num_valid_tokens(known) > 1)
-                    if is_counted is not None:
-                        is_loss = is_loss & is_counted.to(nodes.device)[known]
-                    batch = {**batch, name: nodes.where(is_loss, -100)}
-            counted.append(batch)
-        return super()._get_num_items_in_batch(counted, device)
+    def _have_loss(self, nodes: Tensor) -> Tensor:
+        """Whether labels have a loss in training. With MSL, those have one where several tokens are valid."""
+        if self.args.normalize == "vocab":
+            return torch.ones_like(nodes, dtype=torch.bool)
+        if self.args.negatives == "seen":
+            return self._targets.have_information_gain(nodes)
+        return self.trie.to(nodes.device).num_valid_tokens(nodes) > 1
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        num_items = self._count_labels(batch_samples, device, self._have_loss)
+        if num_items is None or self.args.position_weights != "igd":
+            return num_items
+        num_with_gain = self._count_labels(batch_samples, device, self._targets.have_information_gain)
+        return num_with_gain + self.args.igd_weight * (num_items - num_with_gain)  # the sum of the weights
+
+    def _count_labels(self, batch_samples: list, device: torch.device, counted: Callable[[Tensor], Tensor]):
+        """Number of labels that are `counted`, over all ranks, as `Trainer` counts them."""
+        kept = [map_labels(batch, lambda nodes: nodes.where(counted(nodes), -100)) for batch in batch_samples]
+        return super()._get_num_items_in_batch(kept, device)
+
+    def _position_weights(self, output: SparseCausalLMOutput, temperature: float) -> Tensor:
+        """Weight of each position that has a loss."""
+        args = self.args
+        if args.position_weights == "bear":
+            constants = args.bear_beams, args.bear_scale, args.bear_weight
+            return bear_weights(output.logits, output.valid_mask, output.targets, temperature, *constants)
+        nodes = output.nodes[self._have_loss(output.nodes)]
+        return torch.where(self._targets.have_information_gain(nodes), 1.0, args.igd_weight)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
+        trie, temperature = self.trie, self.temperature
         if not self.model.training:
-            inputs, num_items_in_batch = self._without_repeated_rows(inputs), None  # evaluated without weights
-        # Evaluated over all valid tokens at τ = 1, as in ranking, and comparable while τ moves
-        trie, temperature = self.trie, 1.0
-        if self.model.training:
-            trie, temperature = self._training_trie.trie, self.temperature
-            inputs = self._training_trie.renumber(inputs)
+            # Over all valid tokens at τ = 1, as in ranking, and comparable while τ moves. The count is for training
+            inputs, temperature, num_items_in_batch = self._without_repeated_rows(inputs), 1.0, None
+        elif self.args.negatives == "seen":
+            trie, inputs = self._targets.trie, map_labels(inputs, self._targets.renumber)
         over_vocab = self.args.normalize == "vocab"
         options = SparseHeadOptions(
             num_negatives=self.args.num_negatives if self.model.training else None,
@@ -235,7 +233,7 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             losses = masked_softmax_loss(output.logits, output.valid_mask, output.targets, temperature, scale)
         num_items = len(losses) if num_items_in_batch is None else num_items_in_batch
         if self.model.training and self.args.position_weights:
-            losses = losses * position_weights(self.args, output, temperature, self.trie, self._has_gain)
+            losses = losses * self._position_weights(output, temperature)
         # Clamped, so that a batch without branching positions gives 0 rather than `0 / 0`
         loss = losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1e-6)
         # As in TRL: `num_items_in_batch` counts the positions of every rank, and DDP averages the gradients
@@ -312,36 +310,3 @@ class MSLTrainer(TaskTrainerMixin, SFTTrainer):
             metrics["aux_loss"].append(sums["aux_loss"])
         for name in ("lml", "lml1", "lml2") if "lml" in sums else ():
             metrics[name].append(sums[name] / max(sums["supervised"], 1))
-
-
-def _prompts(dataset: Dataset) -> Iterator[list[int]]:
-    """Tokens before the first label of rows that the user tokenised."""
-    for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=10_000):
-        for ids, labels in zip(batch["input_ids"], batch["labels"]):
-            yield ids[: next((place for place, node in enumerate(labels) if node != -100), None)]
-
-
-def _check_tokenized(batch: dict[str, list], task: RankingTask, dataset_name: str) -> dict[str, list]:
-    """Check rows that the user tokenised: labels must be nodes of the task's trie, and no title may be cut."""
-    ids, nodes = (torch.from_numpy(np.concatenate(batch[name])) for name in ("input_ids", "labels"))
-    is_last = torch.zeros(len(nodes), dtype=torch.bool)
-    is_last[np.cumsum([len(row) for row in batch["labels"]]) - 1] = True
-    labelled = nodes != -100
-    ids, nodes, is_last = ids[labelled], nodes[labelled], is_last[labelled]
-    trie, max_length = task.trie.to("cpu"), task.max_length
-    on_trie = (nodes > 0) & (nodes < trie.num_nodes)
-    # After an item of the history another token may stand in place of its end
-    is_right = (trie.tokens(nodes * on_trie) == ids) | (torch.isin(nodes, trie.item_nodes) & ~is_last)
-    num_wrong = int((~on_trie | ~is_right).sum())
-    if num_wrong:
-        raise ValueError(
-            f"The {dataset_name} dataset has {num_wrong} label(s) that are not nodes of their tokens in the task's "
-            "trie: map `tokenize_rows` with the same task."
-        )
-    too_long = sum(max_length is not None and len(row) > max_length for row in batch["input_ids"])
-    if too_long:
-        raise ValueError(
-            f"`max_length` = {max_length}: {too_long} row(s) of the {dataset_name} dataset are longer, and would "
-            "lose the end of their title. Map `tokenize_rows` with the same task."
-        )
-    return batch

@@ -35,8 +35,7 @@ class SparseHeadOptions:
         vocab_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of these losses, as in [`masked_softmax_loss`].
         trie ([`ItemTrie`], *optional*):
-            Trie whose nodes are the labels and whose tokens are valid, in place of the catalogue's: a
-            [`~trl_msl.trie.subset`] of it.
+            Trie of the labels and the valid tokens, in place of the catalogue's.
     """
 
     valid_logits: bool = True

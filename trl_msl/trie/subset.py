@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a trie that some of its items need."""
+"""The trie of some of a trie's items."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def subset(trie: ItemTrie, items: Tensor) -> tuple[ItemTrie, Tensor]:
             Indices of the items to keep, at least one. They are the items of the new trie, in this order.
 
     Returns:
-        [`ItemTrie`] and `torch.Tensor` of shape `(trie.num_nodes,)`, int64: for each node of `trie` the node of the
-        new trie with the same tokens before it, `-1` where no kept item passes.
+        [`ItemTrie`] and `torch.Tensor` of shape `(trie.num_nodes,)`, int64: for each node of `trie` the same node of
+        the new trie, `-1` where no kept item passes.
 
     Raises:
         `ValueError`: if `items` is empty.
