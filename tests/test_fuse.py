@@ -219,7 +219,9 @@ def test_weights_that_do_not_help(model, tmp_path, capsys):
 
 def test_weights_at_the_end_of_their_grid_are_noted():
     args = fuse.FuseArguments(output_dir="out", popularity_weights=[-1.0, 2.0])
-    lines = fuse.describe(args, {"vocab_weight": 0.0, "popularity_weight": -1.0, "neighbour_weight": 8.0}, 9)
+    lines = fuse.describe(
+        args, {**dict.fromkeys(searches.WEIGHTS, 1.0), "vocab_weight": 0.0, "popularity_weight": -1.0}, 9
+    )
     assert lines[1:] == [
         "vocab_weight is 0: no other weight was better on validation.",
         "popularity_weight is at the end of the values tried: try others beyond it by --popularity_weights.",
@@ -239,6 +241,24 @@ def test_the_vocabularys_probability_exactly_and_by_beams(model, tmp_path, capsy
             assert tested[name][key] == evaluated[other][key]
     assert tested["vocab"]["exact_rate"] == 1 and tested["beam-vocab"]["exact_rate"] == 0
     assert "users_per_second" in output and "fused - beam-vocab" in output
+
+
+def test_new_items_are_brought_back(model, tmp_path):
+    """The last users take only items that nobody had before: 20 of 150."""
+    folder, log = tmp_path / "model", tmp_path / "log.csv"
+    shutil.copytree(model, folder)
+    old = [(f"u{user}", 3 * user + item, user) for user in range(43) for item in range(3)] + [("u0", 129, 0)]
+    new = [(f"v{user}", item, 100 + user) for user in range(11) for item in (5, 130 + user)]
+    pd.DataFrame(old + new, columns=["user_id", "item_id", "timestamp"]).to_csv(log, index=False)
+    write_options(DataArguments(interactions=str(log), min_interactions=1), folder)
+    options = ["--model_name_or_path", folder, "--output_dir", tmp_path / "out", "--num_candidates", 10]
+    options += ["--vocab_weights", 0, "--popularity_weights", 0, "--neighbour_weights", 0, "--new_item_weights", 99]
+    run(fuse, *options)
+    metrics, fusion = read(tmp_path / "out"), Recommender.from_pretrained(tmp_path / "out").fusion
+    assert metrics["chosen"]["new_item_weight"] == fusion.new_item_weight == 99
+    assert fusion.is_new.nonzero().squeeze(1).tolist() == list(range(130, 150))
+    for split in ("validation", "test"):
+        assert metrics[split]["with-new-items"]["ndcg@10_cold"] > 0.1 > metrics[split]["model"]["ndcg@10_cold"]
 
 
 def test_a_model_whose_training_data_are_gone(model, tmp_path):
@@ -292,14 +312,14 @@ def test_reranked_candidates_are_the_searched_items(task, tmp_path):
     fusion = Fusion(torch.from_numpy(rng.integers(0, 9, 150)), neighbours, 0.3, 0.5, 2.0)
     one = searches.Searches(make_model(task.tokenizer), task, tmp_path, max_expansions=5000, batch_size=4)
     candidates = one.candidates(split, fusion, 150)
-    for weights in ((0.0, 0.0), (0.5, 2.0), (-1.0, 8.0)):
-        other = dataclasses.replace(fusion, popularity_weight=weights[0], neighbour_weight=weights[1])
+    for weights in ((0.0, 0.0, 0.0), (0.5, 2.0, 0.0), (-1.0, 8.0, 3.0)):
+        other = dataclasses.replace(fusion, **dict(zip(searches.WEIGHTS[1:], weights)))
         found = one.find(split, other, 75)
         found_ranks = ranks_of_targets(found.items, split.targets)
         assert found.exact.all() and (found_ranks >= 0).any()
         ranks = candidates.ranks(split.targets, weights)
         assert np.where(ranks < 75, ranks, -1).tolist() == found_ranks.tolist()
-    assert np.isfinite(candidates.parts).all() and candidates.parts[1].any()
+    assert np.isfinite(candidates.parts).all() and candidates.parts.any(axis=(1, 2)).all()
 
 
 def test_withdrawn_items_are_not_found(task, tmp_path):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Fuse a trained model with popularity and with item-kNN, or with another model's scores: choose the weights on the
-validation windows, and measure the result on the test windows once.
+Fuse a trained model with popularity, a bonus for new items, and item-kNN or another model's scores: choose the weights
+on the validation windows, and measure the result on the test windows once.
 
 ```bash
 accelerate launch -m trl_msl.scripts.fuse --model_name_or_path outputs/mine/msl --output_dir outputs/mine/fused
@@ -9,7 +9,8 @@ accelerate launch -m trl_msl.scripts.fuse --model_name_or_path outputs/mine/msl 
 
 Items are ranked by
 
-    Σ log P_valid + vocab_weight · Σ log m + popularity_weight · log(1 + count) + neighbour_weight · f(neighbours)
+    Σ log P_valid + vocab_weight · Σ log m
+        + popularity_weight · log(1 + count) + neighbour_weight · f(neighbours) + new_item_weight · [count = 0]
 
 and the search is exact. The data are those of the model's training, unless the data options name others. Weight 0 is
 always tried. `output_dir` then holds the model with its neighbours and weights, which
@@ -28,6 +29,7 @@ A killed run resumes after its last search, on any number of processes, if optio
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -54,14 +56,13 @@ from .evaluate import compare
 from .loading import Data, load_model
 from .outputs import finish, format_table, write_results
 from .recommend import check_job, model_fingerprints
-from .searches import ScoredWindows, Searches, Split, rank_without_model
+from .searches import WEIGHTS, ScoredWindows, Searches, Split, rank_without_model
 from .trained import load_trained
 
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = (f"ndcg@{TOP_K}", "users_per_second", "expansions_mean", "exact_rate")
-WEIGHTS = ("vocab_weight", "popularity_weight", "neighbour_weight")
 
 
 @dataclass
@@ -74,8 +75,8 @@ class FuseArguments:
             Folder to write, which must not exist.
         scores (`str`, *optional*):
             Folder with `scores_validation.parquet` and `scores_test.parquet` to use instead of item-kNN.
-        vocab_weights, popularity_weights, neighbour_weights (`list[float]`, *optional*):
-            Weights to try, besides 0. Each of the first takes two searches of all validation windows. If 1 is among
+        vocab_weights, popularity_weights, neighbour_weights, new_item_weights (`list[float]`, *optional*):
+            Weights to try, besides 0. Each of the first takes three searches of all validation windows. If 1 is among
             them, the tables also have the vocabulary's probability, exactly and by beams.
         decays, shrinkages (`list[float]`, *optional*):
             `decay` and `shrinkage` of [`ItemNeighbours`] to try.
@@ -99,11 +100,14 @@ class FuseArguments:
         default_factory=lambda: [0.0, 0.25, 0.5, 1.0], metadata={"help": "Weights of the valid tokens' share to try."}
     )
     popularity_weights: list[float] = field(
-        default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 1.0], metadata={"help": "Weights of popularity to try."}
+        default_factory=lambda: [-0.25, 0.0, 0.25, 1.0], metadata={"help": "Weights of popularity to try."}
     )
     neighbour_weights: list[float] = field(
-        default_factory=lambda: [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
+        default_factory=lambda: [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
         metadata={"help": "Weights of the neighbours to try."},
+    )
+    new_item_weights: list[float] = field(
+        default_factory=lambda: [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0], metadata={"help": "Weights of new items to try."}
     )
     decays: list[float] = field(
         default_factory=lambda: [0.3, 0.5, 0.7, 0.85, 1.0], metadata={"help": "Decays of item-kNN to try."}
@@ -122,7 +126,7 @@ class FuseArguments:
         for name in ("num_neighbours", "num_candidates", "max_expansions", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
-        for name in ("vocab_weights", "popularity_weights", "neighbour_weights"):
+        for name in (f"{weight}s" for weight in WEIGHTS):
             weights = getattr(self, name)
             is_valid = all(map(math.isfinite, weights)) and (name != "vocab_weights" or min(weights, default=0) >= 0)
             if not is_valid:
@@ -216,10 +220,11 @@ def mean_ndcg(items: np.ndarray, split: Split) -> float:
 
 def choose(args: FuseArguments, searches: Searches, validation: Split, fusion: Fusion) -> dict[str, Fusion]:
     """
-    The best weights on validation: of `vocab_weight` alone, then also of popularity, and then of all parts.
+    The best weights on validation: of `vocab_weight` alone, then also of popularity, of new items, and of all parts.
 
     Weights are tried on the candidates found by all searches before: for each `vocab_weight`, one by medium weights of
-    the other parts and one without them; and searches by the weights chosen. The NDCG of the latter decides.
+    popularity and neighbours, one by the largest weight of new items and one without any; and searches by the weights
+    chosen. The NDCG of the latter decides.
     """
     targets, candidates = validation.targets, {}
 
@@ -233,12 +238,18 @@ def choose(args: FuseArguments, searches: Searches, validation: Split, fusion: F
         return dataclasses.replace(fusion, **dict(zip(WEIGHTS, (vocab_weight, *weights))))
 
     popularity, neighbours = args.popularity_weights, args.neighbour_weights
-    medium = [grid[len(grid) // 2] for grid in (popularity, neighbours)]
-    num_candidates = min(max(args.num_candidates, TOP_K), len(searches.available))
-    for vocab_weight in args.vocab_weights:
-        search(weighted(vocab_weight, medium), num_candidates)
-        search(weighted(vocab_weight, (0.0, 0.0)))
-    rows = {"vocab-weight": ((), ()), "with-popularity": (popularity, ()), "fused": (popularity, neighbours)}
+    new = args.new_item_weights if fusion.is_new.any() else [0.0]
+    starts = {
+        (popularity[len(popularity) // 2], neighbours[len(neighbours) // 2], 0.0): args.num_candidates,
+        (0.0, 0.0, new[-1]): args.num_candidates,
+        (0.0, 0.0, 0.0): TOP_K,
+    }
+    for vocab_weight, (weights, num_candidates) in itertools.product(args.vocab_weights, starts.items()):
+        search(weighted(vocab_weight, weights), min(max(num_candidates, TOP_K), len(searches.available)))
+    rows = {"vocab-weight": ((), (), ()), "with-popularity": (popularity, (), ())}
+    if len(new) > 1:
+        rows["with-new-items"] = popularity, (), new
+    rows["fused"] = popularity, neighbours, new
     best, chosen = fusion, {}
     for name, grids in rows.items():
         tried = {best: search(best)}
@@ -310,7 +321,7 @@ def write(
             task.save_pretrained(folder)
             best.save_pretrained(folder)
             weights = ", ".join(f"{name} {report['chosen'][name]:g}" for name in WEIGHTS)
-            note = f"Ranks by the model, popularity and neighbours. The weights are {weights}. "
+            note = f"Ranks by the model, popularity, novelty and neighbours. The weights are {weights}. "
             note += "The metrics below are those of the model alone."
             write_card(source, folder, args.output_dir, note)
         for name, ranking in tested.items():

@@ -24,6 +24,7 @@ from .recommend import silent
 
 
 logger = logging.getLogger(__name__)
+WEIGHTS = ("vocab_weight", "popularity_weight", "neighbour_weight", "new_item_weight")
 _USERS = 1024  # whose scores by neighbours are in memory at a time
 
 
@@ -127,7 +128,7 @@ class Searches:
         """
         score = "beam-vocab"
         if fusion is not None:
-            score = f"{fusion.vocab_weight}_{fusion.popularity_weight}_{fusion.neighbour_weight}"
+            score = "_".join(str(getattr(fusion, weight)) for weight in WEIGHTS)
         name = f"{split.name}_{top_k}_{score}"
         if name not in self._found:
             self._found[name] = self._search(self.folder / f"{name}.npz", split, fusion, top_k)
@@ -139,8 +140,7 @@ class Searches:
         if fusion is None:
             score, arguments = "beams", DECODINGS["beam-vocab"]
         else:
-            score = f"vocab_weight {fusion.vocab_weight:g}, popularity_weight {fusion.popularity_weight:g}, "
-            score += f"neighbour_weight {fusion.neighbour_weight:g}"
+            score = ", ".join(f"{weight} {getattr(fusion, weight):g}" for weight in WEIGHTS)
             arguments = fusion.arguments(split.histories) | {"max_expansions": self.max_expansions}
         logger.info("%s, top %d by %s", split.name.capitalize(), top_k, score)
         started = time.perf_counter()
@@ -153,16 +153,16 @@ class Searches:
         return found
 
     def candidates(self, split: Split, fusion: Fusion, top_k: int) -> Candidates:
-        """What [`Searches.find`] finds, as candidates for other popularity and neighbour weights."""
+        """What [`Searches.find`] finds, as candidates for other weights of what is added to the model's score."""
         with silent("trl_msl.decoding"):  # candidates need not be certain to be the best
             found = self.find(split, fusion, top_k)
-        parts = np.zeros((2, *found.items.shape))
-        parts[0] = fusion.log_popularity.numpy()[found.items]
+        parts = np.zeros((3, *found.items.shape))
+        parts[0], parts[2] = (part.numpy()[found.items] for part in (fusion.log_popularity, fusion.is_new))
         for start in range(0, len(found.items), _USERS):
             chunk = slice(start, start + _USERS)
             scores = fusion.neighbour_scores(split.histories[chunk])
             parts[1, chunk] = values_of(scores, found.items[chunk], fusion.num_items)
-        weights = (fusion.popularity_weight, fusion.neighbour_weight)
+        weights = [getattr(fusion, weight) for weight in WEIGHTS[1:]]
         return Candidates(found.items, found.scores - np.tensordot(weights, parts, axes=1), parts)
 
 
