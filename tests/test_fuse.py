@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,9 @@ from launching import launch, run
 from trl_msl import ItemCatalog, PromptTemplate, RankingTask, Recommender, SparseBias
 from trl_msl.collaborative import Fusion, ItemNeighbours
 from trl_msl.data import DataArguments, generate_catalog
-from trl_msl.evaluation import Candidates, choose_weights
+from trl_msl.evaluation import Candidates, choose_weights, ranks_of_targets
 from trl_msl.experiments.from_scratch import train_tokenizer
-from trl_msl.scripts import fuse, report, searches
+from trl_msl.scripts import evaluate, fuse, report, searches
 from trl_msl.scripts.loading import load_data
 from trl_msl.scripts.trained import write_options
 
@@ -108,6 +109,7 @@ def model(task, tmp_path_factory):
     return folder
 
 
+SYSTEMS = ["model", "vocab-weight", "with-popularity", "fused", "popularity", "neighbours"]
 OPTIONS = ["--num_candidates", 20, "--vocab_weights", 0.2, "--decays", 0.5, 1.0, "--shrinkages", 0.0, 2.0]
 
 
@@ -144,9 +146,10 @@ def test_the_folder_recommends_what_was_reported(fused, task):
 
 def test_the_best_is_chosen_on_validation(fused):
     metrics = read(fused)
-    assert list(metrics["validation"]) == ["model", "neighbours", "popularity", "vocab-weight", "fused"]
+    assert list(metrics["validation"]) == SYSTEMS
     ndcg = {name: row["ndcg@10"] for name, row in metrics["validation"].items()}
-    assert ndcg["fused"] > ndcg["vocab-weight"] >= ndcg["model"]  # which has learned nothing
+    # Of a model that has learned nothing
+    assert ndcg["fused"] > ndcg["with-popularity"] >= ndcg["vocab-weight"] >= ndcg["model"]
     assert ndcg["neighbours"] > ndcg["popularity"]
     for name in ndcg:
         place = fused if name == "fused" else fused / name
@@ -157,7 +160,8 @@ def test_the_best_is_chosen_on_validation(fused):
 def test_the_report_compares_the_parts(fused, capsys):
     run(report, "--runs", fused, "--reference", "fused", "--output_dir", fused.parent / "report")
     systems = json.loads((fused.parent / "report" / "report.json").read_text())["systems"]
-    assert systems.keys() == {"fused", "model", "neighbours", "popularity", "vocab-weight"}
+    assert systems.keys() == set(SYSTEMS)
+    assert all(system["users_per_second"] > 0 for system in systems.values())
 
 
 def test_two_processes_choose_the_same_without_the_test_windows(fused, model, tmp_path):
@@ -195,9 +199,9 @@ def test_a_killed_run_resumes(fused, model, tmp_path, monkeypatch, task):
     again = []
     monkeypatch.setattr(searches, "recommend", lambda *a, **k: again.append(k["vocab_weight"]) or recommend(*a, **k))
     run(fuse, *options)
-    assert made == [0.0, 0.2, 0.0] and len(again) < 8
+    assert made == [0.0, 0.0, 0.2] and again[0] == 0.2
     before, after = read(fused), read(tmp_path / "out")
-    assert {name: before[name] for name in ("chosen", "test")} == {name: after[name] for name in ("chosen", "test")}
+    assert before["chosen"] == after["chosen"] and before["differences"] == after["differences"]
     with pytest.raises(ValueError, match="`output_dir` = .* exists already"):
         run(fuse, *options)
 
@@ -207,20 +211,67 @@ def test_weights_that_do_not_help(model, tmp_path, capsys):
     run(fuse, "--model_name_or_path", model, "--output_dir", tmp_path / "out", *options, "--num_candidates", 10)
     output = capsys.readouterr().out
     assert "neighbour_weight is 0: no other weight was better on validation." in output
-    assert "fused - neighbours, NDCG@10 on validation: -" in output and "fused - model" not in output
     metrics = read(tmp_path / "out")
+    assert metrics["differences"]["fused - neighbours"]["ndcg@10"] < 0
+    assert metrics["differences"]["fused - model"]["same_items"] == 1
     assert metrics["test"]["fused"] == metrics["test"]["model"]
 
 
-def test_whether_validation_tells():
-    args, chosen = fuse.FuseArguments(output_dir="out"), dict.fromkeys(fuse.WEIGHTS, 1.0)
-    misses, few, all_hit = np.full(8, -1), np.where(np.arange(8) < 1, 0, -1), np.zeros(8, dtype=int)
-    verdicts = [(few, misses, "too few users to tell which is better"), (all_hit, misses, "better")]
-    for ranks, others, verdict in [*verdicts, (misses, all_hit, "worse")]:
-        validated = {name: fuse.Ranking(None, of, {}) for name, of in (("model", others), ("fused", ranks))}
-        lines = fuse.describe(args, chosen, validated)
-        assert lines[-1].startswith("fused - model, NDCG@10 on validation: ") and lines[-1].endswith(f"], {verdict}")
-        assert "popularity_weight is the largest that was tried: try larger ones by --popularity_weights." in lines
+def test_weights_at_the_end_of_their_grid_are_noted():
+    args = fuse.FuseArguments(output_dir="out", popularity_weights=[-1.0, 2.0])
+    lines = fuse.describe(
+        args, {**dict.fromkeys(searches.WEIGHTS, 1.0), "vocab_weight": 0.0, "popularity_weight": -1.0}, 9
+    )
+    assert lines[1:] == [
+        "vocab_weight is 0: no other weight was better on validation.",
+        "popularity_weight is at the end of the values tried: try others beyond it by --popularity_weights.",
+    ]
+
+
+def test_the_vocabularys_probability_exactly_and_by_beams(model, tmp_path, capsys):
+    options = ["--vocab_weights", 1, "--popularity_weights", 0, "--neighbour_weights", 0, "--num_candidates", 10]
+    run(fuse, "--model_name_or_path", model, "--output_dir", tmp_path / "out", *options, "--max_validation_users", 9)
+    output, tested = capsys.readouterr().out, read(tmp_path / "out")["test"]
+    assert list(tested)[:4] == ["model", "beam-vocab", "vocab", "vocab-weight"]
+    options = ["--decoding", "beam-vocab", "exact", "--vocab_weight", 1, "--output_dir", tmp_path / "evaluate"]
+    run(evaluate, "--model_name_or_path", model, *options)
+    evaluated = read(tmp_path / "evaluate")
+    for name, other in (("beam-vocab", "beam-vocab"), ("vocab", "exact-1")):
+        for key in ("ndcg@10", "coverage", "expansions_mean"):
+            assert tested[name][key] == evaluated[other][key]
+    assert tested["vocab"]["exact_rate"] == 1 and tested["beam-vocab"]["exact_rate"] == 0
+    assert "users_per_second" in output and "fused - beam-vocab" in output
+
+
+def test_new_items_are_brought_back(model, tmp_path):
+    """The last users take only items that nobody had before: 20 of 150."""
+    folder, log = tmp_path / "model", tmp_path / "log.csv"
+    shutil.copytree(model, folder)
+    old = [(f"u{user}", 3 * user + item, user) for user in range(43) for item in range(3)] + [("u0", 129, 0)]
+    new = [(f"v{user}", item, 100 + user) for user in range(11) for item in (5, 130 + user)]
+    pd.DataFrame(old + new, columns=["user_id", "item_id", "timestamp"]).to_csv(log, index=False)
+    write_options(DataArguments(interactions=str(log), min_interactions=1), folder)
+    options = ["--model_name_or_path", folder, "--output_dir", tmp_path / "out", "--num_candidates", 10]
+    options += ["--vocab_weights", 0, "--popularity_weights", 0, "--neighbour_weights", 0, "--new_item_weights", 99]
+    run(fuse, *options)
+    metrics, fusion = read(tmp_path / "out"), Recommender.from_pretrained(tmp_path / "out").fusion
+    assert metrics["chosen"]["new_item_weight"] == fusion.new_item_weight == 99
+    assert fusion.is_new.nonzero().squeeze(1).tolist() == list(range(130, 150))
+    for split in ("validation", "test"):
+        assert metrics[split]["with-new-items"]["ndcg@10_cold"] > 0.1 > metrics[split]["model"]["ndcg@10_cold"]
+
+
+def test_a_model_whose_training_data_are_gone(model, tmp_path):
+    """Nobody can tell which targets are cold for it."""
+    folder, log = tmp_path / "model", tmp_path / "log.csv"
+    shutil.copytree(model, folder)
+    write_options(DataArguments(data_dir=str(tmp_path / "gone")), folder)
+    windows = load_data(DataArguments()).windows["test"].select(range(60)).to_pandas()
+    rows = windows.assign(timestamp=range(60), item_id=windows["item_ids"].str[:3]).explode("item_id")
+    rows[["user_id", "item_id", "timestamp"]].to_csv(log, index=False)
+    options = ["--model_name_or_path", folder, "--output_dir", tmp_path / "out", "--interactions", log]
+    run(fuse, *options, "--min_interactions", 1, "--vocab_weights", 0, "--num_candidates", 10)
+    assert "ndcg@10" in read(tmp_path / "out") and "num_cold" not in read(tmp_path / "out")
 
 
 def test_scores_of_another_model(model, tmp_path, task, capsys):
@@ -261,13 +312,14 @@ def test_reranked_candidates_are_the_searched_items(task, tmp_path):
     fusion = Fusion(torch.from_numpy(rng.integers(0, 9, 150)), neighbours, 0.3, 0.5, 2.0)
     one = searches.Searches(make_model(task.tokenizer), task, tmp_path, max_expansions=5000, batch_size=4)
     candidates = one.candidates(split, fusion, 150)
-    for weights in ((0.0, 0.0), (0.5, 2.0), (-1.0, 8.0)):
-        other = dataclasses.replace(fusion, popularity_weight=weights[0], neighbour_weight=weights[1])
+    for weights in ((0.0, 0.0, 0.0), (0.5, 2.0, 0.0), (-1.0, 8.0, 3.0)):
+        other = dataclasses.replace(fusion, **dict(zip(searches.WEIGHTS[1:], weights)))
         found = one.find(split, other, 75)
-        assert found.exact.all() and (found.target_ranks >= 0).any()
+        found_ranks = ranks_of_targets(found.items, split.targets)
+        assert found.exact.all() and (found_ranks >= 0).any()
         ranks = candidates.ranks(split.targets, weights)
-        assert np.where(ranks < 75, ranks, -1).tolist() == found.target_ranks.tolist()
-    assert np.isfinite(candidates.parts).all() and candidates.parts[1].any()
+        assert np.where(ranks < 75, ranks, -1).tolist() == found_ranks.tolist()
+    assert np.isfinite(candidates.parts).all() and candidates.parts.any(axis=(1, 2)).all()
 
 
 def test_withdrawn_items_are_not_found(task, tmp_path):
@@ -285,4 +337,4 @@ def test_withdrawn_items_are_not_found(task, tmp_path):
 def test_values_of_items():
     items = np.array([[4, 2, -1], [7, 0, 2], [1, 2, 3]])
     sparse = SparseBias([torch.tensor([9, 2]), torch.tensor([7]), []], [torch.tensor([0.5, 0.25]), [2.0], []])
-    assert searches.values_of(sparse, items).tolist() == [[0, 0.25, 0], [2, 0, 0], [0, 0, 0]]
+    assert searches.values_of(sparse, items, num_items=10).tolist() == [[0, 0.25, 0], [2, 0, 0], [0, 0, 0]]

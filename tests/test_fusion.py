@@ -25,7 +25,7 @@ def fusion(catalog) -> Fusion:
     sequences = [catalog.indices(ids) for ids in windows["item_ids"]]
     sequences = [[item for item in sequence if item != 10] for sequence in sequences]  # which nobody has
     users = [user % 15 for user in range(len(sequences))]
-    return Fusion(count_users(sequences, users, 12), ItemNeighbours.fit(sequences, users, 12, 5), 0.4, 0.7, 3.0)
+    return Fusion(count_users(sequences, users, 12), ItemNeighbours.fit(sequences, users, 12, 5), 0.4, 0.7, 3.0, 1.5)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,7 @@ def expected(recommender, fusion, catalog) -> np.ndarray:
                 near[neighbours.neighbours[place]] += 0.7**age * float(neighbours.similarities[place])
         for item in range(12):
             row[item] += 0.7 * math.log(1 + int(fusion.popularity[item])) + 3.0 * near[item] / near.max()
+        row[10] += 1.5  # the item that nobody has
     return scores
 
 
@@ -113,6 +114,7 @@ def test_part_of_the_weights(recommender, fusion, task, catalog):
         ((0.5, 0.0, 0.0), {"vocab_weight": 0.5}),
         ((0.0, -0.5, 0.0), {"item_bias": popularity}),
         ((0.0, 0.0, 2.0), {"item_bias": near}),
+        ((0.0, 0.0, 0.0, -2.0), {"item_bias": torch.tensor([0.0] * 10 + [-2.0, 0.0])}),
     ):
         arguments = Fusion(fusion.popularity, fusion.neighbours, *weights).arguments(histories)
         found, expected = (recommend(model, task, prompts, 12, **kwargs) for kwargs in (arguments, score))

@@ -25,7 +25,7 @@ from .item_neighbours import ItemNeighbours
 
 FUSION_FILE = "fusion.safetensors"
 _FORMAT = 1
-_WEIGHTS = ("vocab_weight", "popularity_weight", "neighbour_weight")
+_WEIGHTS = ("vocab_weight", "popularity_weight", "neighbour_weight", "new_item_weight")
 _NEIGHBOURS = ("offsets", "neighbours", "similarities")
 
 
@@ -34,17 +34,19 @@ class Fusion:
     """
     A model's score fused with popularity and item-kNN. Items are ranked by
 
-        Σ log P_valid + vocab_weight · Σ log m + popularity_weight · log(1 + count) + neighbour_weight · s / max s
+        Σ log P_valid + vocab_weight · Σ log m
+            + popularity_weight · log(1 + count) + neighbour_weight · s / max s + new_item_weight · [count = 0]
 
     with the sums of [`TrieDecoder.search`], `count` the number of users who have the item, `s` its score by
-    [`ItemNeighbours`] for the whole history, and `max s` the user's largest.
+    [`ItemNeighbours`] for the whole history, and `max s` the user's largest. Training has pushed new items down, as
+    they were wrong in every row, and only the model can tell them apart: `new_item_weight` brings them back.
 
     Args:
         popularity (`torch.Tensor` of shape `(num_items,)`, int64):
             Number of users who have each item: see [`count_users`].
         neighbours ([`ItemNeighbours`], *optional*):
             Neighbours of the same items.
-        vocab_weight, popularity_weight, neighbour_weight (`float`, *optional*, default to `0.0`):
+        vocab_weight, popularity_weight, neighbour_weight, new_item_weight (`float`, *optional*, default to `0.0`):
             Weights of the parts; `vocab_weight` is at least 0.
 
     Raises:
@@ -56,6 +58,7 @@ class Fusion:
     vocab_weight: float = 0.0
     popularity_weight: float = 0.0
     neighbour_weight: float = 0.0
+    new_item_weight: float = 0.0
 
     def __post_init__(self):
         counts = self.popularity
@@ -90,6 +93,11 @@ class Fusion:
         """`log(1 + count)` of each item, fp32."""
         return self.popularity.float().log1p()
 
+    @property
+    def is_new(self) -> Tensor:
+        """1 for the items that nobody has, else 0, fp32."""
+        return (self.popularity == 0).float()
+
     def neighbour_scores(self, histories: Sequence[Sequence[int]]) -> SparseBias:
         """What `neighbour_weight` weights: the scores of [`ItemNeighbours.score`] divided by each user's largest."""
         scores = self.neighbours.score(histories)
@@ -112,8 +120,8 @@ class Fusion:
             are made batch by batch.
         """
         biases = [] if item_bias is None else [item_bias]
-        if self.popularity_weight != 0:
-            biases.append(self.popularity_weight * self.log_popularity)
+        if self.popularity_weight != 0 or self.new_item_weight != 0:
+            biases.append(self.popularity_weight * self.log_popularity + self.new_item_weight * self.is_new)
         if self.neighbour_weight != 0:
             biases.append(functools.partial(self._neighbour_bias, histories))
         return {"vocab_weight": self.vocab_weight, "item_bias": sum_biases(biases, len(histories), self.num_items)}

@@ -176,9 +176,9 @@ def split_by_time(windows: Dataset, fractions: tuple[float, float, float] = (0.8
 
 def covering_windows(windows: Dataset) -> Dataset:
     """
-    Leave out windows whose target is in the history of another, for a training in which items of the history are
-    targets too. Each user's last window is kept, then the latest one whose target is not among those of the window
-    kept before, and so on: every target is trained on once, in about a tenth of the rows if windows hold 11 items.
+    Leave out windows whose target is in the history of another, for training in which items of the history are targets
+    too. Each user's last window is kept, then the latest one whose target is not a target of that window, and so on:
+    every target is trained on once, in as little as a tenth of the rows if windows hold 11 items.
 
     Args:
         windows ([`~datasets.Dataset`]):
@@ -206,8 +206,8 @@ def covering_windows(windows: Dataset) -> Dataset:
 
 def _covers(later: list[str], earlier: list[str]) -> bool:
     """
-    Whether the target of a user's `earlier` window is also one of `later`. The items before it must agree, too, as a
-    user may have bought it twice.
+    Whether the target of a user's `earlier` window is also a target of `later`. The items before it must agree too, as
+    a user may have bought it twice.
     """
     for end in range(len(later) - 1, 1, -1):  # the first item is not a target
         if later[end - 1] == earlier[-1]:

@@ -61,11 +61,11 @@ class DataArguments:
         drop_duplicates (`bool`, *optional*, defaults to `False`):
             Whether to drop interactions of the log that repeat the user, item and time of another.
         validation_gap (`float`, *optional*, defaults to `0.0`):
-            Fraction of the training windows, the last by time, to leave out. Where the test begins long after the
-            training, settings are better chosen on a validation split that does so, too.
+            Fraction of the training windows, the last by time, to leave out. If the test begins long after the
+            training, settings are better chosen on a validation split that does so too.
         covering_windows (`bool`, *optional*, defaults to `False`):
-            Whether to train only on windows that together hold each target once, as [`covering_windows`] chooses them.
-            For `supervise_history`, and models of sequences.
+            Whether to train only on windows that together hold each target once, by [`covering_windows`]. For
+            `supervise_history` and sequence models.
         prompt_words (`list[str]`, *optional*, defaults to `["item", "items", "interacted with"]`):
             Singular, plural and verb of the paper's prompt: `book books read`.
         prompt_text (`str`, *optional*):

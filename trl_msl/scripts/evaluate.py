@@ -21,9 +21,10 @@ accelerate launch -m trl_msl.scripts.evaluate --model_name_or_path outputs/quick
     --decoding exact beam beam-vocab
 ```
 
-Of the best items by the same score, which for `beam` is that of `exact`, it tells how many beams lose, and where.
+If exact search by the score of the beams is among them, the command also says how many of the best items the beams
+lose, and where.
 
-So are several values of λ, by which exact search counts the probability that the model gives to invalid tokens:
+Exact searches by several values of λ, the weight of the valid tokens' share in the score, are compared likewise:
 `--vocab_weight 0 0.5 1`.
 
 Writes `metrics.json` and `recommendations.txt` into `--output_dir`, which for this model is

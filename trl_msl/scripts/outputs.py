@@ -93,19 +93,24 @@ def write_results(
 
 
 def format_table(results: dict[str, dict[str, float]], columns: tuple[str, ...] = ("ndcg@10", "hr@10")) -> str:
-    """A row per system; each metric with its interval, if known; of warm and cold targets only if some are cold."""
+    """
+    A row per system; each metric with its interval, if known. If some targets are cold, the first metric is also
+    given for warm and for cold targets apart.
+    """
     if any(metrics.get("num_cold") for metrics in results.values()):
-        columns += tuple(f"{columns[0]}_{group}" for group in ("warm", "cold"))
-    width = max(14, *map(len, results))
-    lines = [" " * width + "".join(f"{column:>28}" for column in columns)]
+        columns = (columns[0], f"{columns[0]}_warm", f"{columns[0]}_cold", *columns[1:])
+    lines = [["", *columns]]
     for name, metrics in results.items():
-        cells = ""
+        lines.append([name])
         for column in columns:
-            low, high = metrics.get(f"{column}_low"), metrics.get(f"{column}_high")
-            interval = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
-            cells += (f"{metrics[column]:.4f}{interval}" if column in metrics else "not evaluated").rjust(28)
-        lines.append(f"{name:>{width}}{cells}")
-    return "\n".join(lines)
+            cell, low = "not evaluated", metrics.get(f"{column}_low")
+            if column in metrics:
+                cell = f"{metrics[column]:.{4 if metrics[column] < 10 else 1}f}"
+            if low is not None:
+                cell += f" [{low:.4f}, {metrics[f'{column}_high']:.4f}]"
+            lines[-1].append(cell)
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    return "\n".join("   ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches by several weights of the same users: each is made once, also by a run that was interrupted."""
+"""Searches for the same users by several weights, each made only once, even if the run is interrupted."""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,17 @@ from transformers import PreTrainedModel
 from ..collaborative import Fusion
 from ..data import ItemCatalog, RankingTask, read_table
 from ..decoding import Recommendations, SparseBias, TrieDecoder, recommend
-from ..evaluation import Candidates, ranks_of_targets
+from ..evaluation import Candidates
 from ..trie import replacing
 from .baselines import TOP_K, fill, score_by_neighbours
+from .evaluate import DECODINGS
 from .loading import Data
 from .recommend import silent
 
 
 logger = logging.getLogger(__name__)
+WEIGHTS = ("vocab_weight", "popularity_weight", "neighbour_weight", "new_item_weight")
 _USERS = 1024  # whose scores by neighbours are in memory at a time
-_SAVED = ("items", "scores", "exact", "expansions", "rounds")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +42,8 @@ class Split:
             Item indices of each history.
         target_ids (`list[str]`), targets (`np.ndarray` of shape `(num_rows,)`, int64):
             Ids and indices of the targets.
-        is_cold (`np.ndarray` of shape `(num_rows,)`, bool):
-            Whether no training window holds the target.
+        is_cold (`np.ndarray` of shape `(num_rows,)`, bool, *optional*):
+            Whether no training window holds the target, if that is known.
     """
 
     name: str
@@ -49,21 +51,21 @@ class Split:
     histories: list[list[int]]
     target_ids: list[str]
     targets: np.ndarray
-    is_cold: np.ndarray
+    is_cold: np.ndarray | None
 
     @classmethod
     def from_data(cls, data: Data, name: str, task: RankingTask) -> "Split":
         rows = data.rows(name, task)
         ids, seen = rows["item_id"][:], data.seen_items
         histories = [task.catalog.indices(history) for history in rows["history_ids"]]
-        targets, is_cold = np.array(task.catalog.indices(ids)), np.array([item not in seen for item in ids])
-        return cls(name, task.ranking_prompts(rows[:]), histories, ids, targets, is_cold)
+        is_cold = None if seen is None else np.array([item not in seen for item in ids])
+        return cls(name, task.ranking_prompts(rows[:]), histories, ids, np.array(task.catalog.indices(ids)), is_cold)
 
 
 class ScoredWindows:
     """
-    Another model's scores in the place of [`ItemNeighbours`], for the histories that it has scored. Those of a history
-    are moved and scaled to lie between 0, which items that are not listed have, too, and 1.
+    Another model's scores in place of [`ItemNeighbours`], for the histories that it has scored. Those of each history
+    are scaled to lie between 0, the score of items that are not listed, and 1.
     """
 
     def __init__(self, folder: Path, splits: list[Split], catalog: ItemCatalog):
@@ -78,7 +80,7 @@ class ScoredWindows:
             if not is_same:
                 raise ValueError(
                     f"{path} has scores of other windows than the {len(split.histories)} of the {split.name} split: "
-                    "write them with the same data options."
+                    "run `trl-msl baselines` with the same data options."
                 )
             for history, ids, scores in zip(split.histories, table["item_ids"], table["scores"]):
                 items, scores = np.array(catalog.indices(ids), dtype=np.int64), np.asarray(scores, dtype=np.float32)
@@ -90,73 +92,87 @@ class ScoredWindows:
         return SparseBias(*zip(*(self._scores[tuple(history)] for history in histories)))
 
 
+@dataclass
+class Found(Recommendations):
+    """What a search found, and how long it took."""
+
+    seconds: float = 0.0
+
+
 class Searches:
     """
-    Exact searches of a model, with the arguments of a [`Fusion`].
+    A model's exact searches, by the scores of a [`Fusion`], and its beams.
 
     Args:
         model ([`~transformers.PreTrainedModel`]), task ([`RankingTask`]):
             As for [`recommend`].
         folder (`Path`):
-            Where what was found is kept.
+            Where results are kept for a run that resumes.
         max_expansions, batch_size (`int`):
             As for [`recommend`].
     """
 
     def __init__(self, model: PreTrainedModel, task: RankingTask, folder: Path, max_expansions: int, batch_size: int):
-        self.task, self.folder, self.decoder = task, folder, TrieDecoder(model, task.trie)
-        self.settings = {"max_expansions": max_expansions, "batch_size": batch_size, "decoder": self.decoder}
+        self.task, self.folder, self.max_expansions = task, folder, max_expansions
+        self.decoder = TrieDecoder(model, task.trie)
+        self.settings = {"batch_size": batch_size, "decoder": self.decoder}
         self.available = [i for i, item in enumerate(task.catalog.ids) if item not in task.withdrawn]
         if task.withdrawn:
             self.settings["allowed"] = self.decoder.prepare_allowed(self.available)
-        self._found: dict[str, Recommendations] = {}
+        self._found: dict[str, Found] = {}
 
-    def find(self, split: Split, fusion: Fusion, top_k: int) -> Recommendations:
-        """The best `top_k` items of each user of a split, and the ranks of the targets among them."""
-        weights = (fusion.vocab_weight, fusion.popularity_weight, fusion.neighbour_weight)
-        name = "_".join([split.name, str(top_k), *map(repr, weights)])
+    def find(self, split: Split, fusion: Fusion | None, top_k: int) -> Found:
+        """
+        The best `top_k` items of each user of a split; without `fusion`, those that as many beams find by the
+        probability over the vocabulary.
+        """
+        score = "beam-vocab"
+        if fusion is not None:
+            score = "_".join(str(getattr(fusion, weight)) for weight in WEIGHTS)
+        name = f"{split.name}_{top_k}_{score}"
         if name not in self._found:
             self._found[name] = self._search(self.folder / f"{name}.npz", split, fusion, top_k)
         return self._found[name]
 
-    def _search(self, path: Path, split: Split, fusion: Fusion, top_k: int) -> Recommendations:
+    def _search(self, path: Path, split: Split, fusion: Fusion | None, top_k: int) -> Found:
         if path.exists():
-            found = Recommendations(**np.load(path))
+            return Found(**np.load(path))
+        if fusion is None:
+            score, arguments = "beams", DECODINGS["beam-vocab"]
         else:
-            logger.info(
-                "%s, top %d by vocab_weight %g, popularity_weight %g, neighbour_weight %g", split.name.capitalize(),
-                top_k, fusion.vocab_weight, fusion.popularity_weight, fusion.neighbour_weight,
-            )  # fmt: skip
-            arguments = fusion.arguments(split.histories) | self.settings
-            found = recommend(self.decoder.model, self.task, split.prompts, top_k, **arguments)
-            if PartialState().is_main_process:
-                with replacing(path) as temporary, open(temporary, "wb") as file:
-                    np.savez(file, **{field: getattr(found, field) for field in _SAVED})
-        found.target_ranks = ranks_of_targets(found.items, split.targets)
+            score = ", ".join(f"{weight} {getattr(fusion, weight):g}" for weight in WEIGHTS)
+            arguments = fusion.arguments(split.histories) | {"max_expansions": self.max_expansions}
+        logger.info("%s, top %d by %s", split.name.capitalize(), top_k, score)
+        started = time.perf_counter()
+        found = recommend(self.decoder.model, self.task, split.prompts, top_k, **arguments, **self.settings)
+        known = {name: value for name, value in vars(found).items() if value is not None}
+        found = Found(**known, seconds=time.perf_counter() - started)
+        if PartialState().is_main_process:
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **known, seconds=found.seconds)
         return found
 
     def candidates(self, split: Split, fusion: Fusion, top_k: int) -> Candidates:
-        """The same items as candidates of other popularity and neighbour weights."""
+        """What [`Searches.find`] finds, as candidates for other weights of what is added to the model's score."""
         with silent("trl_msl.decoding"):  # candidates need not be certain to be the best
             found = self.find(split, fusion, top_k)
-        parts = np.zeros((2, *found.items.shape))
-        parts[0] = fusion.log_popularity.numpy()[found.items]
+        parts = np.zeros((3, *found.items.shape))
+        parts[0], parts[2] = (part.numpy()[found.items] for part in (fusion.log_popularity, fusion.is_new))
         for start in range(0, len(found.items), _USERS):
             chunk = slice(start, start + _USERS)
-            parts[1, chunk] = values_of(fusion.neighbour_scores(split.histories[chunk]), found.items[chunk])
-        weights = (fusion.popularity_weight, fusion.neighbour_weight)
+            scores = fusion.neighbour_scores(split.histories[chunk])
+            parts[1, chunk] = values_of(scores, found.items[chunk], fusion.num_items)
+        weights = [getattr(fusion, weight) for weight in WEIGHTS[1:]]
         return Candidates(found.items, found.scores - np.tensordot(weights, parts, axes=1), parts)
 
 
-def values_of(sparse: SparseBias, items: np.ndarray) -> np.ndarray:
+def values_of(sparse: SparseBias, items: np.ndarray, num_items: int) -> np.ndarray:
     """Value of each item for its user, 0 where there is none: shape `(num_users, num_columns)`, as `items`."""
     values = np.zeros(items.shape)
     for row, wanted, known, of_known in zip(values, items, sparse.items, sparse.values):
-        if len(known):
-            known, of_known = np.asarray(known), np.asarray(of_known)
-            order = known.argsort()
-            places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
-            row[:] = np.where(known[places] == wanted, of_known[places], 0.0)
+        of_all = np.zeros(num_items + 1)  # the last one is that of -1
+        of_all[np.asarray(known, dtype=np.int64)] = of_known
+        row[:] = of_all[wanted]
     return values
 
 

@@ -154,8 +154,8 @@ def _check_items(catalog: ItemCatalog, source: str, args: DataArguments, name: s
 
 def _compare_splits(data: Data, trained_on: DataArguments) -> None:
     """
-    With options other than in training, warn if training targets are in the validation or test split, and note which
-    items that training has seen.
+    If the options differ from those of the training, warn of training targets in the validation or test split, and
+    take `seen_items` from the data of the training.
     """
     here, there = (vars(_with_whole_paths(args)) for args in (data.args, trained_on))
     different = {name: (here[name], there[name]) for name in _SPLITTING if here[name] != there[name]}

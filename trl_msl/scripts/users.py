@@ -30,8 +30,8 @@ class UserArguments:
             What to do with items of a history that are not in the catalogue: `error`, or `drop`, which also drops
             users without any other items, and reports the numbers.
         popular_without_history (`bool`, *optional*, defaults to `False`):
-            Whether users without history, or without any known items, get the most popular items, for which the model
-            must have a `Fusion`. With `interactions`, users who are not in the log are such users, too.
+            Whether users without history, or without any known items, get the most popular items. The model must have
+            a [`Fusion`]. With `interactions`, users who are not in the log count as users without history.
     """
 
     users: str | None = field(default=None, metadata={"help": "File with a column `item_ids`, or with user ids."})
