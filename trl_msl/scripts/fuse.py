@@ -280,7 +280,7 @@ def rank(
 def describe(args: FuseArguments, chosen: dict[str, float], num_users: int) -> list[str]:
     """What was chosen on validation, and which weights are the first or the last that were tried: lines of text."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in chosen.items())
-    lines = [f"Chosen on {num_users} validation users: {values}"]
+    lines = [f"Chosen on {num_users} validation users, so that the values there are too high: {values}"]
     for name in WEIGHTS:
         tried = getattr(args, f"{name}s")
         if chosen[name] == 0:
@@ -303,7 +303,7 @@ def write(
     """Write `output_dir`: what [`report`] compares systems by and, if there are neighbours, the model with them."""
     with new_folder(args.output_dir) as folder:
         if args.scores:
-            logger.info("No model is written: it would need scores of any history.")
+            logger.info("No model is written, as the scores cover only these windows.")
         else:
             source = find_folder(model_args.model_name_or_path, "model_name_or_path", model_args.model_revision)
             copy_model(source, folder)
