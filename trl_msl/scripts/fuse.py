@@ -75,8 +75,9 @@ class FuseArguments:
         scores (`str`, *optional*):
             Folder with `scores_validation.parquet` and `scores_test.parquet` to use instead of item-kNN.
         vocab_weights, popularity_weights, neighbour_weights (`list[float]`, *optional*):
-            Weights to try, besides 0. Each of the first takes two searches of all validation windows. If 1 is among
-            them, the tables also have the vocabulary's probability, exactly and by beams.
+            Weights to try, besides 0. Each of the first takes two searches of all validation windows.
+        compare_vocab (`bool`, *optional*, defaults to `False`):
+            Whether to measure the probability over the vocabulary too, by exact search and by ten beams.
         decays, shrinkages (`list[float]`, *optional*):
             `decay` and `shrinkage` of [`ItemNeighbours`] to try.
         num_neighbours (`int`, *optional*, defaults to `100`):
@@ -105,6 +106,7 @@ class FuseArguments:
         default_factory=lambda: [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
         metadata={"help": "Weights of the neighbours to try."},
     )
+    compare_vocab: bool = field(default=False, metadata={"help": "Measure the probability over the vocabulary too."})
     decays: list[float] = field(
         default_factory=lambda: [0.3, 0.5, 0.7, 0.85, 1.0], metadata={"help": "Decays of item-kNN to try."}
     )
@@ -167,7 +169,7 @@ def main(args: FuseArguments, data_args: DataArguments, model_args: ModelConfig)
         others = {name: row for name, row in tested.items() if name != "fused"}
         differences = {f"fused - {name}": compare(tested["fused"], row, [TOP_K]) for name, row in others.items()}
         weights = {name: getattr(chosen["fused"], name) for name in WEIGHTS} | settings
-        notes = describe(args, weights, len(validation.targets))
+        notes = describe(args, weights, len(validation.targets), tested)
         arguments = {"model_name_or_path": model_args.model_name_or_path, **vars(args), "data": vars(data.args)}
         report = {"chosen": weights, "notes": notes, **results, "differences": differences, "arguments": arguments}
         write(args, model_args, data, task, chosen["fused"], test.target_ids, tested, report)
@@ -254,7 +256,7 @@ def rank(
 ) -> dict[str, Ranking]:
     """The ten best items of each system, and their metrics."""
     found = {"model": searches.find(split, fusion, TOP_K)}
-    if 1.0 in args.vocab_weights:
+    if args.compare_vocab:
         found["beam-vocab"] = searches.find(split, None, TOP_K)
         found["vocab"] = searches.find(split, dataclasses.replace(fusion, vocab_weight=1.0), TOP_K)
     found |= {name: searches.find(split, by, TOP_K) for name, by in chosen.items()}
@@ -277,8 +279,8 @@ def rank(
     return rankings
 
 
-def describe(args: FuseArguments, chosen: dict[str, float], num_users: int) -> list[str]:
-    """What was chosen on validation, and which weights are the first or the last that were tried: lines of text."""
+def describe(args: FuseArguments, chosen: dict[str, float], num_users: int, tested: dict[str, Ranking]) -> list[str]:
+    """What was chosen on validation, which weights are the first or the last tried, and which rows are not exact."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in chosen.items())
     lines = [f"Chosen on {num_users} validation users, so that the values there are too high: {values}"]
     for name in WEIGHTS:
@@ -287,6 +289,9 @@ def describe(args: FuseArguments, chosen: dict[str, float], num_users: int) -> l
             lines.append(f"{name} is 0: no other weight was better on validation.")
         elif chosen[name] in (tried[0], tried[-1]):
             lines.append(f"{name} is at the end of the values tried: try others beyond it by --{name}s.")
+    for name, row in tested.items():
+        if name != "beam-vocab" and (rate := row.metrics.get("exact_rate", 1)) < 1:
+            lines.append(f"{name}: {1 - rate:.1%} of the test searches ended early: raise --max_expansions.")
     return lines
 
 
