@@ -175,7 +175,7 @@ def test_two_processes_choose_the_same_without_the_test_windows(fused, model, tm
         pd.read_parquet(folder / "rankings.parquet")["recommended"][:4] for folder in (fused, tmp_path / "out")
     ]
     assert [list(row) for row in rankings[0]] == [list(row) for row in rankings[1]]
-    assert "Chosen on 40 validation users: vocab_weight" in output and output.count("Test, 4 users") == 1
+    assert "Chosen on 40 validation users" in output and output.count("Test, 4 users") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
@@ -217,20 +217,22 @@ def test_weights_that_do_not_help(model, tmp_path, capsys):
     assert metrics["test"]["fused"] == metrics["test"]["model"]
 
 
-def test_weights_at_the_end_of_their_grid_are_noted():
+def test_what_is_noted():
     args = fuse.FuseArguments(output_dir="out", popularity_weights=[-1.0, 2.0])
-    lines = fuse.describe(
-        args, {**dict.fromkeys(searches.WEIGHTS, 1.0), "vocab_weight": 0.0, "popularity_weight": -1.0}, 9
-    )
+    tested = {name: fuse.Ranking(None, None, {"exact_rate": 0.75}) for name in ("beam-vocab", "fused")}
+    chosen = {**dict.fromkeys(searches.WEIGHTS, 1.0), "vocab_weight": 0.0, "popularity_weight": -1.0}
+    lines = fuse.describe(args, chosen, 9, tested)
     assert lines[1:] == [
         "vocab_weight is 0: no other weight was better on validation.",
         "popularity_weight is at the end of the values tried: try others beyond it by --popularity_weights.",
+        "fused: 25.0% of the test searches ended early: raise --max_expansions.",
     ]
 
 
 def test_the_vocabularys_probability_exactly_and_by_beams(model, tmp_path, capsys):
-    options = ["--vocab_weights", 1, "--popularity_weights", 0, "--neighbour_weights", 0, "--num_candidates", 10]
-    run(fuse, "--model_name_or_path", model, "--output_dir", tmp_path / "out", *options, "--max_validation_users", 9)
+    options = ["--compare_vocab", "true", "--vocab_weights", 0, "--popularity_weights", 0, "--neighbour_weights", 0]
+    options += ["--num_candidates", 10, "--max_validation_users", 9, "--output_dir", tmp_path / "out"]
+    run(fuse, "--model_name_or_path", model, *options)
     output, tested = capsys.readouterr().out, read(tmp_path / "out")["test"]
     assert list(tested)[:4] == ["model", "beam-vocab", "vocab", "vocab-weight"]
     options = ["--decoding", "beam-vocab", "exact", "--vocab_weight", 1, "--output_dir", tmp_path / "evaluate"]

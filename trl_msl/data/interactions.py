@@ -209,12 +209,8 @@ def _covers(later: list[str], earlier: list[str]) -> bool:
     Whether the target of a user's `earlier` window is also a target of `later`. The items before it must agree too, as
     a user may have bought it twice.
     """
-    for end in range(len(later) - 1, 1, -1):  # the first item is not a target
-        if later[end - 1] == earlier[-1]:
-            length = min(end, len(earlier))
-            if later[end - length : end] == earlier[-length:]:
-                return True
-    return False
+    ends = range(2, len(later))  # of the parts of `later` that end with a target, but for its own
+    return any(later[max(0, end - len(earlier)) : end] == earlier[-end:] for end in ends)
 
 
 def _cut_by_time(windows: Dataset, fractions: dict[str, float]) -> DatasetDict:

@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 from transformers import set_seed
 
-from ..collaborative import ItemNeighbours
+from ..collaborative import ItemNeighbours, count_users
 from ..data import DataArguments, ItemCatalog
 from ..evaluation import coverage, ranking_metrics, ranks_of_targets
 from .command_line import command
@@ -133,8 +133,7 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
     targets = {split: [sequence[-1] for sequence in sequences[split]] for split in sequences}
 
     started = time.time()
-    had = {(user, item) for user, sequence in zip(train_users, sequences["train"]) for item in sequence}
-    counts = np.bincount([item for _, item in had], minlength=len(catalog))
+    counts = count_users(sequences["train"], train_users, len(catalog)).numpy()
     popular = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
 
     def rank(scored: Scored, split: str) -> tuple[np.ndarray, np.ndarray]:

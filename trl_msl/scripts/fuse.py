@@ -76,8 +76,9 @@ class FuseArguments:
         scores (`str`, *optional*):
             Folder with `scores_validation.parquet` and `scores_test.parquet` to use instead of item-kNN.
         vocab_weights, popularity_weights, neighbour_weights, new_item_weights (`list[float]`, *optional*):
-            Weights to try, besides 0. Each of the first takes three searches of all validation windows. If 1 is among
-            them, the tables also have the vocabulary's probability, exactly and by beams.
+            Weights to try, besides 0. Each of the first takes three searches of all validation windows.
+        compare_vocab (`bool`, *optional*, defaults to `False`):
+            Whether to measure the probability over the vocabulary too, by exact search and by ten beams.
         decays, shrinkages (`list[float]`, *optional*):
             `decay` and `shrinkage` of [`ItemNeighbours`] to try.
         num_neighbours (`int`, *optional*, defaults to `100`):
@@ -100,7 +101,7 @@ class FuseArguments:
         default_factory=lambda: [0.0, 0.25, 0.5, 1.0], metadata={"help": "Weights of the valid tokens' share to try."}
     )
     popularity_weights: list[float] = field(
-        default_factory=lambda: [-0.25, 0.0, 0.25, 1.0], metadata={"help": "Weights of popularity to try."}
+        default_factory=lambda: [-1.0, -0.5, -0.25, 0.0, 0.25, 1.0], metadata={"help": "Weights of popularity to try."}
     )
     neighbour_weights: list[float] = field(
         default_factory=lambda: [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
@@ -109,6 +110,7 @@ class FuseArguments:
     new_item_weights: list[float] = field(
         default_factory=lambda: [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0], metadata={"help": "Weights of new items to try."}
     )
+    compare_vocab: bool = field(default=False, metadata={"help": "Measure the probability over the vocabulary too."})
     decays: list[float] = field(
         default_factory=lambda: [0.3, 0.5, 0.7, 0.85, 1.0], metadata={"help": "Decays of item-kNN to try."}
     )
@@ -171,7 +173,7 @@ def main(args: FuseArguments, data_args: DataArguments, model_args: ModelConfig)
         others = {name: row for name, row in tested.items() if name != "fused"}
         differences = {f"fused - {name}": compare(tested["fused"], row, [TOP_K]) for name, row in others.items()}
         weights = {name: getattr(chosen["fused"], name) for name in WEIGHTS} | settings
-        notes = describe(args, weights, len(validation.targets))
+        notes = describe(args, weights, len(validation.targets), tested)
         arguments = {"model_name_or_path": model_args.model_name_or_path, **vars(args), "data": vars(data.args)}
         report = {"chosen": weights, "notes": notes, **results, "differences": differences, "arguments": arguments}
         write(args, model_args, data, task, chosen["fused"], test.target_ids, tested, report)
@@ -265,7 +267,7 @@ def rank(
 ) -> dict[str, Ranking]:
     """The ten best items of each system, and their metrics."""
     found = {"model": searches.find(split, fusion, TOP_K)}
-    if 1.0 in args.vocab_weights:
+    if args.compare_vocab:
         found["beam-vocab"] = searches.find(split, None, TOP_K)
         found["vocab"] = searches.find(split, dataclasses.replace(fusion, vocab_weight=1.0), TOP_K)
     found |= {name: searches.find(split, by, TOP_K) for name, by in chosen.items()}
@@ -288,16 +290,19 @@ def rank(
     return rankings
 
 
-def describe(args: FuseArguments, chosen: dict[str, float], num_users: int) -> list[str]:
-    """What was chosen on validation, and which weights are the first or the last that were tried: lines of text."""
+def describe(args: FuseArguments, chosen: dict[str, float], num_users: int, tested: dict[str, Ranking]) -> list[str]:
+    """What was chosen on validation, which weights are the first or the last tried, and which rows are not exact."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in chosen.items())
-    lines = [f"Chosen on {num_users} validation users: {values}"]
+    lines = [f"Chosen on {num_users} validation users, so that the values there are too high: {values}"]
     for name in WEIGHTS:
         tried = getattr(args, f"{name}s")
         if chosen[name] == 0:
             lines.append(f"{name} is 0: no other weight was better on validation.")
         elif chosen[name] in (tried[0], tried[-1]):
             lines.append(f"{name} is at the end of the values tried: try others beyond it by --{name}s.")
+    for name, row in tested.items():
+        if name != "beam-vocab" and (rate := row.metrics.get("exact_rate", 1)) < 1:
+            lines.append(f"{name}: {1 - rate:.1%} of the test searches ended early: raise --max_expansions.")
     return lines
 
 
@@ -314,7 +319,7 @@ def write(
     """Write `output_dir`: what [`report`] compares systems by and, if there are neighbours, the model with them."""
     with new_folder(args.output_dir) as folder:
         if args.scores:
-            logger.info("No model is written: it would need scores of any history.")
+            logger.info("No model is written, as the scores cover only these windows.")
         else:
             source = find_folder(model_args.model_name_or_path, "model_name_or_path", model_args.model_revision)
             copy_model(source, folder)
