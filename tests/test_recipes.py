@@ -43,7 +43,7 @@ def test_quickstart_compares_losses_on_generated_data(tmp_path):
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "msl" / "recommendations.txt").read_text() in output
     for row in ("untrained", "lml", "msl", "best_possible"):
-        assert f"\n{row:>14}" in output
+        assert f"\n{row:>13} " in output
 
     again = launch("evaluate_recommender.py", "--model_name_or_path", tmp_path / "msl", "--output_dir", tmp_path / "a")
     assert "ndcg@10" in again and "Using the quickstart's generated data" in again
