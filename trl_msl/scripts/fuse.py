@@ -108,7 +108,8 @@ class FuseArguments:
         metadata={"help": "Weights of the neighbours to try."},
     )
     new_item_weights: list[float] = field(
-        default_factory=lambda: [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0], metadata={"help": "Weights of new items to try."}
+        default_factory=lambda: [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+        metadata={"help": "Weights of new items to try."},
     )
     compare_vocab: bool = field(default=False, metadata={"help": "Measure the probability over the vocabulary too."})
     decays: list[float] = field(
