@@ -25,7 +25,7 @@ from .item_neighbours import ItemNeighbours
 
 FUSION_FILE = "fusion.safetensors"
 _FORMAT = 1
-_WEIGHTS = ("vocab_weight", "popularity_weight", "neighbour_weight", "new_item_weight")
+WEIGHTS = ("vocab_weight", "popularity_weight", "neighbour_weight", "new_item_weight")
 _NEIGHBOURS = ("offsets", "neighbours", "similarities")
 
 
@@ -66,7 +66,7 @@ class Fusion:
             raise ValueError(
                 f"`popularity` is {counts.dtype}{list(counts.shape)}: pass a count for each item, int64, at least 0."
             )
-        for name in _WEIGHTS:
+        for name in WEIGHTS:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be a finite number.")
         if self.vocab_weight < 0:
@@ -80,7 +80,7 @@ class Fusion:
             )
 
     def __repr__(self) -> str:
-        weights = ", ".join(f"{name}={getattr(self, name)}" for name in _WEIGHTS)
+        weights = ", ".join(f"{name}={getattr(self, name)}" for name in WEIGHTS)
         return f"Fusion({self.num_items} items, {weights}, {self.neighbours})"
 
     @property
@@ -185,7 +185,7 @@ class Fusion:
             neighbours = None
             if "decay" in header:
                 neighbours = ItemNeighbours(*(tensors[name] for name in _NEIGHBOURS), decay=float(header["decay"]))
-            found = cls(tensors["popularity"], neighbours, **{name: float(header[name]) for name in _WEIGHTS})
+            found = cls(tensors["popularity"], neighbours, **{name: float(header[name]) for name in WEIGHTS})
             if header.get("sha256") != found.fingerprint():
                 raise ValueError("its checksum differs")
             if found.num_items != num_items:
@@ -199,7 +199,7 @@ class Fusion:
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         # As floats, which they are when they are read
-        header = {name: repr(float(getattr(self, name))) for name in _WEIGHTS}
+        header = {name: repr(float(getattr(self, name))) for name in WEIGHTS}
         tensors = {"popularity": self.popularity}
         if self.neighbours is not None:
             tensors |= {name: getattr(self.neighbours, name) for name in _NEIGHBOURS}

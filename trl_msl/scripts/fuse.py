@@ -45,7 +45,7 @@ import torch
 from accelerate import PartialState
 from trl import ModelConfig
 
-from ..collaborative import Fusion, ItemNeighbours, count_users
+from ..collaborative import WEIGHTS, Fusion, ItemNeighbours, count_users
 from ..data import DataArguments, RankingTask
 from ..evaluation import choose_weights, coverage, ranking_metrics, ranks_of_targets
 from ..recommender import find_folder
@@ -56,7 +56,7 @@ from .evaluate import compare
 from .loading import Data, load_model
 from .outputs import finish, format_table, write_results
 from .recommend import check_job, model_fingerprints
-from .searches import WEIGHTS, ScoredWindows, Searches, Split, rank_without_model
+from .searches import ScoredWindows, Searches, Split, rank_without_model
 from .trained import load_trained
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from ..collaborative import Fusion
+from ..collaborative import WEIGHTS, Fusion
 from ..data import ItemCatalog, RankingTask, read_table
 from ..decoding import Recommendations, SparseBias, TrieDecoder, recommend
 from ..evaluation import Candidates
@@ -24,7 +24,6 @@ from .recommend import silent
 
 
 logger = logging.getLogger(__name__)
-WEIGHTS = ("vocab_weight", "popularity_weight", "neighbour_weight", "new_item_weight")
 _USERS = 1024  # whose scores by neighbours are in memory at a time
 
 
