@@ -99,3 +99,8 @@ def score_every_item(model, trie, prompts: list[list[int]]) -> np.ndarray:
                 valid = trie.tokens(torch.tensor(list(trie.children(parent))))
                 scores[user, item] += float(row[int(trie.tokens(torch.tensor(node)))] - row[valid].logsumexp(0))
     return scores
+
+
+def logged(trainer, name):
+    """What a trainer has logged under a name."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from helpers import dense_loss, dense_positions, make_model, make_windows
+from helpers import dense_loss, dense_positions, logged, make_model, make_windows
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback, MixtralConfig
 from trl import SFTConfig, SFTTrainer, TrlParser
@@ -62,10 +62,6 @@ def train(tmp_path, rows, tokenizer, task):
         return trainer
 
     return run
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def weights(trainer):

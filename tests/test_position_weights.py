@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from helpers import dense_positions, make_model, make_windows
+from helpers import dense_positions, logged, make_model, make_windows
 from test_losses import random_positions
 
 from trl_msl import (
@@ -145,10 +145,6 @@ def train(tmp_path, rows, tokenizer, task):
         return trainer
 
     return run
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def all_weights(trainer):
