@@ -307,23 +307,31 @@ def test_read_data_keeps_the_first_users(folder):
 
 def test_training_windows_that_are_left_out(log, folder, tmp_path, caplog):
     """The last by time, and those whose targets others hold; validation and test stay."""
-    names = {"interactions": log, "items": str(tmp_path / "items.csv")}
+    names, held_out = {"interactions": log, "items": str(tmp_path / "items.csv")}, ("validation", "test")
     for source in ({"data_dir": str(folder)}, names):
         _, whole = read_data(DataArguments(**source))
-        _, gap = read_data(DataArguments(**source, validation_gap=0.25))
-        assert gap["train"].to_list() == whole["train"].to_list()[: -(len(whole["train"]) // 4)]
-        for split in ("validation", "test"):
-            assert gap[split].to_list() == whole[split].to_list()
+        before_test = whole["train"].to_list() + whole["validation"].to_list()
+        for period in ([0, 0.5], [0.25, 0.75], [0.5, 1]):
+            caplog.clear()
+            _, some = read_data(DataArguments(**source, train_period=period))
+            start, end = (round(fraction * len(before_test)) for fraction in period)
+            assert some["train"].to_list() == before_test[start:end]
+            assert [some[split].to_list() for split in held_out] == [whole[split].to_list() for split in held_out]
+            warning = f"Of the validation windows, {len(whole['validation'])} are trained on (`train_period` [0.5, 1])"
+            assert (warning in caplog.text) == (period[1] == 1)
     rows = [(0, item, time) for time, item in enumerate([*range(12), *range(12), *range(6)])]
-    names = write_log(tmp_path, rows)
+    names = {**write_log(tmp_path, rows), "min_interactions": 1}
     with caplog.at_level(logging.INFO, logger="trl_msl.data"):
-        _, covering = read_data(DataArguments(**names, min_interactions=1, validation_gap=0.1, covering_windows=True))
-    _, whole = read_data(DataArguments(**names, min_interactions=1))
+        _, covering = read_data(DataArguments(**names, train_period=[0, 0.85], covering_windows=True))
+    _, whole = read_data(DataArguments(**names))
     # 16 windows, less the last; the 15th and the one that ends ten targets before
     assert covering["train"].to_list() == [whole["train"][4], whole["train"][14]]
     assert "Windows: train 2, validation 2, test 2 (14 training windows left out)." in caplog.text
-    with pytest.raises(ValueError, match="`validation_gap` is 1.0: it must be at least 0 and below 1"):
-        DataArguments(validation_gap=1.0)
+    for period in ([0.5], [0.8, 0.2], [-0.1, 1], [0, 1.1], [0.5, 0.5]):
+        with pytest.raises(ValueError, match="`train_period` is .*: it must be two increasing fractions"):
+            DataArguments(train_period=period)
+    with pytest.raises(ValueError, match="`train_period` .* is none of 18 windows: widen it"):
+        read_data(DataArguments(**names, train_period=[0.5, 0.501]))
 
 
 def test_a_trained_models_catalogue_needs_no_items(folder, log, tmp_path):

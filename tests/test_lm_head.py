@@ -344,6 +344,16 @@ def test_negatives_are_drawn_where_there_are_many(batch, tokenizer, trie):
     assert (drawn - expected).abs().max() < 5 * expected**0.5
 
 
+def test_vocabulary_losses_are_those_of_the_models_own_logits_in_its_dtype(batch, tokenizer, trie):
+    model = make_model(tokenizer).to(torch.bfloat16)
+    add_sparse_lm_head(model, trie)
+    nodes = batch["labels"][:, 1:]
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][nodes != -100]
+    expected = torch.nn.functional.cross_entropy(logits.float(), trie.tokens(nodes[nodes != -100]), reduction="none")
+    output = model(**batch, sparse_lm_head=SparseHeadOptions(valid_logits=False, vocab_losses=True))
+    torch.testing.assert_close(output.vocab_losses, expected)
+
+
 def test_temperature_over_the_vocabulary(batch, tokenizer, trie):
     model = make_model(tokenizer)
     add_sparse_lm_head(model, trie)

@@ -5,9 +5,11 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from launching import FEW_STEPS, PROMPT, TINY, launch, run, write_log
+from safetensors.torch import load_file
 
 from trl_msl import Recommender
 from trl_msl.experiments import compare_losses
@@ -152,6 +154,22 @@ def adapter(tmp_path_factory, folder, base_model):
     data = ["--data_dir", folder, "--model_name_or_path", base_model, *PROMPT]
     run(train, *data, "--output_dir", path, *FEW_STEPS, "--use_peft")
     return path
+
+
+def test_an_adapter_is_trained_further(tmp_path, folder, adapter):
+    """With its prompt and items, from its weights: a learning rate of 0 leaves them as they are."""
+    options = ["--data_dir", folder, "--model_name_or_path", adapter, *FEW_STEPS, "--max_steps", 1]
+    run(train, *options, "--train_period", 0.5, 1, "--learning_rate", 0, "--output_dir", tmp_path)
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(name.endswith("lora_B.weight") and weight.any() for name, weight in before.items())
+    first, then = (read(path / "metrics.json") for path in (adapter, tmp_path))
+    assert then["ndcg@10"] == first["ndcg@10"]
+    assert then["num_trainable_parameters"] == first["num_trainable_parameters"]
+    assert read(tmp_path / "data.json")["train_period"] == [0, 1]  # of both trainings
+    with pytest.raises(ValueError, match="The options differ from what .* was trained with.*'text'"):
+        run(train, *options, "--prompt_text", "Another {history}", "--output_dir", tmp_path)
 
 
 DPO = ["--max_steps", 3, "--report_to", "none", "--bf16", "false", "--use_cpu", "--gradient_checkpointing", "false"]

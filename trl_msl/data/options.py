@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from .catalog import ItemCatalog
 from .cleaning import clean_log, clean_windows, report_odd_ids
@@ -60,9 +59,11 @@ class DataArguments:
             `"drop"` also drops windows that lose their target or their whole history.
         drop_duplicates (`bool`, *optional*, defaults to `False`):
             Whether to drop interactions of the log that repeat the user, item and time of another.
-        validation_gap (`float`, *optional*, defaults to `0.0`):
-            Fraction of the training windows, the last by time, to leave out. If the test begins long after the
-            training, settings are better chosen on a validation split that does so too.
+        train_period (`list[float]`, *optional*):
+            Part of the windows before the test to train on, as two fractions of them in order of time; by default all
+            that are not held out for validation. `[0, 0.8]` leaves a gap before the validation: if the test begins
+            long after the training, settings are better chosen on a validation split that does so too. `[0, 1]` trains
+            on everything, for the test.
         covering_windows (`bool`, *optional*, defaults to `False`):
             Whether to train only on windows that together hold each target once, by [`covering_windows`]. For
             `supervise_history` and sequence models.
@@ -99,8 +100,9 @@ class DataArguments:
         default="error", metadata={"help": "Interactions with items not in `items`.", "choices": ["error", "drop"]}
     )
     drop_duplicates: bool = field(default=False, metadata={"help": "Whether to drop repeated interactions."})
-    validation_gap: float = field(
-        default=0.0, metadata={"help": "Fraction of the training windows, the last by time, to leave out."}
+    train_period: list[float] | None = field(
+        default=None,
+        metadata={"help": "Part of the windows before the test to train on, as two fractions, such as: 0 0.8."},
     )
     covering_windows: bool = field(
         default=False, metadata={"help": "Whether to train on few windows, in which each target occurs once."}
@@ -124,8 +126,9 @@ class DataArguments:
             raise ValueError(f"`item_text` is {self.item_text!r}: it must be 'text' or 'id'.")
         if self.unknown_items not in ("error", "drop"):
             raise ValueError(f"`unknown_items` is {self.unknown_items!r}: it must be 'error' or 'drop'.")
-        if not 0 <= self.validation_gap < 1:
-            raise ValueError(f"`validation_gap` is {self.validation_gap}: it must be at least 0 and below 1.")
+        period = self.train_period
+        if period is not None and not (len(period) == 2 and 0 <= period[0] < period[1] <= 1):
+            raise ValueError(f"`train_period` is {period}: it must be two increasing fractions, such as [0, 0.8].")
         if isinstance(self.chat_template_kwargs, str):  # a YAML file may hold the dictionary itself
             try:
                 self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
@@ -184,14 +187,27 @@ def select_windows(windows: DatasetDict, args: DataArguments) -> DatasetDict:
         if most is not None and split in chosen:
             chosen[split] = chosen[split].select(range(min(most, len(chosen[split]))))
     if "train" in chosen:
-        train = chosen["train"]
-        train = train.select(range(math.ceil(len(train) * (1 - args.validation_gap))))
+        train = _windows_of_period(windows, args.train_period) if args.train_period else chosen["train"]
         chosen["train"] = covering_windows(train) if args.covering_windows else train
     sizes = (f"{name} {len(split):,}" for name, split in chosen.items())
     left_out = len(windows.get("train", [])) - len(chosen.get("train", []))
-    suffix = f" ({left_out:,} training windows left out)" if left_out else ""
+    suffix = f" ({left_out:,} training windows left out)" if left_out > 0 else ""
     logger.info("Windows: %s%s.", ", ".join(sizes), suffix)
     return chosen
+
+
+def _windows_of_period(windows: DatasetDict, period: list[float]) -> Dataset:
+    before_test = concatenate_datasets([windows["train"], windows["validation"]])
+    start, end = (round(fraction * len(before_test)) for fraction in period)
+    if start == end:
+        raise ValueError(f"`train_period` {period} is none of {len(before_test)} windows: widen it.")
+    if end > len(windows["train"]):
+        logger.warning(
+            "Of the validation windows, %d are trained on (`train_period` %s): choose no settings by them.",
+            end - max(start, len(windows["train"])),
+            period,
+        )
+    return before_test.select(range(start, end))
 
 
 def _read_log(args: DataArguments, catalog: ItemCatalog) -> pd.DataFrame:

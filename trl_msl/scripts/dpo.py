@@ -27,14 +27,12 @@ from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import DataArguments
-from ..recommender import find_folder, load_adapter
 from ..softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from .command_line import command
-from .loading import model_options
+from .loading import load_trainable_adapter, model_options
 from .outputs import finish
 from .preferences import NegativeArguments, draw_rows, make_preferences
 from .train_and_evaluate import DecodingArguments, train_and_evaluate
@@ -82,13 +80,10 @@ def load_policy(
     model_args: ModelConfig, config: SoftmaxDPOConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """The model to train: an adapter to train further, or a whole model."""
-    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if (adapter := load_trainable_adapter(model_args, config, tokenizer)) is not None:
+        return adapter
     options = model_options(model_args, config) | {"quantization_config": get_quantization_config(model_args)}
-    if find_adapter_config_file(name, revision=revision) is None:
-        return AutoModelForCausalLM.from_pretrained(name, **options)
-    del options["revision"]  # not that of the base model
-    folder = find_folder(name, "model_name_or_path", revision)
-    return load_adapter(folder, tokenizer, is_trainable=True, **options)
+    return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **options)
 
 
 run = command(main)

@@ -8,9 +8,11 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import ModelConfig, SFTConfig
+from transformers.utils import find_adapter_config_file
+from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..data import (
     DataArguments,
@@ -25,7 +27,7 @@ from ..data import (
     read_data,
     select_windows,
 )
-from ..recommender import find_folder, load_causal_lm
+from ..recommender import find_folder, load_adapter, load_causal_lm
 from ..training import last_complete_checkpoint, warn_of_missing_state
 
 
@@ -94,6 +96,18 @@ def load_model(model_args: ModelConfig, trust_remote_code: bool = False) -> PreT
     if (folder / "adapter_config.json").is_file():
         name, options["revision"] = find_folder(name, "model_name_or_path", revision), None
     return load_causal_lm(name, **options, trust_remote_code=trust_remote_code).to(PartialState().device)
+
+
+def load_trainable_adapter(
+    model_args: ModelConfig, config: SFTConfig, tokenizer: PreTrainedTokenizerBase
+) -> PeftModel | None:
+    """The adapter that `model_name_or_path` names, to be trained further; `None` for a whole model."""
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if find_adapter_config_file(name, revision=revision) is None:
+        return None
+    options = model_options(model_args, config) | {"quantization_config": get_quantization_config(model_args)}
+    del options["revision"]  # not that of the base model
+    return load_adapter(find_folder(name, "model_name_or_path", revision), tokenizer, is_trainable=True, **options)
 
 
 def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

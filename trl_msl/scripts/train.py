@@ -19,6 +19,9 @@ trl-msl train --interactions log.parquet --items items.csv --conversational \
     --model_name_or_path Qwen/Qwen3-0.6B --use_peft --output_dir outputs/mine
 ```
 
+If `model_name_or_path` is an adapter that was trained with a catalogue, it is trained further, on the windows of
+`--train_period` or of another log; items and prompt are those of its training.
+
 The usual language modeling loss, over the vocabulary: `--normalize vocab --temperature 1`. With
 `--resume_from_checkpoint last` a run that was killed resumes from its last complete checkpoint, or starts from the
 beginning if there is none. All options can stand in a YAML file: `--config`.
@@ -30,14 +33,16 @@ beginning if there is none. All options can stand in a YAML file: `--config`.
 
 from typing import Any
 
+from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from ..data import DataArguments, RankingTask
 from ..training import MSLConfig, MSLTrainer
 from .command_line import command
-from .loading import Data, load_data, load_tokenizer, make_task
+from .loading import Data, load_data, load_tokenizer, load_trainable_adapter, make_task
 from .outputs import finish
 from .train_and_evaluate import DecodingArguments, train_and_evaluate, trainer_options
+from .trained import load_to_train_further
 
 
 REPORTED = (
@@ -52,23 +57,31 @@ def main(args: DecodingArguments, data_args: DataArguments, config: MSLConfig, m
             "`data_dir` and `interactions` are both missing: pass one of them. `trl-msl quickstart` needs no data."
         )
     tokenizer = load_tokenizer(model_args, config.trust_remote_code)  # first, as a name may be mistyped
-    data = load_data(data_args)
-    task = make_task(tokenizer, data, config.max_length)
-    trainer = make_trainer(task, data, config, model_args)
+    if adapter := load_trainable_adapter(model_args, config, tokenizer):
+        data, task = load_to_train_further(model_args, data_args, config.max_length, config.trust_remote_code)
+    else:
+        data = load_data(data_args)
+        task = make_task(tokenizer, data, config.max_length)
+    trainer = make_trainer(task, data, config, model_args, adapter=adapter)
     train_and_evaluate(trainer, task, data, args, "MSL", {"arguments": reported(config)})
     finish()
 
 
 def make_trainer(
-    task: RankingTask, data: Data, config: MSLConfig, model_args: ModelConfig, trainer_class: type = MSLTrainer
+    task: RankingTask,
+    data: Data,
+    config: MSLConfig,
+    model_args: ModelConfig,
+    trainer_class: type = MSLTrainer,
+    adapter: PreTrainedModel | None = None,
 ) -> MSLTrainer:
-    """The trainer that the options describe."""
+    """The trainer that the options describe, of a new model or of an `adapter` to be trained further."""
     if data.args.covering_windows and not config.supervise_history:
         raise ValueError(
             "`covering_windows` leaves out windows whose target is in the history of another, but `supervise_history` "
             "is off, so that nothing would be learnt from it: pass supervise_history=True."
         )
-    options = trainer_options(config, model_args, data.rows("train", task), data.rows("validation", task))
+    options = trainer_options(config, model_args, data.rows("train", task), data.rows("validation", task), adapter)
     return trainer_class(task=task, **options)
 
 

@@ -41,17 +41,28 @@ class DecodingArguments:
     eval_batch_users: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
 
 
-def trainer_options(config: SFTConfig, model_args: ModelConfig, train: Dataset, validation: Dataset) -> dict[str, Any]:
-    """Arguments of a trainer that loads its model: model, datasets, adapter, quantisation, and the config itself."""
-    config.model_init_kwargs = model_options(model_args, config)
-    return {
+def trainer_options(
+    config: SFTConfig,
+    model_args: ModelConfig,
+    train: Dataset,
+    validation: Dataset,
+    adapter: PreTrainedModel | None = None,
+) -> dict[str, Any]:
+    """
+    Arguments of a trainer that loads its model, or trains an adapter further: model, datasets, adapter, quantisation,
+    and the config itself.
+    """
+    options = {
         "args": config,
-        "model": model_args.model_name_or_path,
+        "model": adapter or model_args.model_name_or_path,
         "train_dataset": train,
         "eval_dataset": validation if config.eval_strategy != "no" else None,
-        "quantization_config": get_quantization_config(model_args),
-        "peft_config": get_peft_config(model_args),
     }
+    if adapter is not None:
+        return options
+    config.model_init_kwargs = model_options(model_args, config)
+    adaptation = {"peft_config": get_peft_config(model_args)}
+    return options | adaptation | {"quantization_config": get_quantization_config(model_args)}
 
 
 def train_and_evaluate(

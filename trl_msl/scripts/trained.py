@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig
 
-from ..data import TASK_FILE, TASK_FILES, DataArguments, ItemCatalog, RankingTask, read_items
+from ..data import TASK_FILE, TASK_FILES, DataArguments, ItemCatalog, RankingTask, distinct_items, read_items
 from ..recommender import find_folder, find_task_folder
 from .loading import Data, load_data, load_tokenizer, make_task
 from .outputs import write_json
@@ -27,7 +27,7 @@ DATA_FILE = "data.json"
 # Options that decide which windows are in which split
 _SPLITTING = (
     "data_dir", "train_file", "interactions", "user_column", "item_column", "timestamp_column", "min_interactions",
-    "unknown_items", "drop_duplicates", "validation_gap", "covering_windows",
+    "unknown_items", "drop_duplicates", "train_period", "covering_windows",
 )  # fmt: skip
 
 
@@ -100,6 +100,31 @@ def load_trained(
     if trained_on is not None:
         _compare_splits(data, trained_on)
     return data, task
+
+
+def load_to_train_further(
+    model_args: ModelConfig, data_args: DataArguments, max_length: int | None = None, trust_remote_code: bool = False
+) -> tuple[Data, RankingTask]:
+    """
+    As [`load_trained`], for an adapter that is trained on these windows, too: the items and the period of its training
+    count as trained on.
+    """
+    data, task = load_trained(model_args, data_args, max_length, trust_remote_code)
+    if trained_on := read_options(find_folder(model_args.model_name_or_path, "model_name_or_path")):
+        data.args = dataclasses.replace(
+            data.args, train_period=_joined(trained_on.train_period, data.args.train_period)
+        )
+        data.seen_items = (data.seen_items or set()) | distinct_items(data.windows["train"])
+    return data, task
+
+
+def _joined(first: list[float] | None, second: list[float] | None) -> list[float] | None:
+    """The period from the beginning of the earlier one to the end of the later one."""
+    if first == second:
+        return first
+    held_out = [0.0, 0.9]  # without a period, training ends where the validation begins
+    starts, ends = zip(first or held_out, second or held_out)
+    return [min(starts), max(ends)]
 
 
 def _check_options(task: RankingTask, args: DataArguments, max_length: int | None, name: str) -> None:

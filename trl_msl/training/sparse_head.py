@@ -211,13 +211,15 @@ def _draw_tokens(trie: ItemTrie, nodes: Tensor, num_negatives: int) -> tuple[Ten
 def _vocab_losses(tokens: Tensor, hidden: Tensor, project, temperature: float, chunk_size: int = 256) -> Tensor:
     """
     Language modeling loss of each supervised position, with a temperature as in MSL. The logits are computed for a few
-    positions at a time, and again in the backward pass, so that they are never all in memory.
+    positions at a time, and again in the backward pass, so that they are never all in memory; and in the head's dtype,
+    as in the model's own forward, since in fp32 they would take several times as long as the backbone.
     """
+    dtype = project.keywords["weight"].dtype
 
     def chunk_losses(states: Tensor, targets: Tensor) -> Tensor:
         # Gathered for each chunk (ZeRO-3), since the backward pass recomputes it
         with maybe_gather_lm_head_ctx(project.keywords["weight"], project.keywords["bias"]):
-            logits = project(states, rows=slice(None)) / temperature
+            logits = project(states, rows=slice(None), dtype=dtype) / temperature
         return temperature * torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
     chunks = zip(hidden.split(chunk_size), tokens.split(chunk_size))
