@@ -88,7 +88,7 @@ make() { :; }
 RECTOOLS = "it needs RecTools, in an environment of its own: tests/test_baselines.py runs it there"
 NOT_RUN = {  # part of a command, and why
     "trl-msl quickstart": "it takes minutes: the other commands use what a shorter one leaves",
-    "accelerate_configs/": "it needs several GPUs: tests/test_distributed.py runs these configurations on a CPU",
+    "accelerate_configs/": "several GPUs, or minutes of compiling: tests/test_distributed.py and test_recipes.py",
     "fetch_smollm2": "it needs a network: tests/test_smollm2.py runs its result",
     "trl-msl baselines": RECTOOLS,
     "-m trl_msl.scripts.baselines": RECTOOLS,

@@ -147,6 +147,23 @@ def test_two_processes_follow_the_same_course_as_one(tmp_path, folder, base_mode
     assert metrics[0]["ndcg@10"] == pytest.approx(metrics[1]["ndcg@10"], abs=1e-4)
 
 
+def test_compiled_layers_follow_the_same_course(tmp_path, folder, base_model, monkeypatch):
+    """As in `compiled.yaml`, by a backend that needs no C++ compiler."""
+    compiled = yaml.safe_load((ROOT / "recipes" / "accelerate_configs" / "compiled.yaml").read_text())
+    assert compiled["dynamo_config"]["dynamo_use_regional_compilation"]
+    common = ["--data_dir", folder, "--model_name_or_path", base_model, *PROMPT, *FEW_STEPS, "--use_peft"]
+    run(train, *common, "--output_dir", tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    options = ["--torch_compile", "true", "--torch_compile_backend", "aot_eager"]
+    run(train, *common, *options, "--output_dir", tmp_path / "compiled")
+    plain, layers = (read(tmp_path / name / "log_history.json") for name in ("plain", "compiled"))
+    losses = [entry["loss"] for entry in plain if "loss" in entry]
+    assert [entry["loss"] for entry in layers if "loss" in entry] == pytest.approx(losses, abs=1e-4)
+    assert (
+        read(tmp_path / "compiled" / "metrics.json")["ndcg@10"] == read(tmp_path / "plain" / "metrics.json")["ndcg@10"]
+    )
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, folder, base_model):
     """A model trained with MSL, as an adapter on a base model."""
