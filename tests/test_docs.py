@@ -84,12 +84,19 @@ accelerate() { show accelerate "$@"; }
 python() { show python "$@"; }
 pip() { :; }
 make() { :; }
+source() { :; }
+bash() { :; }
 """
+WITH_A_KIT = "it is for a machine with a GPU: tests/test_gpu_kit.py makes a kit, unpacks it, and runs commands with it"
 RECTOOLS = "it needs RecTools, in an environment of its own: tests/test_baselines.py runs it there"
 NOT_RUN = {  # part of a command, and why
     "trl-msl quickstart": "it takes minutes: the other commands use what a shorter one leaves",
     "accelerate_configs/": "several GPUs, or minutes of compiling: tests/test_distributed.py and test_recipes.py",
     "fetch_smollm2": "it needs a network: tests/test_smollm2.py runs its result",
+    "trl_msl.experiments.gpu_kit": WITH_A_KIT,
+    "kit/unpack.py": WITH_A_KIT,
+    "-m pytest": WITH_A_KIT,
+    "benchmarks/run.py": WITH_A_KIT,
     "trl-msl baselines": RECTOOLS,
     "-m trl_msl.scripts.baselines": RECTOOLS,
 }

@@ -3,7 +3,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,24 +13,17 @@ from conftest import ROOT
 from launching import FEW_STEPS, PROMPT, write_log
 
 from trl_msl import Recommender
+from trl_msl.experiments.gpu_kit import build_wheel
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """A folder that the wheel is installed into; built offline, with the setuptools that is here."""
-    path, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source") / "repository"
-    # A copy, so that no `build` folder is left in the repository, nor one from there gets into the wheel
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    shutil.copytree(ROOT / "trl_msl", source / "trl_msl", ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path_factory.mktemp("wheel")
+    wheel = build_wheel(ROOT, path)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    offline = ["--no-deps", "--no-index"]
-    subprocess.run(
-        [*pip, "wheel", str(source), *offline, "--no-build-isolation", "--wheel-dir", str(path)], check=True
-    )
-    (wheel,) = path.glob("trl_msl-*.whl")
-    subprocess.run([*pip, "install", *offline, "--target", str(path / "site"), str(wheel)], check=True)
+    options = ["--no-deps", "--no-index", "--target", str(path / "site")]
+    subprocess.run([*pip, "install", *options, str(wheel)], check=True)
     return path / "site"
 
 
@@ -53,7 +45,7 @@ def trl_msl(site, tmp_path):
 
 def test_the_wheel_holds_the_package(site):
     source, installed = (
-        {str(path.relative_to(root)) for path in root.rglob("*") if path.suffix in (".py", ".yaml", ".typed")}
+        {str(path.relative_to(root)) for path in root.rglob("*") if path.suffix in (".py", ".sh", ".yaml", ".typed")}
         for root in (ROOT / "trl_msl", site / "trl_msl")
     )
     assert installed == source and "experiments/quickstart.yaml" in installed
