@@ -11,12 +11,10 @@ from trl_msl.evaluation import metrics
 from trl_msl.evaluation.metrics import (
     bootstrap_interval,
     coverage,
-    detectable_difference,
     per_user_metrics,
     ranking_metrics,
     ranks_of_targets,
 )
-from trl_msl.scripts.report import sign_flip_p_value
 
 
 rank_lists = st.lists(st.integers(-1, 30), min_size=1, max_size=20)
@@ -201,25 +199,6 @@ class TestBootstrapInterval:
     def test_errors(self, arguments, match):
         with pytest.raises(ValueError, match=match):
             bootstrap_interval(**arguments)
-
-
-class TestDetectableDifference:
-    def test_is_found_as_often_as_it_says(self):
-        """By the report's test, in samples of a few users, many of whom do not differ."""
-        rng = np.random.default_rng(0)
-        noise = rng.normal(size=(400, 150)) * (rng.random((400, 150)) < 0.3)
-        size = detectable_difference(noise.flatten()) * math.sqrt(400)  # for as many users as a sample has
-        p_values = [sign_flip_p_value(sample + size, num_permutations=399) for sample in noise]
-        assert np.mean(np.array(p_values) < 0.05) == pytest.approx(0.8, abs=0.05)
-
-    def test_by_hand(self):
-        values = [0.0, 0.4, -0.4, 0.0]  # a variance of 0.32 / 3, and 2.8016 standard errors
-        assert detectable_difference(values) == pytest.approx(2.8016 * math.sqrt(0.32 / 3 / 4), abs=1e-4)
-        assert detectable_difference(np.array(values) + 7) == pytest.approx(detectable_difference(values))
-        assert detectable_difference([0.5, 0.5]) == 0
-        for few in ([0.5], [[0.5, 0.5]]):
-            with pytest.raises(ValueError, match="`differences` has shape .* pass a number for each of two or more"):
-                detectable_difference(few)
 
 
 class TestCoverage:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of several systems: its statistics by hand, what counts as a system, and its files."""
 
-import doctest
-import itertools
 import json
 import math
 import sys
@@ -13,7 +11,7 @@ import pytest
 
 from trl_msl.scripts import report
 from trl_msl.scripts.outputs import plot_training, write_json, write_results
-from trl_msl.scripts.report import ReportArguments, find_systems, format_count, holm, main, sign_flip_p_value
+from trl_msl.scripts.report import ReportArguments, find_systems, format_count, main
 from trl_msl.scripts.report_plots import make_styles
 
 
@@ -26,40 +24,6 @@ PROBE = {
     "target_probability": {"edges": [0, 0.5, 1], "counts": [3, 1]},
     "logits": {"edges": [-1, 0, 1, 2], "target": [0, 1, 3], "valid": [2, 2, 0], "invalid": [0, 0, 0]},
 }
-
-
-def test_doctests():
-    result = doctest.testmod(report)
-    assert (result.failed, result.attempted) == (0, 2)
-
-
-class TestSignFlip:
-    @pytest.mark.parametrize("differences", [[0.5, 0.1, -0.2, 0.4, 0.3, 0.0], [1.0, 1.0, 1.0, -1.0], [0.3]])
-    def test_equals_enumeration(self, differences):
-        observed = abs(sum(differences)) - 1e-12
-        flips = itertools.product((1, -1), repeat=len(differences))
-        exact = np.mean([abs(np.dot(signs, differences)) >= observed for signs in flips])
-        assert sign_flip_p_value(np.array(differences)) == pytest.approx(exact, abs=0.02)
-
-    def test_known_cases(self):
-        assert sign_flip_p_value(np.zeros(5)) == 1
-        assert sign_flip_p_value([0.1, 0.2, -0.3]) == 1  # their sum is zero but for rounding
-        assert sign_flip_p_value(np.tile([1.0, -1.0], 1500)) == 1
-        assert sign_flip_p_value(np.full(40, 0.1)) == 1 / 10_001
-        differences = np.random.default_rng(0).normal(0.1, 1, size=3000)
-        assert sign_flip_p_value(differences) == sign_flip_p_value(-differences) < 0.001
-
-    def test_of_equal_systems_a_tenth_is_below_a_tenth(self):
-        draws = np.random.default_rng(0).normal(size=(400, 30))
-        p_values = [sign_flip_p_value(draw, num_permutations=199, seed=seed) for seed, draw in enumerate(draws)]
-        assert np.mean(np.array(p_values) <= 0.1) == pytest.approx(0.1, abs=0.045)
-
-
-def test_holm():
-    # 0.005 * 4; 0.01 * 3; 0.03 * 2; 0.04 * 1, which may not fall below the one before
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.7]) == [1, 1]
-    assert holm([]) == []
 
 
 def test_counts_and_styles():

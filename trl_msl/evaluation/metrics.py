@@ -5,8 +5,6 @@ Each user has exactly one relevant item, the target, whose 0-based rank in the r
 need: `recommended -> ranks_of_targets -> per_user_metrics -> mean or bootstrap_interval`.
 """
 
-from statistics import NormalDist
-
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -202,37 +200,6 @@ def bootstrap_interval(
         chunk[:] = values[rng.integers(len(values), size=(len(chunk), len(values)))].mean(axis=1)
     lower, upper = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(lower), float(upper)
-
-
-def detectable_difference(differences: ArrayLike, significance: float = 0.05, power: float = 0.8) -> float:
-    """
-    Size of a true mean difference that a two-sided paired test of as many users would find with probability `power`:
-    `(z(1 - significance / 2) + z(power))` standard errors of the mean, by default 2.80, where `z` are quantiles of the
-    normal distribution. What is much smaller, such a comparison most often misses.
-
-    Args:
-        differences (`np.ndarray` of shape `(num_users,)`):
-            Metric of one system minus that of the other, per user. Only their spread counts.
-        significance, power (`float`, *optional*, default to `0.05` and `0.8`):
-            Largest p-value that counts as a find, and how probable a find is to be.
-
-    Raises:
-        `ValueError`: for fewer than two users, which have no spread.
-
-    Example: a standard deviation of 1 over 100 users is a standard error of 0.1.
-
-    ```python
-    >>> round(detectable_difference([-0.995, 0.995] * 50), 2)
-    0.28
-
-    ```
-    """
-    differences = np.asarray(differences, dtype=np.float64)
-    if differences.ndim != 1 or len(differences) < 2:
-        raise ValueError(f"`differences` has shape {differences.shape}: pass a number for each of two or more users.")
-    z = NormalDist().inv_cdf
-    standard_error = differences.std(ddof=1) / np.sqrt(len(differences))
-    return float((z(1 - significance / 2) + z(power)) * standard_error)
 
 
 def coverage(recommended: ArrayLike, num_items: int) -> float:
