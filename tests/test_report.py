@@ -42,10 +42,10 @@ def test_counts_and_styles():
 def add(tmp_path, catalog):
     """Writes a system as the recipes do; test cases are b0, b1, ..."""
 
-    def add_system(name: str, ranks: list[int], targets: list[str] | None = None, seen=None, **metrics):
-        items = np.full((len(ranks), 10), -1)
+    def add_system(name, ranks: list[int], targets=None, seen=None, items=None, columns=None, **metrics):
+        items = np.full((len(ranks), 10), -1) if items is None else items
         targets = targets or [f"b{user}" for user in range(len(ranks))]
-        write_results(tmp_path / name, metrics, catalog, targets, items, np.array(ranks), seen)
+        write_results(tmp_path / name, metrics, catalog, targets, items, np.array(ranks), seen, columns)
         return tmp_path / name
 
     return add_system
@@ -99,6 +99,33 @@ def test_targets_that_training_has_not_seen(tmp_path, add):
     for name in ("lml", "msl-ats"):
         add(name, [0, -1, 0, -1], seen={"b0", "b1", "b2", "b3"})
     assert "ndcg@10_warm" not in run(tmp_path)["lml"]
+
+
+def test_log_probabilities_and_a_hundred_items(tmp_path, add):
+    """Compared only where all systems have them, in all seeds."""
+    rng, hundred = np.random.default_rng(0), np.zeros((60, 100), dtype=int)
+    log_probs = rng.normal(-9, 3, size=60)
+    better = log_probs + rng.normal(0.5, 0.5, size=60)
+    add("msl", [50] * 60, items=hundred, columns={"log_prob_calibrated": log_probs}, seed=0)
+    for seed in (1, 2):
+        columns = {"log_prob_calibrated": better, "log_prob": better - 1}
+        add(f"lml-seed{seed}", [*[50] * 59, -1], items=hundred, columns=columns, seed=seed)
+    rows = run(tmp_path, reference="msl")
+    assert rows["msl"]["ndcg@100"] == pytest.approx(1 / math.log2(52)) and rows["msl"]["ndcg@10"] == 0
+    assert rows["lml"]["ndcg@100_difference"] == pytest.approx(-1 / math.log2(52) / 60)
+    assert rows["lml"]["log_prob_calibrated_difference"] == pytest.approx((better - log_probs).mean())
+    assert rows["lml"]["log_prob_calibrated_p_value_holm"] < 0.001 < rows["lml"]["ndcg@100_p_value"] == 1
+    assert rows["lml"]["log_prob"] == pytest.approx(better.mean() - 1) and "log_prob_difference" not in rows["lml"]
+    assert rows["lml"]["detectable_difference"] == 0  # no hit among ten items
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| difference in NDCG@100 " in text and "| p, log P |" in text and "probability of 80%: 0.0000 to" in text
+    add("popular", [7] + [-1] * 59)
+    rows = run(tmp_path, reference="msl")
+    assert "ndcg@100" not in rows["popular"] and "ndcg@100_difference" not in rows["lml"]
+    spread = 1 / math.log2(9) / 60  # of one user's difference, the standard error of the mean
+    assert rows["popular"]["detectable_difference"] == pytest.approx(2.8016 * spread, rel=1e-4)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| NDCG@100 " in text and "difference in NDCG@100" not in text and " log P: mean" in text
 
 
 def test_seeds_are_one_system(tmp_path, add):
