@@ -63,7 +63,7 @@ class System:
     folders: list[Path]
     metrics: list[dict[str, Any]]  # metrics.json of each folder
     item_ids: np.ndarray  # target of each test case
-    values: dict[str, np.ndarray]  # metric to `(num_seeds, num_rows)`: `per_user_metrics` of the ranks, log P
+    values: dict[str, np.ndarray]  # metric to `(num_seeds, num_rows)`: from the ranks, and `LOG_PROBS`
     is_cold: np.ndarray | None  # whether training has not seen the target, if known
 
     def per_user(self, metric: str) -> np.ndarray:
