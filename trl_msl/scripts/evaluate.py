@@ -150,8 +150,9 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
     if process.is_main_process:
         text = describe_recommendations(rows, task.catalog, found[first])
         arguments = {"model_name_or_path": model_args.model_name_or_path, **vars(args), "data": vars(data.args)}
-        report = {**results, "differences": differences, "pruning": pruning, "target_log_probs": log_probs}
-        report["arguments"] = arguments
+        report = {**results, "differences": differences, "pruning": pruning, "arguments": arguments}
+        if log_probs:
+            report["target_log_probs"] = log_probs
         write_json(output_dir / "metrics.json", report)
         write_text(output_dir / "recommendations.txt", text)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
