@@ -3,6 +3,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import pandas as pd
@@ -15,8 +16,9 @@ from trl import ModelConfig
 
 from trl_msl import ItemCatalog, RankingTask, Recommender, evaluate_recommendations
 from trl_msl.data import DataArguments, generate_catalog
+from trl_msl.evaluation import target_log_probs
 from trl_msl.experiments.from_scratch import train_tokenizer
-from trl_msl.scripts import evaluate, merge, preferences, train, update_catalog
+from trl_msl.scripts import evaluate, merge, preferences, report, train, update_catalog
 from trl_msl.scripts.trained import load_trained, write_options
 
 
@@ -236,6 +238,41 @@ class TestVocabWeight:
         for option in (["--vocab_weight", 1], ["--max_expansions", 9]):
             with pytest.raises(ValueError, match="`vocab_weight` and `max_expansions` have no effect on beams"):
                 evaluated(model, tmp_path, "--data_dir", folder, "--decoding", "beam", *option)
+
+
+def test_more_items_and_log_probabilities(model, folder, tmp_path, capsys):
+    """Each way of decoding is a system of the report, with the log-probability of its model."""
+    seen = tmp_path / "seen"
+    shutil.copytree(folder, seen)
+    windows = pd.read_csv(folder / "train.csv")
+    windows[~windows["item_ids"].map(json.loads).map(lambda ids: 6 in ids)].to_csv(seen / "train.csv", index=False)
+    tests = pd.read_csv(folder / "test.csv")
+    tests.loc[0, "item_ids"] = "[1, 2, 6]"  # of which training has seen the text, that of item 5
+    tests.to_csv(seen / "test.csv", index=False)
+    options = ["--data_dir", seen, "--top_k", 12, "--target_log_probs", "true", "--decoding", "exact", "beam"]
+    metrics = evaluated(model, tmp_path, *options)
+    assert {"ndcg@10", "ndcg@10_low", "ndcg@12", "mrr@12_low"} < metrics["exact"].keys()
+    output = capsys.readouterr().out
+    assert re.search("ndcg@10 +ndcg@10_warm +ndcg@10_cold +hr@10 +ndcg@12 +mrr@12", output)
+    assert "Log-probability of the target, calibrated by τ = " in output
+    task = Recommender.from_pretrained(model).task
+    rows = load(model, data_dir=str(seen))[0].rows("test", task)
+    expected, vocab = target_log_probs(AutoModelForCausalLM.from_pretrained(model), task, rows, [1])
+    for name in ("exact", "beam"):
+        rankings = pd.read_parquet(tmp_path / "evaluated" / name / "rankings.parquet")
+        assert rankings["log_prob"].tolist() == pytest.approx(expected[:, 0], abs=1e-4)
+        assert rankings["log_prob_vocab"].tolist() == pytest.approx(vocab, abs=1e-4)
+        assert rankings["is_cold"].tolist() == (rankings["item_id"] == "6").tolist()
+        of_rows = rankings["log_prob_calibrated"]
+        found = metrics["target_log_probs"]["log_prob_calibrated"]
+        assert found["mean"] == pytest.approx(of_rows.mean())
+        assert found["mean_cold"] == pytest.approx(of_rows[rankings["is_cold"]].mean())
+    run(report, "--runs", tmp_path / "evaluated", "--reference", "exact")
+    assert "| beam " in capsys.readouterr().out
+    by_text = evaluated(model, tmp_path, *options[:4], "--match", "text")
+    rankings = pd.read_parquet(tmp_path / "evaluated" / "exact" / "rankings.parquet")
+    assert not rankings["is_cold"].any() and by_text["exact"]["num_cold"] == 0
+    assert "log_prob" not in rankings and "target_log_probs" not in by_text
 
 
 class TestDataWithoutItems:

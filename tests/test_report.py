@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of several systems: its statistics by hand, what counts as a system, and its files."""
 
-import doctest
-import itertools
 import json
 import math
 import sys
@@ -13,7 +11,7 @@ import pytest
 
 from trl_msl.scripts import report
 from trl_msl.scripts.outputs import plot_training, write_json, write_results
-from trl_msl.scripts.report import ReportArguments, find_systems, format_count, holm, main, sign_flip_p_value
+from trl_msl.scripts.report import ReportArguments, find_systems, format_count, main
 from trl_msl.scripts.report_plots import make_styles
 
 
@@ -26,40 +24,6 @@ PROBE = {
     "target_probability": {"edges": [0, 0.5, 1], "counts": [3, 1]},
     "logits": {"edges": [-1, 0, 1, 2], "target": [0, 1, 3], "valid": [2, 2, 0], "invalid": [0, 0, 0]},
 }
-
-
-def test_doctests():
-    result = doctest.testmod(report)
-    assert (result.failed, result.attempted) == (0, 2)
-
-
-class TestSignFlip:
-    @pytest.mark.parametrize("differences", [[0.5, 0.1, -0.2, 0.4, 0.3, 0.0], [1.0, 1.0, 1.0, -1.0], [0.3]])
-    def test_equals_enumeration(self, differences):
-        observed = abs(sum(differences)) - 1e-12
-        flips = itertools.product((1, -1), repeat=len(differences))
-        exact = np.mean([abs(np.dot(signs, differences)) >= observed for signs in flips])
-        assert sign_flip_p_value(np.array(differences)) == pytest.approx(exact, abs=0.02)
-
-    def test_known_cases(self):
-        assert sign_flip_p_value(np.zeros(5)) == 1
-        assert sign_flip_p_value([0.1, 0.2, -0.3]) == 1  # their sum is zero but for rounding
-        assert sign_flip_p_value(np.tile([1.0, -1.0], 1500)) == 1
-        assert sign_flip_p_value(np.full(40, 0.1)) == 1 / 10_001
-        differences = np.random.default_rng(0).normal(0.1, 1, size=3000)
-        assert sign_flip_p_value(differences) == sign_flip_p_value(-differences) < 0.001
-
-    def test_of_equal_systems_a_tenth_is_below_a_tenth(self):
-        draws = np.random.default_rng(0).normal(size=(400, 30))
-        p_values = [sign_flip_p_value(draw, num_permutations=199, seed=seed) for seed, draw in enumerate(draws)]
-        assert np.mean(np.array(p_values) <= 0.1) == pytest.approx(0.1, abs=0.045)
-
-
-def test_holm():
-    # 0.005 * 4; 0.01 * 3; 0.03 * 2; 0.04 * 1, which may not fall below the one before
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.7]) == [1, 1]
-    assert holm([]) == []
 
 
 def test_counts_and_styles():
@@ -78,10 +42,10 @@ def test_counts_and_styles():
 def add(tmp_path, catalog):
     """Writes a system as the recipes do; test cases are b0, b1, ..."""
 
-    def add_system(name: str, ranks: list[int], targets: list[str] | None = None, seen=None, **metrics):
-        items = np.full((len(ranks), 10), -1)
+    def add_system(name, ranks: list[int], targets=None, seen=None, items=None, columns=None, **metrics):
+        items = np.full((len(ranks), 10), -1) if items is None else items
         targets = targets or [f"b{user}" for user in range(len(ranks))]
-        write_results(tmp_path / name, metrics, catalog, targets, items, np.array(ranks), seen)
+        write_results(tmp_path / name, metrics, catalog, targets, items, np.array(ranks), seen, columns)
         return tmp_path / name
 
     return add_system
@@ -135,6 +99,33 @@ def test_targets_that_training_has_not_seen(tmp_path, add):
     for name in ("lml", "msl-ats"):
         add(name, [0, -1, 0, -1], seen={"b0", "b1", "b2", "b3"})
     assert "ndcg@10_warm" not in run(tmp_path)["lml"]
+
+
+def test_log_probabilities_and_a_hundred_items(tmp_path, add):
+    """Compared only where all systems have them, in all seeds."""
+    rng, hundred = np.random.default_rng(0), np.zeros((60, 100), dtype=int)
+    log_probs = rng.normal(-9, 3, size=60)
+    better = log_probs + rng.normal(0.5, 0.5, size=60)
+    add("msl", [50] * 60, items=hundred, columns={"log_prob_calibrated": log_probs}, seed=0)
+    for seed in (1, 2):
+        columns = {"log_prob_calibrated": better, "log_prob": better - 1}
+        add(f"lml-seed{seed}", [*[50] * 59, -1], items=hundred, columns=columns, seed=seed)
+    rows = run(tmp_path, reference="msl")
+    assert rows["msl"]["ndcg@100"] == pytest.approx(1 / math.log2(52)) and rows["msl"]["ndcg@10"] == 0
+    assert rows["lml"]["ndcg@100_difference"] == pytest.approx(-1 / math.log2(52) / 60)
+    assert rows["lml"]["log_prob_calibrated_difference"] == pytest.approx((better - log_probs).mean())
+    assert rows["lml"]["log_prob_calibrated_p_value_holm"] < 0.001 < rows["lml"]["ndcg@100_p_value"] == 1
+    assert rows["lml"]["log_prob"] == pytest.approx(better.mean() - 1) and "log_prob_difference" not in rows["lml"]
+    assert rows["lml"]["detectable_difference"] == 0  # no hit among ten items
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| difference in NDCG@100 " in text and "| p, log P |" in text and "probability of 80%: 0.0000 to" in text
+    add("popular", [7] + [-1] * 59)
+    rows = run(tmp_path, reference="msl")
+    assert "ndcg@100" not in rows["popular"] and "ndcg@100_difference" not in rows["lml"]
+    spread = 1 / math.log2(9) / 60  # of one user's difference, the standard error of the mean
+    assert rows["popular"]["detectable_difference"] == pytest.approx(2.8016 * spread, rel=1e-4)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| NDCG@100 " in text and "difference in NDCG@100" not in text and " log P: mean" in text
 
 
 def test_seeds_are_one_system(tmp_path, add):

@@ -4,6 +4,7 @@
 from .decoder import TrieDecoder
 from .item_bias import Biases, ItemBias, SparseBias, dense_bias, read_item_bias, select_users, sum_biases
 from .logits_processor import TrieLogitsProcessor
+from .next_tokens import next_token_log_probs
 from .output import DecodingOutput
 from .recommendations import Recommendations, recommend
 from .restriction import Allowed
@@ -19,6 +20,7 @@ __all__ = [
     "TrieDecoder",
     "TrieLogitsProcessor",
     "dense_bias",
+    "next_token_log_probs",
     "read_item_bias",
     "recommend",
     "select_users",

@@ -42,6 +42,8 @@ class Recommendations:
             Share of decoded sequences that are not items; 0 with constrained decoding.
         target_ranks (`numpy.ndarray` of shape `(num_users,)`, int64, *optional*):
             From [`evaluate_recommendations`]: rank of each target, as [`ranks_of_targets`] gives it.
+        is_cold (`numpy.ndarray` of shape `(num_users,)`, bool, *optional*):
+            From [`evaluate_recommendations`] with `seen_items`: whether training has not seen the target.
     """
 
     items: np.ndarray
@@ -52,6 +54,7 @@ class Recommendations:
     lost_at: np.ndarray
     invalid_rate: float = 0.0
     target_ranks: np.ndarray | None = None
+    is_cold: np.ndarray | None = None
 
 
 def recommend(

@@ -53,8 +53,8 @@ def evaluate_recommendations(
             `mode`, `batch_size` and other arguments of [`recommend`]. With `allowed`, exactly those items are ranked.
 
     Returns:
-        `dict` of `hr@K`, `ndcg@K`, `mrr@K`; for the largest K also the ends of their intervals, such as `ndcg@K_low`
-        and `ndcg@K_high`; with `seen_items` also HR and NDCG of warm and of cold targets, such as `ndcg@K_cold` and
+        `dict` of `hr@K`, `ndcg@K`, `mrr@K`, and the ends of their intervals, such as `ndcg@K_low` and `ndcg@K_high`;
+        with `seen_items` also HR and NDCG of warm and of cold targets, such as `ndcg@K_cold` and
         `ndcg@K_cold_low`, and their numbers, `num_warm` and `num_cold`; `coverage`, the share of the catalogue's
         items, or with `match="text"` of its texts, that were recommended at least once; `exact_rate`, the share of
         rows whose items are certainly the best; `invalid_rate`; `num_rows`; and, if the task has withdrawn items,
@@ -90,8 +90,8 @@ def evaluate_recommendations(
         can_be_found = np.isin(targets, text[first])
         seen = None if seen is None else text[seen]
     found.target_ranks = ranks_of_targets(recommended, targets)
-    is_cold = None if seen is None else ~np.isin(targets, seen)
-    metrics = ranking_metrics(found.target_ranks, ks, confidence, is_cold) | {
+    found.is_cold = None if seen is None else ~np.isin(targets, seen)
+    metrics = ranking_metrics(found.target_ranks, ks, confidence, found.is_cold) | {
         "coverage": coverage(recommended, num_ranked),
         "exact_rate": float(found.exact.mean()),
         "invalid_rate": found.invalid_rate,

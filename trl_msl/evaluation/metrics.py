@@ -110,7 +110,7 @@ def ranking_metrics(
         ranks, ks:
             As for [`per_user_metrics`].
         confidence (`float`, *optional*):
-            Level of the intervals of [`bootstrap_interval`] to add for the largest cut-off.
+            Level of the intervals of [`bootstrap_interval`] to add.
         is_cold (`np.ndarray` of shape `(num_users,)`, bool, *optional*):
             Whether training has not seen the user's target.
 
@@ -134,8 +134,8 @@ def ranking_metrics(
     values = per_user_metrics(ranks, ks)
     metrics = {name: float(value.mean()) for name, value in values.items()}
     if confidence is not None:
-        for name in (f"ndcg@{max(ks)}", f"hr@{max(ks)}", f"mrr@{max(ks)}"):
-            metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values[name], confidence)
+        for name, value in values.items():
+            metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(value, confidence)
     if is_cold is not None:
         is_cold = np.asarray(is_cold, dtype=bool)
         if is_cold.shape != np.shape(ranks):

@@ -28,7 +28,8 @@ Exact searches by several values of λ, the weight of the valid tokens' share in
 `--vocab_weight 0 0.5 1`.
 
 Writes `metrics.json` and `recommendations.txt` into `--output_dir`, which for this model is
-`outputs/evaluate/outputs/quickstart/msl` by default.
+`outputs/evaluate/outputs/quickstart/msl` by default; and into a folder there for each way of decoding what
+`trl-msl report` compares.
 """
 
 import time
@@ -45,10 +46,19 @@ from trl import ModelConfig
 
 from ..data import DataArguments, RankingTask
 from ..decoding import Recommendations
-from ..evaluation import beam_pruning, bootstrap_interval, evaluate_recommendations, per_user_metrics
+from ..evaluation import (
+    TEMPERATURES,
+    beam_pruning,
+    bootstrap_interval,
+    calibrate,
+    evaluate_recommendations,
+    mean_by_group,
+    per_user_metrics,
+    target_log_probs,
+)
 from .command_line import command
 from .loading import load_model
-from .outputs import describe_recommendations, finish, format_table, write_json, write_text
+from .outputs import describe_recommendations, finish, format_table, write_json, write_results, write_text
 from .trained import load_trained
 
 
@@ -72,7 +82,9 @@ class EvaluationArguments:
         split (`str`, *optional*, defaults to `"test"`):
             `validation` or `test`.
         top_k (`int`, *optional*, defaults to `10`):
-            Number of items to rank.
+            Number of items to rank. Above 10, metrics of the first 10 are given as well.
+        target_log_probs (`bool`, *optional*, defaults to `False`):
+            Whether to give the log-probability of the target, too: see [`target_log_probs`].
         decoding (`list[str]`, *optional*, defaults to `["exact"]`):
             How to find the best items: `exact`; `beam`, beam search by the restricted probability that MSL trains;
             `beam-vocab`, by the probability over the vocabulary, as in published code; or `generate`, the same as
@@ -100,6 +112,7 @@ class EvaluationArguments:
     )
     split: str = field(default="test", metadata={"help": "Split.", "choices": ["validation", "test"]})
     top_k: int = field(default=10, metadata={"help": "Number of items to rank."})
+    target_log_probs: bool = field(default=False, metadata={"help": "Give the target's log-probability, too."})
     decoding: list[str] = field(
         default_factory=lambda: ["exact"], metadata={"help": "How to decode.", "choices": list(DECODINGS)}
     )
@@ -125,29 +138,46 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
     data, task = load_trained(model_args, data_args, args.max_length, args.trust_remote_code)
     rows = data.rows(args.split, task)
     model = load_model(model_args, args.trust_remote_code)
-    ks = sorted({min(5, args.top_k), args.top_k})
+    ks = sorted({min(5, args.top_k), min(10, args.top_k), args.top_k})
     settings = {"ks": ks, "match": args.match, "batch_size": args.batch_size, "seen_items": data.seen_items}
     results, found = evaluate_decodings(decodings, model, task, rows, **settings)
     pruning = {name: beam_pruning(found[SAME_SCORE[name]], found[name]) for name in found if found[name].lost_at.size}
     first, *others = found
     differences = {f"{other} - {first}": compare(found[other], found[first], ks) for other in others}
+    log_probs, columns = {}, {}
+    if args.target_log_probs:
+        log_probs, columns = score_targets(model, task, rows, args.batch_size, found[first].is_cold)
     if process.is_main_process:
         text = describe_recommendations(rows, task.catalog, found[first])
         arguments = {"model_name_or_path": model_args.model_name_or_path, **vars(args), "data": vars(data.args)}
         report = {**results, "differences": differences, "pruning": pruning, "arguments": arguments}
+        if log_probs:
+            report["target_log_probs"] = log_probs
         write_json(output_dir / "metrics.json", report)
         write_text(output_dir / "recommendations.txt", text)
-        columns = tuple(f"{name}@{args.top_k}" for name in ("ndcg", "hr"))
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        for name, result in found.items():  # a system each for the report
+            metrics = results[name] | {"decoding": name, "num_parameters": num_parameters}
+            is_cold = {} if result.is_cold is None else {"is_cold": result.is_cold}
+            ranking = (rows["item_id"][:], result.items, result.target_ranks)
+            write_results(output_dir / name, metrics, task.catalog, *ranking, columns=is_cold | columns)
+        shown = (f"ndcg@{min(10, args.top_k)}", f"hr@{min(10, args.top_k)}")
+        if args.top_k > 10:
+            shown += (f"ndcg@{args.top_k}", f"mrr@{args.top_k}")
         title = f"{model_args.model_name_or_path}, {args.split}, {len(rows)} users, {len(task.catalog)} items"
         if count := results[first].get("withdrawn_targets"):
             title += f"; {count} targets are withdrawn and count as misses"
         if count := results[first].get("num_cold"):
             title += f"; {count} targets are cold"
-        print(f"{text}\n{title}\n{format_table(results, columns)}")
+        print(f"{text}\n{title}\n{format_table(results, shown)}")
         if differences:
-            print(f"\nDifference, with its interval\n{format_table(differences, (*columns, 'same_items'))}")
+            print(f"\nDifference, with its interval\n{format_table(differences, (*shown, 'same_items'))}")
         if pruning:
             print(f"\nWhat beams lose of the true top {args.top_k}\n{format_pruning(pruning)}")
+        if log_probs:
+            temperatures = " and ".join(f"{value:.2f}" for value in log_probs["log_prob_calibrated"]["temperatures"])
+            print(f"\nLog-probability of the target, calibrated by τ = {temperatures} for half of the users each")
+            print(format_table(log_probs, ("mean",)))
         print(f"\n{output_dir}/metrics.json")
     finish()
 
@@ -202,6 +232,22 @@ def evaluate_decodings(
             counts = getattr(found[name], counter)
             results[name] |= {f"{counter}_mean": float(counts.mean()), f"{counter}_max": int(counts.max())}
     return {name: results[name] for name in decodings}, {name: found[name] for name in decodings}
+
+
+def score_targets(
+    model: PreTrainedModel, task: RankingTask, rows: Dataset, batch_size: int, is_cold: np.ndarray | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """
+    Log-probabilities of the targets: their means, and the value of each row. `log_prob` is the one among the items,
+    `log_prob_calibrated` the same at the best temperature, and `log_prob_vocab` the one over the vocabulary.
+    """
+    by_temperature, vocab = target_log_probs(model, task, rows, batch_size=batch_size)
+    calibrated, temperatures = calibrate(by_temperature)
+    values = {"log_prob": by_temperature[:, TEMPERATURES.index(1)], "log_prob_calibrated": calibrated}
+    values["log_prob_vocab"] = vocab
+    means = {name: mean_by_group(value, is_cold) for name, value in values.items()}
+    means["log_prob_calibrated"]["temperatures"] = temperatures
+    return means, values
 
 
 def compare(found: Recommendations, other: Recommendations, ks: list[int]) -> dict[str, float]:

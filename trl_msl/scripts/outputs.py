@@ -65,6 +65,7 @@ def write_results(
     items: np.ndarray,
     ranks: np.ndarray,
     seen: set[str] | None = None,
+    columns: dict[str, np.ndarray] | None = None,
 ) -> None:
     """
     Write what [`report`] compares systems by: `metrics.json`, and `rankings.parquet` with a row per test case.
@@ -83,12 +84,14 @@ def write_results(
             As in [`Recommendations`].
         seen (`set[str]`, *optional*):
             Ids of the items that training has seen: [`Data.seen_items`]. Other targets are cold.
+        columns (`dict[str, np.ndarray]`, *optional*):
+            Further columns of `rankings.parquet`.
     """
     ids = [[catalog.ids[item] for item in row if item >= 0] for row in items.tolist()]
     rankings = pd.DataFrame({"item_id": targets, "recommended": ids, "rank": ranks.astype(int)})
     if seen is not None:
         rankings["is_cold"] = ~rankings["item_id"].isin(seen)
-    write_parquet(folder / "rankings.parquet", rankings)
+    write_parquet(folder / "rankings.parquet", rankings.assign(**columns or {}))
     write_json(folder / "metrics.json", metrics)
 
 

@@ -13,7 +13,6 @@ the table, `report.json` with all figures, and, if matplotlib is installed, the 
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..evaluation import bootstrap_interval, per_user_metrics
+from ..evaluation import bootstrap_interval, detectable_difference, holm, per_user_metrics, sign_flip_p_value
 from .command_line import command
 from .outputs import write_json, write_text
 
 
 NUM_PERMUTATIONS = 10_000
 COSTS = ("train_seconds", "test_seconds", "num_parameters", "num_trainable_parameters")
+LOG_PROBS = ("log_prob_calibrated", "log_prob", "log_prob_vocab")  # columns that `trl-msl evaluate` can write
+# Metrics that have columns of their own in the table, besides NDCG@10
+FURTHER = {"ndcg@100": "NDCG@100", "log_prob_calibrated": "log P"}
 MEANS = ("coverage", "validation_ndcg@10", *COSTS)
 
 
@@ -61,7 +63,7 @@ class System:
     folders: list[Path]
     metrics: list[dict[str, Any]]  # metrics.json of each folder
     item_ids: np.ndarray  # target of each test case
-    values: dict[str, np.ndarray]  # metric to `(num_seeds, num_rows)`: `per_user_metrics` of the ranks
+    values: dict[str, np.ndarray]  # metric to `(num_seeds, num_rows)`: from the ranks, and `LOG_PROBS`
     is_cold: np.ndarray | None  # whether training has not seen the target, if known
 
     def per_user(self, metric: str) -> np.ndarray:
@@ -123,7 +125,7 @@ def read_systems(folders: dict[str, list[Path]]) -> list[System]:
                 f"System {name!r} has a seed twice, {seeds} in {[str(path) for path in paths]}: train with another "
                 "`seed`, or remove a folder."
             )
-        ranks, is_cold = [], None
+        values, is_cold = [], None
         for path in paths:
             rankings = pd.read_parquet(path / "rankings.parquet")
             item_ids = rankings["item_id"].astype(str).to_numpy()
@@ -133,17 +135,18 @@ def read_systems(folders: dict[str, list[Path]]) -> list[System]:
                     f"{path} and {first[0]} ranked different test cases ({len(item_ids)} and {len(first[1])}; their "
                     "`item_id` differ): evaluate both on the same rows in the same order, or choose by `systems`."
                 )
-            ranks.append(rankings["rank"].to_numpy())
+            ks = (5, 10, 100) if rankings["recommended"].str.len().max() >= 100 else (5, 10)
+            log_probs = {name: rankings[name].to_numpy() for name in LOG_PROBS if name in rankings}
+            values.append(per_user_metrics(rankings["rank"].to_numpy(), ks) | log_probs)
             is_cold = rankings["is_cold"].to_numpy() if "is_cold" in rankings else is_cold
-        values = [per_user_metrics(rank) for rank in ranks]
-        values = {metric: np.stack([seed[metric] for seed in values]) for metric in values[0]}
-        systems.append(System(name, paths, metrics, first[1], values, is_cold))
+        known = [metric for metric in values[0] if all(metric in of_seed for of_seed in values)]
+        stacked = {metric: np.stack([of_seed[metric] for of_seed in values]) for metric in known}
+        systems.append(System(name, paths, metrics, first[1], stacked, is_cold))
     return systems
 
 
 def compare(systems: list[System], reference: str) -> dict[str, dict[str, Any]]:
     """What is known of each system, and its difference from the reference, for `report.json`."""
-    base = next(system for system in systems if system.name == reference).per_user("ndcg@10")
     known = [system.is_cold for system in systems if system.is_cold is not None]
     if any(not np.array_equal(is_cold, known[0]) for is_cold in known):
         raise ValueError(
@@ -151,16 +154,30 @@ def compare(systems: list[System], reference: str) -> dict[str, dict[str, Any]]:
         )
     is_cold = known[0] if known else None
     rows = {system.name: describe(system, is_cold) for system in systems}
+    base = next(system for system in systems if system.name == reference)
     others = [system for system in systems if system.name != reference]
-    for system in others:
-        difference = system.per_user("ndcg@10") - base
-        low, high = bootstrap_interval(difference)
-        rows[system.name] |= {"difference": float(difference.mean()), "difference_low": low, "difference_high": high}
-        rows[system.name]["p_value"] = sign_flip_p_value(difference)
-    corrected = holm([rows[system.name]["p_value"] for system in others])
-    for system, p_value in zip(others, corrected):
-        rows[system.name]["p_value_holm"] = p_value
+    for metric in ("ndcg@10", "ndcg@100", *LOG_PROBS):
+        if not all(metric in system.values for system in systems):
+            continue
+        start = "" if metric == "ndcg@10" else f"{metric}_"
+        found = [describe_difference(system.per_user(metric) - base.per_user(metric)) for system in others]
+        corrected = holm([difference["p_value"] for difference in found])
+        for system, difference, p_value in zip(others, found, corrected):
+            difference["p_value_holm"] = p_value
+            rows[system.name] |= {f"{start}{name}": value for name, value in difference.items()}
     return rows
+
+
+def describe_difference(difference: np.ndarray) -> dict[str, float | None]:
+    """Mean difference with its interval and its p-value, and the smallest one that such a comparison would find."""
+    low, high = bootstrap_interval(difference)
+    return {
+        "difference": float(difference.mean()),
+        "difference_low": low,
+        "difference_high": high,
+        "p_value": sign_flip_p_value(difference, NUM_PERMUTATIONS),
+        "detectable_difference": detectable_difference(difference) if len(difference) > 1 else None,
+    }
 
 
 def describe(system: System, is_cold: np.ndarray | None) -> dict[str, Any]:
@@ -169,7 +186,7 @@ def describe(system: System, is_cold: np.ndarray | None) -> dict[str, Any]:
     row |= {"num_seeds": len(system.folders), "seeds": [metrics.get("seed") for metrics in system.metrics]}
     for metric, values in system.values.items():
         row[metric] = float(values.mean())
-        if metric.endswith("@10"):
+        if not metric.endswith("@5"):
             row[f"{metric}_low"], row[f"{metric}_high"] = bootstrap_interval(system.per_user(metric))
     row["num_cold"] = None if is_cold is None else int(is_cold.sum())
     for name, chosen in (("warm", ~is_cold), ("cold", is_cold)) if is_cold is not None and is_cold.any() else ():
@@ -184,62 +201,6 @@ def describe(system: System, is_cold: np.ndarray | None) -> dict[str, Any]:
     temperature = (system.metrics[0].get("arguments") or {}).get("temperature")
     row["temperature"] = temperature if isinstance(temperature, (int, float)) else None
     return row
-
-
-def sign_flip_p_value(differences: np.ndarray, num_permutations: int = NUM_PERMUTATIONS, seed: int = 0) -> float:
-    """
-    Two-sided p-value of a paired randomisation test, with the mean difference as its statistic.
-
-    If two systems are equally good, each user's difference could as well have had the other sign. So signs are flipped
-    at random, and the p-value is the share of means at least as far from zero as the observed one (Smucker, Allan and
-    Carterette, A Comparison of Statistical Significance Tests for Information Retrieval Evaluation, CIKM 2007), which
-    counts as one of them, so that no p-value is 0 (Phipson and Smyth, 2010).
-
-    Args:
-        differences (`np.ndarray` of shape `(num_users,)`):
-            Metric of one system minus that of the other, per user.
-        num_permutations, seed (`int`, *optional*, defaults to `10_000` and `0`):
-            Number of random flips, and their seed.
-
-    Example: of two users' four equally likely flips, two have a mean as far from zero.
-
-    ```python
-    >>> round(sign_flip_p_value([0.5, 0.5]), 1)
-    0.5
-
-    ```
-    """
-    differences = np.asarray(differences, dtype=np.float64)
-    differences = differences[differences != 0]  # the sign of 0 does not matter
-    total, tolerance = differences.sum(), 1e-12 * np.abs(differences).sum()  # sums in another order are still ties
-    rng = np.random.default_rng(seed)
-    per_chunk = max(1, 2**20 // max(1, len(differences)))  # 8 MiB of signs
-    count = 0
-    for start in range(0, num_permutations, per_chunk):
-        shape = (min(per_chunk, num_permutations - start), len(differences))
-        kept = rng.integers(2, size=shape, dtype=np.int8) @ differences
-        count += int((np.abs(2 * kept - total) >= abs(total) - tolerance).sum())
-    return (count + 1) / (num_permutations + 1)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """
-    Correct p-values for their number: the smallest of m is multiplied by m, the next one by m - 1, and so on, at most
-    1 and never below the one before (Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979).
-
-    Example:
-
-    ```python
-    >>> holm([0.25, 0.125, 0.75])
-    [0.5, 0.375, 0.75]
-
-    ```
-    """
-    order = np.argsort(p_values, kind="stable")
-    factors = np.arange(len(order), 0, -1)
-    corrected = np.empty(len(order))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors))
-    return corrected.tolist()
 
 
 def format_markdown(rows: dict[str, dict[str, Any]]) -> str:
@@ -261,14 +222,21 @@ def format_row(row: dict[str, Any]) -> dict[str, str]:
         return form.format(row[key]).replace("-", "−") if row.get(key) is not None else ""
 
     def interval(key: str) -> str:
-        form = "{:+.4f}" if key == "difference" else "{:.4f}"
+        form = "{:+.4f}" if key.endswith("difference") else "{:.4f}"
         value, low, high = (cell(f"{key}{end}", form) for end in ("", "_low", "_high"))
         return f"{value} [{low}, {high}]" if value else ""
 
     def number(key: str) -> str:
         return cell(key, "{:,.0f}" if (row[key] or 0) >= 10 else "{:.2g}")
 
-    p_value, spread = row.get("p_value_holm"), row["ndcg@10_std"]
+    def p_value(key: str) -> str:
+        return "< 0.001" if (row.get(key) or 1) < 0.001 else cell(key, "{:.3f}")
+
+    spread, further = row["ndcg@10_std"], {}
+    for metric, title in FURTHER.items():
+        further[title] = interval(metric)
+        further[f"difference in {title}"] = interval(f"{metric}_difference")
+        further[f"p, {title}"] = p_value(f"{metric}_p_value_holm")
     trained = row["num_trainable_parameters"] if row["num_trainable_parameters"] != row["num_parameters"] else None
     return {
         "NDCG@10": interval("ndcg@10"),
@@ -276,7 +244,9 @@ def format_row(row: dict[str, Any]) -> dict[str, str]:
         "warm": cell("ndcg@10_warm", "{:.4f}"),
         "cold": cell("ndcg@10_cold", "{:.4f}"),
         "difference in NDCG@10": interval("difference"),
-        "p": "< 0.001" if p_value is not None and p_value < 0.001 else cell("p_value_holm", "{:.3f}"),
+        "p": p_value("p_value_holm"),
+        "detectable": cell("detectable_difference", "{:.4f}"),
+        **further,
         "seeds": f"{row['num_seeds']} (sd {spread:.4f})" if spread is not None else str(row["num_seeds"]),
         "coverage": cell("coverage", "{:.1%}"),
         "validation NDCG@10": cell("validation_ndcg@10", "{:.4f}"),
@@ -302,8 +272,17 @@ def describe_statistics(rows: dict[str, dict[str, Any]], reference: str) -> str:
     if len(rows) > 1:
         text += (
             f" Differences are from `{reference}`, paired by test case; p: two-sided sign-flip test with "
-            f"{NUM_PERMUTATIONS:,} permutations, Holm-corrected for {len(rows) - 1} comparisons."
+            f"{NUM_PERMUTATIONS:,} permutations, Holm-corrected for {len(rows) - 1} comparisons of a metric."
         )
+    found = [row["detectable_difference"] for row in rows.values() if row.get("detectable_difference") is not None]
+    if found:
+        text += (
+            " Detectable: the true difference in NDCG@10 that such a comparison, with as many test cases and the same "
+            "standard error, finds at p < 0.05 (two-sided, not corrected) with a probability of 80%: "
+            f"{min(found):.4f} to {max(found):.4f}."
+        )
+    if any("log_prob_calibrated" in row for row in rows.values()):
+        text += " log P: mean log-probability of the target among the items, at the temperature that fits best."
     return text
 
 
