@@ -4,6 +4,7 @@
 import importlib
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 
@@ -15,7 +16,7 @@ import yaml
 from launching import launch
 
 from trl_msl import masked_softmax_loss
-from trl_msl.collaborative import ItemNeighbours
+from trl_msl.collaborative import ItemNeighbours, title_neighbours
 from trl_msl.data import DataArguments
 from trl_msl.scripts import baselines
 
@@ -146,6 +147,25 @@ def test_popularity_counts_users(circle, tmp_path):
     assert scores["scores"][39].tolist() == [counts[item] for item in expected]
     assert {tuple(map(int, items)) for items in rankings["recommended"]} == {tuple(expected[:10])}
     assert metrics["ndcg@10"] < 0.3 and metrics["num_cold"] == 1
+
+
+def test_title_knn(circle, tmp_path):
+    """It also ranks items that no training window has."""
+    folder = tmp_path / "series"
+    shutil.copytree(circle, folder)
+    titles = {str(item): f"Series {item // 4}, volume {item % 4}" for item in range(NUM_ITEMS + 1)}
+    titles[str(COLD)] = "Series 9: the end"  # 9 is the series of items 36 to 39
+    (folder / "id2name4Rec.json").write_text(json.dumps(titles))
+    metrics, rankings = run(folder, tmp_path / "out", "--model", "title-knn", "--neighbours", 12, "--decay", 0.9)
+    check_scores(tmp_path / "out", rankings)
+    neighbours = title_neighbours(list(titles.values()), 12, 0.9)
+    windows = pd.read_csv(folder / "test.csv")["item_ids"].map(json.loads)
+    expected = neighbours.score([window[:-1] for window in windows])
+    scores = pd.read_parquet(tmp_path / "out" / "scores_test.parquet")
+    for row, (items, values) in enumerate(zip(expected.items, expected.values)):
+        found = dict(zip(map(int, scores["item_ids"][row]), scores["scores"][row]))
+        assert found == pytest.approx(dict(zip(items.tolist(), values.tolist())))
+    assert metrics["num_cold"] == 1 and any(str(COLD) in items for items in scores["item_ids"])
 
 
 def test_item_knn(circle, tmp_path):

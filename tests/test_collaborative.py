@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Item-kNN: neighbours and scores, compared with what they are by definition."""
 
+import re
 from collections import Counter
 from itertools import combinations
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_msl.collaborative import ItemNeighbours, item_neighbours
+from trl_msl.collaborative import ItemNeighbours, item_neighbours, title_neighbours
 
 
 NUM_ITEMS = 9
@@ -96,6 +97,30 @@ def test_neighbours_by_vectors(pairs, monkeypatch):
         assert 5 not in row and not (item == 5 and row)
 
 
+TITLES = ["Dragon School: The Prince (Volume 3)", "dragon school, Initiate (Volume 2)", "A Cook's Year", "The Prince",
+          "Emma", "", "Volume 2: a year", "the year of the Dragon"]  # fmt: skip
+
+
+@pytest.mark.parametrize("most_items", [1000, 2])
+def test_neighbours_by_titles(most_items, monkeypatch):
+    """The cosine of TF-IDF vectors, by definition."""
+    monkeypatch.setitem(title_neighbours.__globals__, "_MOST_ITEMS", most_items)
+    sets = [set(re.findall(r"\w+", title.lower())) for title in TITLES]
+    counts = Counter(word for words in sets for word in words)
+    words = sorted(word for word, count in counts.items() if count <= most_items)
+    assert ("the" in words) == (most_items > 2)
+    idf = np.array([np.log(len(TITLES) / counts[word]) for word in words])
+    vectors = np.array([[word in of_item for word in words] for of_item in sets]) * idf
+    norms = np.maximum(np.linalg.norm(vectors, axis=1), 1e-9)
+    cosines = (vectors @ vectors.T) / np.outer(norms, norms)
+    found = rows_of(title_neighbours(TITLES))
+    for item, row in enumerate(found):
+        expected = {other: value for other, value in enumerate(cosines[item]) if value > 0 and other != item}
+        assert row == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="`texts` of 3 items have no word in common"):
+        title_neighbours(["a", "b", "c"])
+
+
 def test_nobody_has_two_items():
     for sequences in ([], [[0], [2, 2]]):
         found = ItemNeighbours.fit(sequences, range(len(sequences)), NUM_ITEMS)
@@ -124,6 +149,7 @@ def test_bad_arguments():
         ({"shrinkage": -1.0}, "`shrinkage` is -1.0"),
         ({"decay": 0.0}, "`decay` is 0.0: it must be above 0"),
         ({"decay": float("nan")}, "`decay` is nan"),
+        ({"weights": [0.0]}, "`weights` has 1 entries for 1 users: pass one above 0 for each"),
     ):
         with pytest.raises(ValueError, match=error):
             ItemNeighbours.fit(**fit | change)

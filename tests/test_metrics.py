@@ -218,3 +218,18 @@ class TestCoverage:
     def test_errors(self, recommended, num_items, match):
         with pytest.raises(ValueError, match=match):
             coverage(recommended, num_items)
+
+
+def test_interval_over_groups():
+    """Resampling groups of one is resampling users; a group of many users is one draw."""
+    values = np.random.default_rng(0).normal(size=40)
+    assert bootstrap_interval(values, groups=np.arange(40)) == pytest.approx(bootstrap_interval(values))
+    few = np.repeat([0.0, 1.0], [30, 10])
+    low, high = bootstrap_interval(few, groups=["a"] * 30 + ["b"] * 10)
+    assert (low, high) == (0, 1) and bootstrap_interval(few)[1] < 0.5
+    means = [few[np.concatenate([np.flatnonzero(np.repeat([0, 1], [30, 10]) == g) for g in draw])].mean()
+             for draw in ((0, 0), (0, 1), (1, 1))]  # fmt: skip
+    assert means == [0, 0.25, 1]
+    assert bootstrap_interval(few, 0.2, groups=[0] * 30 + [1] * 10) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="`groups` has 2 entries for 40 `values`"):
+        bootstrap_interval(values, groups=["a", "b"])

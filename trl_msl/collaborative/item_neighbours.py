@@ -80,6 +80,7 @@ class ItemNeighbours:
         num_neighbours: int = 100,
         shrinkage: float = 5**0.5,
         decay: float = 0.7,
+        weights: Sequence[float] | None = None,
     ) -> ItemNeighbours:
         r"""
         Neighbours by the shrunken cosine of two items' sets of users,
@@ -99,6 +100,9 @@ class ItemNeighbours:
                 The \\( s \\) above, at least 0: it lowers the similarity of items that few users have.
             decay (`float`, *optional*, defaults to `0.7`):
                 As for the class.
+            weights (`Sequence[float]`, *optional*):
+                How much the user of each sequence counts, above 0; by default all count 1. Only where each user has
+                one sequence.
 
         Raises:
             `ValueError`: if an argument is out of range, or there isn't a user for each sequence.
@@ -108,8 +112,12 @@ class ItemNeighbours:
             raise ValueError(f"`shrinkage` is {shrinkage}: it must be a finite number, and at least 0.")
         had = _items_of_users(sequences, users, num_items)
         user, item = had // num_items, had % num_items
-        counts, sizes = torch.bincount(item, minlength=num_items), torch.bincount(user)
-        starts, norms = sizes.cumsum(0) - sizes, counts.double().sqrt() + shrinkage
+        sizes = torch.bincount(user)
+        weight = torch.ones(len(sizes)).double() if weights is None else torch.as_tensor(weights).double()
+        if len(weight) != len(sizes) or not ((weight > 0) & weight.isfinite()).all():
+            raise ValueError(f"`weights` has {len(weight)} entries for {len(sizes)} users: pass one above 0 for each.")
+        counts = torch.bincount(item, weights=weight[user], minlength=num_items)
+        starts, norms = sizes.cumsum(0) - sizes, counts.sqrt() + shrinkage
 
         # Each user's pairs of items, sorted by the first, a range of first items at a time to bound memory
         by_item = item.argsort(stable=True)
@@ -119,7 +127,8 @@ class ItemNeighbours:
         for of_users, firsts in zip(user.split(counts), item.split(counts)):
             rows, places = ragged_arange(sizes[of_users])
             seconds = had[starts[of_users][rows] + places] % num_items
-            pairs, common = torch.unique(firsts[rows] * num_items + seconds, return_counts=True)
+            pairs, inverse = torch.unique(firsts[rows] * num_items + seconds, return_inverse=True)
+            common = torch.bincount(inverse, weights=weight[of_users][rows])
             rows, columns = pairs // num_items, pairs % num_items
             values = (common / (norms[rows] * norms[columns])).float()
             is_other = rows != columns

@@ -153,7 +153,11 @@ def ranking_metrics(
 
 
 def bootstrap_interval(
-    values: ArrayLike, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
+    values: ArrayLike,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    groups: ArrayLike | None = None,
 ) -> tuple[float, float]:
     """
     Percentile bootstrap interval of a mean: users are resampled with replacement, and both tails of the means cut off.
@@ -168,6 +172,9 @@ def bootstrap_interval(
             Probability mass inside the interval, strictly between 0 and 1.
         num_resamples, seed (`int`, *optional*, default to `1000` and `0`):
             Number of bootstrap samples, and seed of the resampling.
+        groups (`np.ndarray` of shape `(num_users,)`, *optional*):
+            Group of each user: whole groups are resampled. With the users' targets, the interval says what other
+            targets would have given: where few items are the target of many users, it is much wider.
 
     Returns:
         `tuple[float, float]`: lower and upper end.
@@ -192,12 +199,19 @@ def bootstrap_interval(
         raise ValueError(f"`confidence` is {confidence}: it must lie strictly between 0 and 1, such as 0.95.")
     if num_resamples < 1:
         raise ValueError(f"`num_resamples` is {num_resamples}: it must be at least 1, and is usually 1000.")
+    sizes = np.ones(len(values))
+    if groups is not None:
+        if len(groups) != len(values):
+            raise ValueError(f"`groups` has {len(groups)} entries for {len(values)} `values`: pass one for each.")
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+        values, sizes = np.bincount(group, weights=values), np.bincount(group)
     rng = np.random.default_rng(seed)
     per_chunk = max(1, 2**20 // len(values))  # limits the index matrix to 8 MiB, or to one resample if that is larger
     means = np.empty(num_resamples)
     for start in range(0, num_resamples, per_chunk):
         chunk = means[start : start + per_chunk]
-        chunk[:] = values[rng.integers(len(values), size=(len(chunk), len(values)))].mean(axis=1)
+        drawn = rng.integers(len(values), size=(len(chunk), len(values)))
+        chunk[:] = values[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     lower, upper = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(lower), float(upper)
 

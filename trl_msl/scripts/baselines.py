@@ -14,9 +14,9 @@ trl-msl baselines --config recipes/configs/baselines.yaml --model sasrec-sce \
 Each training window is a separate sequence, in which SASRec predicts every item but the first; popularity and
 item-kNN count an interaction once even if several windows of a user contain it. The epoch is chosen by NDCG@10 on the
 validation windows. All items of the training windows are ranked, those of the history too; targets that are not among
-them are cold, and count as misses. `output_dir` then holds `metrics.json`, `rankings.parquet`, and
-`scores_validation.parquet` and `scores_test.parquet`: the best 200 items of each window and the model's scores, for
-`trl-msl fuse`.
+them are cold, and count as misses, but for title-kNN, which ranks the whole catalogue by the words of its titles.
+`output_dir` then holds `metrics.json`, `rankings.parquet`, and `scores_validation.parquet` and `scores_test.parquet`:
+the best 200 items of each window and the model's scores, for `trl-msl fuse`.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 from transformers import set_seed
 
-from ..collaborative import ItemNeighbours, count_users
+from ..collaborative import ItemNeighbours, count_users, title_neighbours
 from ..data import DataArguments, ItemCatalog
 from ..evaluation import coverage, ranking_metrics, ranks_of_targets
 from .command_line import command
@@ -47,7 +47,7 @@ LOSSES = {
     "sasrec-sce": "scaled_cross_entropy",
     "bert4rec": "softmax",
 }
-MODELS = ["popularity", "item-knn", *LOSSES]
+MODELS = ["popularity", "item-knn", "title-knn", *LOSSES]
 Scored = tuple[list[np.ndarray], list[np.ndarray]]  # items of each history, best first, and their scores
 Scorer = Callable[[list[list[int]], int], Scored]  # histories, and how many items to score
 
@@ -59,7 +59,8 @@ class BaselineArguments:
 
     Parameters:
         model (`str`, *optional*, defaults to `"sasrec-softmax"`):
-            What to train: `popularity`; `item-knn`, by [`ItemNeighbours`]; SASRec with binary cross-entropy
+            What to train: `popularity`; `item-knn`, by [`ItemNeighbours`]; `title-knn`, by [`title_neighbours`], the
+            only one that also ranks items which no training window has; SASRec with binary cross-entropy
             (`sasrec-bce`), the softmax over all items (`sasrec-softmax`) or over the target and sampled items
             (`sasrec-sampled`), or [`scaled_cross_entropy`] (`sasrec-sce`); or `bert4rec`, with the softmax over all
             items.
@@ -78,7 +79,8 @@ class BaselineArguments:
         sce_scale, mask_probability (`float`, *optional*, defaults to `100.0` and `0.5`):
             `scale` of [`scaled_cross_entropy`], and share of the items that BERT4Rec masks.
         neighbours, shrinkage, decay (*optional*, defaults to `100`, `5**0.5` and `0.7`):
-            `num_neighbours`, `shrinkage` and `decay` of [`ItemNeighbours`], for item-kNN.
+            `num_neighbours`, `shrinkage` and `decay` of [`ItemNeighbours`], for item-kNN and (without shrinkage)
+            title-kNN.
         seed (`int`, *optional*, defaults to `0`):
             Random seed.
     """
@@ -154,6 +156,9 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
             settings = (args.neighbours, args.shrinkage, args.decay)
             neighbours = ItemNeighbours.fit(sequences["train"], train_users, len(catalog), *settings)
             score = partial(score_by_neighbours, neighbours)
+        elif args.model == "title-knn":
+            neighbours = title_neighbours(catalog.texts, args.neighbours, args.decay)
+            score = partial(score_by_neighbours, neighbours)
         chosen = {"validation_ndcg@10": validate(score), "epochs": 0, "num_parameters": 0}
     trained = time.time()
     scored = {"test": score(histories["test"], NUM_SCORED)}
@@ -175,8 +180,8 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
     test_ids = [catalog.ids[item] for item in targets["test"]]
     write_results(Path(args.output_dir), metrics, catalog, test_ids, items, ranks, data.seen_items)
     print(
-        f"\nTest, {len(ranks)} users, {len(catalog)} items, {metrics['num_cold']} cold targets, which these models "
-        f"can't rank\n{format_table({args.model: metrics})}\n\n{args.output_dir}/metrics.json, "
+        f"\nTest, {len(ranks)} users, {len(catalog)} items, {metrics['num_cold']} cold targets, which only title-knn "
+        f"can rank\n{format_table({args.model: metrics})}\n\n{args.output_dir}/metrics.json, "
         f"{tested - started:.0f} seconds"
     )
 

@@ -160,7 +160,8 @@ def compare(systems: list[System], reference: str) -> dict[str, dict[str, Any]]:
         if not all(metric in system.values for system in systems):
             continue
         start = "" if metric == "ndcg@10" else f"{metric}_"
-        found = [describe_difference(system.per_user(metric) - base.per_user(metric)) for system in others]
+        differences = [system.per_user(metric) - base.per_user(metric) for system in others]
+        found = [describe_difference(difference, base.item_ids) for difference in differences]
         corrected = holm([difference["p_value"] for difference in found])
         for system, difference, p_value in zip(others, found, corrected):
             difference["p_value_holm"] = p_value
@@ -168,13 +169,19 @@ def compare(systems: list[System], reference: str) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def describe_difference(difference: np.ndarray) -> dict[str, float | None]:
-    """Mean difference with its interval and its p-value, and the smallest one that such a comparison would find."""
+def describe_difference(difference: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
+    """
+    Mean difference with its interval, also over the target items, and its p-value; and the smallest one that such a
+    comparison would find.
+    """
     low, high = bootstrap_interval(difference)
+    low_by_item, high_by_item = bootstrap_interval(difference, groups=targets)
     return {
         "difference": float(difference.mean()),
         "difference_low": low,
         "difference_high": high,
+        "difference_by_item_low": low_by_item,
+        "difference_by_item_high": high_by_item,
         "p_value": sign_flip_p_value(difference, NUM_PERMUTATIONS),
         "detectable_difference": detectable_difference(difference) if len(difference) > 1 else None,
     }
@@ -183,6 +190,7 @@ def describe_difference(difference: np.ndarray) -> dict[str, float | None]:
 def describe(system: System, is_cold: np.ndarray | None) -> dict[str, Any]:
     """Metrics from the ranks, and means over the seeds of other entries of `metrics.json`; `None` if missing."""
     row: dict[str, Any] = {"folders": [str(folder) for folder in system.folders], "num_rows": len(system.item_ids)}
+    row["num_target_items"] = len(set(system.item_ids))
     row |= {"num_seeds": len(system.folders), "seeds": [metrics.get("seed") for metrics in system.metrics]}
     for metric, values in system.values.items():
         row[metric] = float(values.mean())
@@ -226,6 +234,10 @@ def format_row(row: dict[str, Any]) -> dict[str, str]:
         value, low, high = (cell(f"{key}{end}", form) for end in ("", "_low", "_high"))
         return f"{value} [{low}, {high}]" if value else ""
 
+    def ends(key: str) -> str:
+        low, high = (cell(f"{key}{end}", "{:+.4f}") for end in ("_low", "_high"))
+        return f"[{low}, {high}]" if low else ""
+
     def number(key: str) -> str:
         return cell(key, "{:,.0f}" if (row[key] or 0) >= 10 else "{:.2g}")
 
@@ -244,6 +256,7 @@ def format_row(row: dict[str, Any]) -> dict[str, str]:
         "warm": cell("ndcg@10_warm", "{:.4f}"),
         "cold": cell("ndcg@10_cold", "{:.4f}"),
         "difference in NDCG@10": interval("difference"),
+        "by item": ends("difference_by_item"),
         "p": p_value("p_value_holm"),
         "detectable": cell("detectable_difference", "{:.4f}"),
         **further,
@@ -265,14 +278,15 @@ def format_count(number: float | None) -> str:
 
 def describe_statistics(rows: dict[str, dict[str, Any]], reference: str) -> str:
     """How to read the table."""
-    num_rows = next(iter(rows.values()))["num_rows"]
+    num_rows, num_items = (next(iter(rows.values()))[name] for name in ("num_rows", "num_target_items"))
     text = f"{num_rows:,} test cases; 95% bootstrap intervals over them, of means over the seeds."
     if any("ndcg@10_warm" in row for row in rows.values()):
         text += " Warm and cold: NDCG@10 where training has seen the target, and where it has not."
     if len(rows) > 1:
         text += (
             f" Differences are from `{reference}`, paired by test case; p: two-sided sign-flip test with "
-            f"{NUM_PERMUTATIONS:,} permutations, Holm-corrected for {len(rows) - 1} comparisons of a metric."
+            f"{NUM_PERMUTATIONS:,} permutations, Holm-corrected for {len(rows) - 1} comparisons of a metric. "
+            f"By item: interval of the difference if the {num_items:,} target items are resampled, not the test cases."
         )
     found = [row["detectable_difference"] for row in rows.values() if row.get("detectable_difference") is not None]
     if found:
