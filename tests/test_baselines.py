@@ -157,7 +157,6 @@ def test_title_knn(circle, tmp_path):
     titles[str(COLD)] = "Series 9: the end"  # 9 is the series of items 36 to 39
     (folder / "id2name4Rec.json").write_text(json.dumps(titles))
     metrics, rankings = run(folder, tmp_path / "out", "--model", "title-knn", "--neighbours", 12, "--decay", 0.9)
-    check_scores(tmp_path / "out", rankings)
     neighbours = title_neighbours(list(titles.values()), 12, 0.9)
     windows = pd.read_csv(folder / "test.csv")["item_ids"].map(json.loads)
     expected = neighbours.score([window[:-1] for window in windows])
