@@ -394,5 +394,5 @@ def test_training_without_matplotlib(tmp_path, folder, base_model, monkeypatch, 
 def test_generated_data():
     data = load_data(DataArguments(max_validation_users=5, max_test_users=10**6))
     assert [len(split) for split in data.windows.values()] == [4000, 5, 500]
-    assert len(load_data(DataArguments(train_period=[0, 0.5])).windows["train"]) == 2000
+    assert len(load_data(DataArguments(train_period=[0, 0.5])).windows["train"]) == 2250
     assert 0.5 < data.best_possible["ndcg@10"] < 0.7
