@@ -2,6 +2,7 @@
 """The commands, from data to recommendations; launched where several processes or the recipes themselves matter."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -185,6 +186,22 @@ def test_an_adapter_is_trained_further(tmp_path, folder, adapter):
     assert then["ndcg@10"] == first["ndcg@10"]
     assert then["num_trainable_parameters"] == first["num_trainable_parameters"]
     assert read(tmp_path / "data.json")["train_period"] == [0, 1]  # of both trainings
+    shutil.copytree(folder, tmp_path / "newer")
+    run(
+        train,
+        *options,
+        "--data_dir",
+        tmp_path / "newer",
+        "--train_period",
+        0,
+        0.5,
+        "--output_dir",
+        tmp_path / "on_newer",
+    )
+    assert read(tmp_path / "on_newer" / "data.json")["train_period"] == [
+        0,
+        0.5,
+    ]  # periods of other data are not joined
     with pytest.raises(ValueError, match="The options differ from what .* was trained with.*'text'"):
         run(train, *options, "--prompt_text", "Another {history}", "--output_dir", tmp_path)
 

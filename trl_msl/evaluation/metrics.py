@@ -199,7 +199,7 @@ def bootstrap_interval(
         raise ValueError(f"`confidence` is {confidence}: it must lie strictly between 0 and 1, such as 0.95.")
     if num_resamples < 1:
         raise ValueError(f"`num_resamples` is {num_resamples}: it must be at least 1, and is usually 1000.")
-    sizes = np.ones(len(values))
+    sizes = None  # of the groups
     if groups is not None:
         if len(groups) != len(values):
             raise ValueError(f"`groups` has {len(groups)} entries for {len(values)} `values`: pass one for each.")
@@ -211,7 +211,7 @@ def bootstrap_interval(
     for start in range(0, num_resamples, per_chunk):
         chunk = means[start : start + per_chunk]
         drawn = rng.integers(len(values), size=(len(chunk), len(values)))
-        chunk[:] = values[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+        chunk[:] = values[drawn].sum(axis=1) / (len(values) if sizes is None else sizes[drawn].sum(axis=1))
     lower, upper = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(lower), float(upper)
 

@@ -57,7 +57,8 @@ def main(args: DecodingArguments, data_args: DataArguments, config: MSLConfig, m
             "`data_dir` and `interactions` are both missing: pass one of them. `trl-msl quickstart` needs no data."
         )
     tokenizer = load_tokenizer(model_args, config.trust_remote_code)  # first, as a name may be mistyped
-    if adapter := load_trainable_adapter(model_args, config, tokenizer):
+    adapter = load_trainable_adapter(model_args, config, tokenizer)
+    if adapter is not None:
         data, task = load_to_train_further(model_args, data_args, config.max_length, config.trust_remote_code)
     else:
         data = load_data(data_args)

@@ -106,14 +106,18 @@ def load_to_train_further(
     model_args: ModelConfig, data_args: DataArguments, max_length: int | None = None, trust_remote_code: bool = False
 ) -> tuple[Data, RankingTask]:
     """
-    As [`load_trained`], for an adapter that is trained on these windows, too: the items and the period of its training
-    count as trained on.
+    As [`load_trained`], for an adapter that is trained on these windows, too: the items of its training count as seen,
+    and on the same data its period as trained on.
     """
     data, task = load_trained(model_args, data_args, max_length, trust_remote_code)
-    if trained_on := read_options(find_folder(model_args.model_name_or_path, "model_name_or_path")):
-        data.args = dataclasses.replace(
-            data.args, train_period=_joined(trained_on.train_period, data.args.train_period)
+    folder = find_folder(model_args.model_name_or_path, "model_name_or_path", model_args.model_revision)
+    if trained_on := read_options(folder):
+        period = _joined(trained_on.train_period, data.args.train_period)
+        here, there = (
+            dataclasses.replace(_with_whole_paths(args), train_period=period) for args in (data.args, trained_on)
         )
+        if all(getattr(here, name) == getattr(there, name) for name in _SPLITTING):
+            data.args = here
         data.seen_items = (data.seen_items or set()) | distinct_items(data.windows["train"])
     return data, task
 
