@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_msl.collaborative import ItemNeighbours, item_neighbours, title_neighbours
+from trl_msl.collaborative import ItemNeighbours, add_titles, item_neighbours, title_neighbours
 
 
 NUM_ITEMS = 9
@@ -119,6 +119,36 @@ def test_neighbours_by_titles(most_items, monkeypatch):
         assert row == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="`texts` of 3 items have no word in common"):
         title_neighbours(["a", "b", "c"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(WINDOWS, WINDOWS, st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=NUM_ITEMS, max_size=NUM_ITEMS))
+def test_neighbours_of_two_kinds_are_added(windows, others, weights):
+    one, other = (
+        ItemNeighbours.fit([items for _, items in some], [user for user, _ in some], NUM_ITEMS, 3, decay=decay)
+        for some, decay in ((windows, 0.5), (others, 0.9))
+    )
+    joined = one.join(other, torch.tensor(weights))
+    assert joined.decay == 0.5
+    for row, first, second in zip(rows_of(joined), rows_of(one), rows_of(other), strict=True):
+        second = {item: weights[item] * value for item, value in second.items() if weights[item]}
+        expected = {item: first.get(item, 0) + second.get(item, 0) for item in {*first, *second}}
+        assert row == pytest.approx(expected) and list(row.values()) == sorted(row.values(), reverse=True)
+
+
+def test_titles_are_added_to_users():
+    """Item 7, which nobody has, becomes a neighbour only by its title."""
+    by_users = ItemNeighbours.fit([[0, 1], [1, 2]], ["a", "b"], len(TITLES), shrinkage=0.0)
+    titles, is_new = title_neighbours(TITLES), torch.tensor([0.0, 0, 0, 1, 1, 1, 1, 1])
+    old, new = (rows_of(add_titles(by_users, titles, is_new, *weights))[0] for weights in ((0.1, 0.0), (0.1, 0.4)))
+    similar = rows_of(titles)[0]
+    assert rows_of(by_users)[0].keys() == {1} and old[1] == pytest.approx(2**-0.5 + 0.1 * similar[1])
+    assert old[7] == pytest.approx(0.1 * similar[7]) and new[7] == pytest.approx(0.5 * similar[7])
+    assert new[1] == old[1] and add_titles(by_users, None, is_new) is by_users
+    with pytest.raises(ValueError, match="`other` has 8 items and `weights` 3"):
+        by_users.join(titles, torch.ones(3))
+    with pytest.raises(ValueError, match="`weights` must hold finite numbers, at least 0"):
+        by_users.join(titles, -is_new)
 
 
 def test_nobody_has_two_items():

@@ -217,6 +217,45 @@ def test_weights_that_do_not_help(model, tmp_path, capsys):
     assert metrics["test"]["fused"] == metrics["test"]["model"]
 
 
+def test_weights_of_an_earlier_run(fused, model, tmp_path, capsys):
+    """Nothing is chosen: the same model gets the same items, of more training windows there are other neighbours."""
+    options = ["--model_name_or_path", model, "--weights_from", fused]
+    run(fuse, *options, "--output_dir", tmp_path / "same")
+    output, before, after = capsys.readouterr().out, read(fused), read(tmp_path / "same")
+    assert f"From {fused}: vocab_weight" in output and "Validation," not in output and "validation" not in after
+    assert after["chosen"] == before["chosen"] and before["chosen"]["title_weight"] >= 0
+    for name in ("ndcg@10", "coverage", "expansions_mean"):
+        assert after["test"]["fused"][name] == before["test"]["fused"][name]
+    run(fuse, *options, "--output_dir", tmp_path / "all", "--train_period", 0, 1)
+    one, other = (Recommender.from_pretrained(folder).fusion for folder in (fused, tmp_path / "all"))
+    assert other.neighbour_weight == one.neighbour_weight and other.popularity.sum() > one.popularity.sum()
+    with pytest.raises(ValueError, match="`weights_from` = .* has no metrics.json with weights"):
+        run(fuse, *options[:3], model, "--output_dir", tmp_path / "none")
+    with pytest.raises(ValueError, match="`weights_from` and `scores` are both given"):
+        run(fuse, *options, "--output_dir", tmp_path / "none", "--scores", fused)
+
+
+def test_neighbours_by_title(model, tmp_path):
+    """Who bought one volume buys the next, which nobody has bought yet: only its title tells."""
+    folder, log = tmp_path / "model", tmp_path / "log.csv"
+    shutil.copytree(model, folder)
+    catalog = Recommender.from_pretrained(folder).task.catalog
+    titles = [set(text.lower().split()) for text in catalog.texts]
+    pairs = [(i, max((j for j in range(130, 150)), key=lambda j: len(titles[i] & titles[j]))) for i in range(60)]
+    old = [(f"u{user}", item, user) for user in range(43) for item in (3 * user, 3 * user + 1, 3 * user + 2)]
+    new = [(f"v{user}", item, 100 + user) for user, pair in enumerate(pairs[:11]) for item in pair]
+    pd.DataFrame(old + new, columns=["user_id", "item_id", "timestamp"]).to_csv(log, index=False)
+    write_options(DataArguments(interactions=str(log), min_interactions=1), folder)
+    options = ["--model_name_or_path", folder, "--num_candidates", 10, "--vocab_weights", 0]
+    options += ["--popularity_weights", 0, "--new_item_weights", 0]
+    run(fuse, *options, "--output_dir", tmp_path / "out")
+    run(fuse, *options, "--output_dir", tmp_path / "users", "--title_weights", 0, "--new_title_weights", 0)
+    chosen = read(tmp_path / "out")["chosen"]
+    assert chosen["title_weight"] + chosen["new_title_weight"] > 0
+    found, without = (read(tmp_path / name)["test"]["neighbours"]["ndcg@10"] for name in ("out", "users"))
+    assert found > without
+
+
 def test_what_is_noted():
     args = fuse.FuseArguments(output_dir="out", popularity_weights=[-1.0, 2.0])
     tested = {name: fuse.Ranking(None, None, {"exact_rate": 0.75}) for name in ("beam-vocab", "fused")}

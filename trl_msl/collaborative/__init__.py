@@ -3,7 +3,16 @@
 
 from .fusion import FUSION_FILE, WEIGHTS, Fusion, load_fusion
 from .item_neighbours import ItemNeighbours, count_users
-from .title_neighbours import title_neighbours
+from .title_neighbours import add_titles, title_neighbours
 
 
-__all__ = ["FUSION_FILE", "WEIGHTS", "Fusion", "ItemNeighbours", "count_users", "load_fusion", "title_neighbours"]
+__all__ = [
+    "FUSION_FILE",
+    "WEIGHTS",
+    "Fusion",
+    "ItemNeighbours",
+    "add_titles",
+    "count_users",
+    "load_fusion",
+    "title_neighbours",
+]

@@ -197,6 +197,37 @@ class ItemNeighbours:
         counts = torch.bincount(keys // self.num_items, minlength=len(lengths)).tolist()
         return SparseBias((keys % self.num_items).split(counts), scores.split(counts))
 
+    def join(self, other: ItemNeighbours, weights: Tensor) -> ItemNeighbours:
+        """
+        The neighbours of both, with `decay` of this one. Similarities are added, those of `other` times the weight of
+        the neighbour.
+
+        Args:
+            other ([`ItemNeighbours`]):
+                Neighbours of the same items, such as [`title_neighbours`].
+            weights (`torch.Tensor` of shape `(num_items,)`):
+                Weight of each item as a neighbour in `other`, at least 0. Those with weight 0 are left out.
+
+        Raises:
+            `ValueError`: if the numbers of items differ, or a weight is out of range.
+        """
+        if {self.num_items, other.num_items, len(weights)} != {self.num_items}:
+            raise ValueError(
+                f"`other` has {other.num_items} items and `weights` {len(weights)}, but there are {self.num_items}: "
+                "pass those of the same catalogue."
+            )
+        if not (weights.isfinite() & (weights >= 0)).all():
+            raise ValueError("`weights` must hold finite numbers, at least 0.")
+        rows = torch.cat([torch.arange(self.num_items).repeat_interleave(of.offsets.diff()) for of in (self, other)])
+        columns = torch.cat([self.neighbours, other.neighbours]).long()
+        values = torch.cat([self.similarities, other.similarities * weights.float()[other.neighbours.long()]])
+        pairs, inverse = torch.unique(rows * self.num_items + columns, return_inverse=True)
+        rows, columns = pairs // self.num_items, pairs % self.num_items
+        sums = torch.bincount(inverse, weights=values, minlength=len(pairs))
+        kept = sums > 0
+        part = _nearest(rows[kept], columns[kept], sums[kept].float(), self.num_items)
+        return self._from_parts([part], self.num_items, self.decay)
+
     def extend(self, num_items: int) -> ItemNeighbours:
         """The same for a catalogue that has grown: the new items neither have neighbours nor are any."""
         offsets = torch.cat([self.offsets, self.offsets[-1:].expand(num_items - self.num_items)])

@@ -6,6 +6,8 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from .item_neighbours import ItemNeighbours
 
 
@@ -44,3 +46,27 @@ def title_neighbours(texts: Sequence[str], num_neighbours: int = 100, decay: flo
         raise ValueError(f"`texts` of {len(texts)} items have no word in common: there are no neighbours by title.")
     weights = [math.log(len(texts) / len(items)) ** 2 for items in words]
     return ItemNeighbours.fit(words, range(len(words)), len(texts), num_neighbours, 0.0, decay, weights)
+
+
+def add_titles(
+    neighbours: ItemNeighbours,
+    titles: ItemNeighbours | None,
+    is_new: Tensor,
+    title_weight: float = 0.0,
+    new_title_weight: float = 0.0,
+) -> ItemNeighbours:
+    """
+    Item-kNN that also knows new items: the similarity by users, plus `title_weight` times that by titles, plus
+    `new_title_weight` times that by titles where the neighbour is new.
+
+    Args:
+        neighbours, titles ([`ItemNeighbours`]):
+            Neighbours by users, whose `decay` is kept, and by titles: see [`title_neighbours`].
+        is_new (`torch.Tensor` of shape `(num_items,)`):
+            1 for each item that nobody has, else 0.
+        title_weight, new_title_weight (`float`, *optional*, default to `0.0`):
+            Weights, at least 0. With 0 for both, `titles` may be `None`.
+    """
+    if title_weight == new_title_weight == 0:
+        return neighbours
+    return neighbours.join(titles, title_weight + new_title_weight * is_new)

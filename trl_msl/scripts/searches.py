@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..collaborative import WEIGHTS, Fusion
 from ..data import ItemCatalog, RankingTask, read_table
 from ..decoding import Recommendations, SparseBias, TrieDecoder, recommend
-from ..evaluation import Candidates
+from ..evaluation import Candidates, ranking_metrics, ranks_of_targets
 from ..trie import replacing
 from .baselines import TOP_K, fill, score_by_neighbours
 from .evaluate import DECODINGS
@@ -163,6 +163,11 @@ class Searches:
             parts[1, chunk] = values_of(scores, found.items[chunk], fusion.num_items)
         weights = [getattr(fusion, weight) for weight in WEIGHTS[1:]]
         return Candidates(found.items, found.scores - np.tensordot(weights, parts, axes=1), parts)
+
+
+def mean_ndcg(items: np.ndarray, split: Split) -> float:
+    """NDCG@10 of each user's recommended items."""
+    return ranking_metrics(ranks_of_targets(items, split.targets), (TOP_K,))[f"ndcg@{TOP_K}"]
 
 
 def values_of(sparse: SparseBias, items: np.ndarray, num_items: int) -> np.ndarray:
