@@ -149,22 +149,39 @@ def test_popularity_counts_users(circle, tmp_path):
     assert metrics["ndcg@10"] < 0.3 and metrics["num_cold"] == 1
 
 
-def test_title_knn(circle, tmp_path):
-    """It also ranks items that no training window has."""
+@pytest.mark.parametrize("model", ["title-knn", "hybrid-knn"])
+def test_knn_by_titles(model, circle, tmp_path):
+    """They also rank items that no training window has."""
     folder = tmp_path / "series"
     shutil.copytree(circle, folder)
     titles = {str(item): f"Series {item // 4}, volume {item % 4}" for item in range(NUM_ITEMS + 1)}
     titles[str(COLD)] = "Series 9: the end"  # 9 is the series of items 36 to 39
     (folder / "id2name4Rec.json").write_text(json.dumps(titles))
-    metrics, rankings = run(folder, tmp_path / "out", "--model", "title-knn", "--neighbours", 12, "--decay", 0.9)
-    neighbours = title_neighbours(list(titles.values()), 12, 0.9)
-    windows = pd.read_csv(folder / "test.csv")["item_ids"].map(json.loads)
-    expected = neighbours.score([window[:-1] for window in windows])
+    settings = ("--neighbours", 12, "--decay", 0.9, "--title_weight", 0.3, "--new_title_weight", 1.5)
+    metrics, rankings = run(folder, tmp_path / "out", "--model", model, *settings)
+    windows = {name: pd.read_csv(folder / name)["item_ids"].map(json.loads) for name in ("train.csv", "test.csv")}
+    histories = [window[:-1] for window in windows["test.csv"]]
+    expected = dense_scores(title_neighbours(list(titles.values()), 12, 0.9), histories)
+    if model == "hybrid-knn":
+        by_users = ItemNeighbours.fit(windows["train.csv"][:360], range(360), NUM_ITEMS + 1, 12, decay=0.9)
+        expected[:, :COLD] *= 0.3
+        expected[:, COLD] *= 0.3 + 1.5
+        expected += dense_scores(by_users, histories)
     scores = pd.read_parquet(tmp_path / "out" / "scores_test.parquet")
-    for row, (items, values) in enumerate(zip(expected.items, expected.values)):
+    for row, values in enumerate(expected):
         found = dict(zip(map(int, scores["item_ids"][row]), scores["scores"][row]))
-        assert found == pytest.approx(dict(zip(items.tolist(), values.tolist())))
+        assert found == pytest.approx({item: values[item] for item in np.flatnonzero(values)})
     assert metrics["num_cold"] == 1 and any(str(COLD) in items for items in scores["item_ids"])
+    with pytest.raises(ValueError, match="`title_weight` is -1.0: it must be a finite number, and at least 0"):
+        run(folder, tmp_path, "--model", model, "--title_weight", -1)
+
+
+def dense_scores(neighbours, histories):
+    scores = np.zeros((len(histories), NUM_ITEMS + 1))
+    found = neighbours.score(histories)
+    for row, (items, values) in enumerate(zip(found.items, found.values)):
+        scores[row, items] = values
+    return scores
 
 
 def test_item_knn(circle, tmp_path):
@@ -176,11 +193,10 @@ def test_item_knn(circle, tmp_path):
     check_scores(tmp_path / "out", rankings)
     windows = {name: pd.read_csv(circle / name)["item_ids"].map(json.loads) for name in ("train.csv", "test.csv")}
     neighbours = ItemNeighbours.fit(windows["train.csv"][:360], range(360), NUM_ITEMS + 1, 7, 1.5, 0.6)
-    expected = neighbours.score([window[:-1] for window in windows["test.csv"]])
     scores = pd.read_parquet(tmp_path / "out" / "scores_test.parquet")
-    for row, (items, values) in enumerate(zip(expected.items, expected.values)):
+    for row, values in enumerate(dense_scores(neighbours, [window[:-1] for window in windows["test.csv"]])):
         found = dict(zip(map(int, scores["item_ids"][row]), scores["scores"][row]))
-        assert found == pytest.approx(dict(zip(items.tolist(), values.tolist())))
+        assert found == pytest.approx({item: values[item] for item in np.flatnonzero(values)})
     assert 0.3 < metrics["ndcg@10"] == pytest.approx(metrics["validation_ndcg@10"], abs=0.1)
     assert metrics["ndcg@10_warm"] == pytest.approx(metrics["ndcg@10"] * 40 / 39) and metrics["num_parameters"] == 0
     popular = run(circle, tmp_path / "popular", "--model", "popularity")[1]["recommended"]

@@ -14,7 +14,7 @@ trl-msl baselines --config recipes/configs/baselines.yaml --model sasrec-sce \
 Each training window is a separate sequence, in which SASRec predicts every item but the first; popularity and
 item-kNN count an interaction once even if several windows of a user contain it. The epoch is chosen by NDCG@10 on the
 validation windows. All items of the training windows are ranked, those of the history too; targets that are not among
-them are cold, and count as misses, but for title-kNN, which ranks the whole catalogue by the words of its titles.
+them are cold, and count as misses, but for title-kNN and hybrid-kNN, which also rank new items, by their titles.
 `output_dir` then holds `metrics.json`, `rankings.parquet`, and `scores_validation.parquet` and `scores_test.parquet`:
 the best 200 items of each window and the model's scores, for `trl-msl fuse`.
 """
@@ -29,9 +29,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from transformers import set_seed
 
-from ..collaborative import ItemNeighbours, count_users, title_neighbours
+from ..collaborative import ItemNeighbours, add_titles, count_users, title_neighbours
 from ..data import DataArguments, ItemCatalog
 from ..evaluation import coverage, ranking_metrics, ranks_of_targets
 from .command_line import command
@@ -47,7 +48,8 @@ LOSSES = {
     "sasrec-sce": "scaled_cross_entropy",
     "bert4rec": "softmax",
 }
-MODELS = ["popularity", "item-knn", "title-knn", *LOSSES]
+BY_TITLES = ["title-knn", "hybrid-knn"]
+MODELS = ["popularity", "item-knn", *BY_TITLES, *LOSSES]
 Scored = tuple[list[np.ndarray], list[np.ndarray]]  # items of each history, best first, and their scores
 Scorer = Callable[[list[list[int]], int], Scored]  # histories, and how many items to score
 
@@ -59,11 +61,10 @@ class BaselineArguments:
 
     Parameters:
         model (`str`, *optional*, defaults to `"sasrec-softmax"`):
-            What to train: `popularity`; `item-knn`, by [`ItemNeighbours`]; `title-knn`, by [`title_neighbours`], the
-            only one that also ranks items which no training window has; SASRec with binary cross-entropy
-            (`sasrec-bce`), the softmax over all items (`sasrec-softmax`) or over the target and sampled items
-            (`sasrec-sampled`), or [`scaled_cross_entropy`] (`sasrec-sce`); or `bert4rec`, with the softmax over all
-            items.
+            What to train: `popularity`; `item-knn`, by [`ItemNeighbours`]; `title-knn`, by [`title_neighbours`];
+            `hybrid-knn`, by both, see [`add_titles`]; SASRec with binary cross-entropy (`sasrec-bce`), the softmax
+            over all items (`sasrec-softmax`) or over the target and sampled items (`sasrec-sampled`), or
+            [`scaled_cross_entropy`] (`sasrec-sce`); or `bert4rec`, with the softmax over all items.
         output_dir (`str`, *optional*, defaults to `"outputs/baselines"`):
             Folder to write into.
         hidden_size (`int`, *optional*, defaults to `128`), num_layers, num_heads (`int`, *optional*, defaults to `2`):
@@ -79,8 +80,10 @@ class BaselineArguments:
         sce_scale, mask_probability (`float`, *optional*, defaults to `100.0` and `0.5`):
             `scale` of [`scaled_cross_entropy`], and share of the items that BERT4Rec masks.
         neighbours, shrinkage, decay (*optional*, defaults to `100`, `5**0.5` and `0.7`):
-            `num_neighbours`, `shrinkage` and `decay` of [`ItemNeighbours`], for item-kNN and (without shrinkage)
-            title-kNN.
+            `num_neighbours`, `shrinkage` and `decay` of [`ItemNeighbours`], for item-kNN, hybrid-kNN and (without
+            shrinkage) title-kNN.
+        title_weight, new_title_weight (`float`, *optional*, defaults to `0.2` and `0.8`):
+            Weights of [`add_titles`], for hybrid-kNN.
         seed (`int`, *optional*, defaults to `0`):
             Random seed.
     """
@@ -103,6 +106,8 @@ class BaselineArguments:
     decay: float = field(
         default=0.7, metadata={"help": "Weight of a history's item relative to the next, in item-kNN."}
     )
+    title_weight: float = field(default=0.2, metadata={"help": "Weight of similar titles in hybrid-kNN."})
+    new_title_weight: float = field(default=0.8, metadata={"help": "What to add to it for new items."})
     seed: int = field(default=0, metadata={"help": "Random seed."})
 
     @property
@@ -119,6 +124,9 @@ class BaselineArguments:
             raise ValueError(
                 f"`hidden_size` is {self.hidden_size}: it must be a multiple of `num_heads`, {self.num_heads}."
             )
+        for name in ("title_weight", "new_title_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be a finite number, and at least 0.")
         for name in ("dropout", "mask_probability"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 0 and below 1.")
@@ -151,13 +159,10 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
 
         score, chosen = train_transformer(args, sequences["train"], validate)
     else:
-        score = partial(score_by_popularity, popular, counts)
-        if args.model == "item-knn":
-            settings = (args.neighbours, args.shrinkage, args.decay)
-            neighbours = ItemNeighbours.fit(sequences["train"], train_users, len(catalog), *settings)
-            score = partial(score_by_neighbours, neighbours)
-        elif args.model == "title-knn":
-            neighbours = title_neighbours(catalog.texts, args.neighbours, args.decay)
+        if args.model == "popularity":
+            score = partial(score_by_popularity, popular, counts)
+        else:
+            neighbours = fit_neighbours(args, sequences["train"], train_users, catalog, counts == 0)
             score = partial(score_by_neighbours, neighbours)
         chosen = {"validation_ndcg@10": validate(score), "epochs": 0, "num_parameters": 0}
     trained = time.time()
@@ -179,11 +184,25 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
     }
     test_ids = [catalog.ids[item] for item in targets["test"]]
     write_results(Path(args.output_dir), metrics, catalog, test_ids, items, ranks, data.seen_items)
+    misses = "" if args.model in BY_TITLES else f", which {args.model} can't rank"
     print(
-        f"\nTest, {len(ranks)} users, {len(catalog)} items, {metrics['num_cold']} cold targets, which only title-knn "
-        f"can rank\n{format_table({args.model: metrics})}\n\n{args.output_dir}/metrics.json, "
-        f"{tested - started:.0f} seconds"
+        f"\nTest, {len(ranks)} users, {len(catalog)} items, {metrics['num_cold']} cold targets{misses}\n"
+        f"{format_table({args.model: metrics})}\n\n{args.output_dir}/metrics.json, {tested - started:.0f} seconds"
     )
+
+
+def fit_neighbours(
+    args: BaselineArguments, windows: list[list[int]], users: list, catalog: ItemCatalog, is_new: np.ndarray
+) -> ItemNeighbours:
+    """The neighbours by users, by titles, or by both."""
+    if args.model in BY_TITLES:
+        titles = title_neighbours(catalog.texts, args.neighbours, args.decay)
+        if args.model == "title-knn":
+            return titles
+    by_users = ItemNeighbours.fit(windows, users, len(catalog), args.neighbours, args.shrinkage, args.decay)
+    if args.model == "item-knn":
+        return by_users
+    return add_titles(by_users, titles, torch.from_numpy(is_new), args.title_weight, args.new_title_weight)
 
 
 def score_by_popularity(popular: np.ndarray, counts: np.ndarray, histories: list[list[int]], count: int) -> Scored:

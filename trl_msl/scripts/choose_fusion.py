@@ -56,7 +56,7 @@ class ChoiceArguments:
         metadata={"help": "Weights of new items to try."},
     )
     decays: list[float] = field(
-        default_factory=lambda: [0.3, 0.5, 0.6, 0.7, 0.85, 1.0], metadata={"help": "Decays of item-kNN to try."}
+        default_factory=lambda: [0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], metadata={"help": "Decays of item-kNN to try."}
     )
     shrinkages: list[float] = field(
         default_factory=lambda: [0.0, 1.0, 5**0.5, 5.0], metadata={"help": "Shrinkages of item-kNN to try."}
@@ -97,7 +97,7 @@ def choose_neighbours(
 ) -> tuple[Fusion, dict[str, float]]:
     """
     Popularity and neighbours from the training windows, with the settings that are best on validation: first those by
-    users, and with these the weights of titles.
+    users, with these the weights of titles, and with these the decay again.
     """
     windows = training_windows(data)
     fusion = Fusion(count_users(*windows))
@@ -126,9 +126,13 @@ def choose_neighbours(
 
         return max(tried, key=ndcg)
 
+    def with_decays(neighbours: ItemNeighbours) -> Tried:
+        return (({"decay": decay}, dataclasses.replace(neighbours, decay=decay)) for decay in args.decays)
+
     settings, neighbours = best(by_users())
-    title_settings, neighbours = best(with_titles(neighbours))
-    settings |= title_settings
+    for tried in (with_titles, with_decays):
+        chosen, neighbours = best(tried(neighbours))
+        settings |= chosen
     logger.info("Item-kNN with %s", ", ".join(f"{name} {value:g}" for name, value in settings.items()))
     return dataclasses.replace(fusion, neighbours=neighbours), settings
 
