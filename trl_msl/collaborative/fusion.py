@@ -39,7 +39,8 @@ class Fusion:
 
     with the sums of [`TrieDecoder.search`], `count` the number of users who have the item, `s` its score by
     [`ItemNeighbours`] for the whole history, and `max s` the user's largest. Training has pushed new items down, as
-    they were wrong in every row, and only the model can tell them apart: `new_item_weight` brings them back.
+    they were wrong in every row, and nobody has them: `new_item_weight` brings them back, and the model and
+    [`add_titles`] tell them apart by their titles.
 
     Args:
         popularity (`torch.Tensor` of shape `(num_items,)`, int64):
