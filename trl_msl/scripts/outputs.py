@@ -118,11 +118,18 @@ def format_table(results: dict[str, dict[str, float]], columns: tuple[str, ...] 
 
 def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
     """
-    Training loss, temperature τ and validation NDCG@10 over steps, a line per system, in a panel for each that was
-    logged; no file if none was. Losses of several systems may be on different scales, so each is then divided by its
-    first value. Needs matplotlib.
+    Training loss, temperature τ, the target's probability among the valid tokens, and validation NDCG@10, also of warm
+    and of cold targets, over steps: a line per system, in a panel for each that was logged; no file if none was.
+    Losses of several systems may be on different scales, so each is then divided by its first value. Needs matplotlib.
     """
-    panels = {"loss": "training loss", "temperature": "temperature τ", "eval_ndcg@10": "validation NDCG@10"}
+    panels = {
+        "loss": "training loss",
+        "temperature": "temperature τ",
+        "target_probability": "target's probability",
+        "eval_ndcg@10": "validation NDCG@10",
+        "eval_ndcg@10_warm": "NDCG@10, warm targets",
+        "eval_ndcg@10_cold": "NDCG@10, cold targets",
+    }
     points = {
         key: {name: [(e["step"], e[key]) for e in history if key in e] for name, history in histories.items()}
         for key in panels
@@ -141,8 +148,11 @@ def plot_training(histories: dict[str, list[dict[str, float]]], path: Path) -> N
         points["loss"] = {
             name: [(step, value / (line[0][1] or 1)) for step, value in line] for name, line in points["loss"].items()
         }
-    size = (4 * len(logged), 3.4)
-    figure, axes = plt.subplots(1, len(logged), figsize=size, squeeze=False, constrained_layout=True)
+    rows, columns = -(-len(logged) // 3), min(3, len(logged))
+    size = (4 * columns, 3.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, constrained_layout=True)
+    for axis in axes.flat[len(logged) :]:
+        axis.remove()
     for axis, key in zip(axes.flat, logged):
         for name, line in points[key].items():
             # Plotted even if empty, so that a system has the same colour in all panels
