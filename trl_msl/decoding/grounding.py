@@ -194,14 +194,15 @@ def write_titles(
         pad_token_id=padding_token(tokenizer),
     )
     whole = task.encode_items([task.catalog.template.replace("{text}", _TITLE)])[0][:-1]
-    before, _, after = _decode(tokenizer, whole).partition(_TITLE)
+    before, _, after = _decode(tokenizer, whole).strip().partition(_TITLE)
 
     def write(prompts: list[list[int]]) -> list[str]:
         def write_batch(batch: list[list[int]]) -> list[str]:
             inputs = pad_left(batch, config.pad_token_id, model.device)
             written = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :].tolist()
             rows = [row[: next((i for i, token in enumerate(row) if token in ends), None)] for row in written]
-            return [_decode(tokenizer, row).removeprefix(before).removesuffix(after).strip() for row in rows]
+            texts = [_decode(tokenizer, row).strip() for row in rows]  # untrained models begin with white space
+            return [text.removeprefix(before).removesuffix(after).strip() for text in texts]
 
         with ready_to_generate(model):
             return _by_length(write_batch, prompts, batch_size, "Writing titles")
