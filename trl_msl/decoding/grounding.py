@@ -42,9 +42,9 @@ class Grounder:
     As in the paper's code (https://github.com/SAI990323/BIGRec), the title is the best of four beams with a length
     penalty of 1, texts are read without the quotes around them, and at γ = 0 distances are ranked as they are. There
     are four differences. The code takes the states from the language model as it was before fine-tuning, this class
-    from the model that writes. It writes up to 128 tokens; here a title has at most as many as the longest item. The
-    paper counts interactions, here an item counts once for a user. The paper's other choice of \\( P \\), the scores
-    of a collaborative model, is left out.
+    from the model that writes. It writes up to 128 tokens; here a title has at most as many as the longest item. It
+    reads \\( N \\) from a file of counts that is not published. Its other choice of \\( P \\), the scores of a
+    collaborative model, is left out here.
 
     Titles are written, and all texts read, at the first ranking, and kept for further values of γ. Under `accelerate
     launch` each process takes a share of the work, and all get the whole result.
