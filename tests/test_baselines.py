@@ -26,8 +26,9 @@ FILES = {"metrics.json", "rankings.parquet", "scores_validation.parquet", "score
 SMALL = [
     "--hidden_size", "32", "--num_layers", "1", "--learning_rate", "1e-2", "--batch_size", "64", "--dropout", "0.1",
     "--max_epochs", "20", "--patience", "8", "--num_negatives", "10", "--sce_scale", "4", "--mask_probability", "0.4",
+    "--dros_alpha", "0.1",
 ]  # fmt: skip
-MODELS = ["sasrec-bce", "sasrec-softmax", "sasrec-sampled", "sasrec-sce", "bert4rec"]
+MODELS = ["sasrec-bce", "sasrec-softmax", "sasrec-sampled", "sasrec-sce", "sasrec-dros", "bert4rec"]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,46 @@ def test_scaled_cross_entropy_of_extreme_scores(sequence_models):
     torch.testing.assert_close(loss.detach(), torch.tensor([0.0, 2e4 + math.log(100), math.log(201)]))
     loss.sum().backward()
     torch.testing.assert_close(positive.grad, torch.tensor([0.0, -1.0, 1 / 201 - 1]))
+
+
+def test_robust_loss_is_the_formula_of_dros(sequence_models):
+    torch.manual_seed(0)
+    scores = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    counts, targets, beta = [7, 0, 2, 1, 4], [4, 0, 1], 0.4
+    propensity = [((count + 1) / 19) ** 0.05 for count in counts]
+    found = sequence_models.item_propensity(np.array(counts))
+    assert found.tolist() == pytest.approx(propensity)
+    expected = []
+    for row, target in zip(scores, targets):
+        terms = [torch.exp(propensity[j] * (row[j] - int(j == target)) ** 2 / beta) for j in range(5)]
+        expected.append(torch.log(sum(terms)))
+    loss = sequence_models.robust_loss(
+        scores, torch.tensor(targets), torch.tensor(propensity, dtype=torch.float64), beta
+    )
+    torch.testing.assert_close(loss, torch.stack(expected))
+    gradients = [torch.autograd.grad(values.sum(), scores)[0] for values in (loss, torch.stack(expected))]
+    torch.testing.assert_close(*gradients)
+
+
+def test_dros_is_trained_by_all_targets_and_items(sequence_models):
+    options = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "max_epochs": 1, "num_negatives": 2}
+    args = baselines.BaselineArguments("sasrec-dros", **options, dros_alpha=0.7, dros_beta=0.3)
+    score, _ = sequence_models.train_transformer(args, [[5, 1, 2], [2, 1]], lambda score: 0.0)
+    (model, items, *_) = score.args
+    module, batch = model.lightning_model.eval(), next(iter(model.data_preparator.get_dataloader_train()))
+    shares = {5: 2 / 8, 1: 3 / 8, 2: 3 / 8}
+    expected = [shares[item] ** 0.05 for item in items.external_ids]
+    assert module.propensity.tolist() == pytest.approx(expected)
+    logits, targets = model.torch_model(batch=batch), batch["y"]
+    drawn = torch.cat([targets.unsqueeze(-1), batch["negatives"]], dim=-1)
+    bce = module._calc_bce_loss(logits.gather(-1, drawn), targets, batch["yw"])
+    losses = []
+    for row, place in (targets != 0).nonzero().tolist():
+        errors = [(logits[row, place, item] - float(item == targets[row, place])) ** 2 for item in (1, 2, 3)]
+        losses.append(torch.log(sum(torch.exp(p * error / 0.3) for p, error in zip(expected, errors))))
+    assert len(losses) == 3
+    loss = module._calc_custom_loss(batch, 0)
+    torch.testing.assert_close(loss, bce + 0.7 * torch.stack(losses).mean())
 
 
 def check_scores(folder, rankings):
@@ -262,6 +303,7 @@ def test_launched_with_a_config(sequence_models, circle, tmp_path):
         ({"hidden_size": 10, "num_heads": 4}, "`hidden_size` is 10: it must be a multiple of `num_heads`, 4"),
         ({"patience": 0}, "`patience` is 0: it must be above 0"),
         ({"sce_scale": -1.0}, "`sce_scale` is -1.0"),
+        ({"dros_beta": 0.0}, "`dros_beta` is 0.0: it must be above 0"),
         ({"dropout": 1.0}, "`dropout` is 1.0: it must be at least 0 and below 1"),
     ],
 )

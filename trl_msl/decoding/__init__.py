@@ -2,6 +2,7 @@
 """Exact top K, beam search and constrained generation over the trie."""
 
 from .decoder import TrieDecoder
+from .grounding import Grounder, check_gamma
 from .item_bias import Biases, ItemBias, SparseBias, dense_bias, read_item_bias, select_users, sum_biases
 from .logits_processor import TrieLogitsProcessor
 from .next_tokens import next_token_log_probs
@@ -14,11 +15,13 @@ __all__ = [
     "Allowed",
     "Biases",
     "DecodingOutput",
+    "Grounder",
     "ItemBias",
     "Recommendations",
     "SparseBias",
     "TrieDecoder",
     "TrieLogitsProcessor",
+    "check_gamma",
     "dense_bias",
     "next_token_log_probs",
     "read_item_bias",

@@ -59,14 +59,14 @@ def generate_items(
     check_beams(num_beams, normalize, top_k)
     trie = trie.to("cpu")
     by_length = sorted(range(len(prompts)), key=lambda user: -len(prompts[user]))
-    pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad_token = padding_token(tokenizer)
     config = GenerationConfig(
         num_beams=num_beams,
         num_return_sequences=num_beams,
         max_new_tokens=trie.depth,
         length_penalty=length_penalty,
         do_sample=False,
-        eos_token_id=_end_tokens(trie),
+        eos_token_id=end_tokens(trie),
         pad_token_id=pad_token,
         return_dict_in_generate=True,
         output_scores=True,
@@ -74,7 +74,7 @@ def generate_items(
     output, num_invalid = DecodingOutput.empty(len(prompts), top_k), 0
     starts = range(0, len(by_length), batch_size)
     is_silent = len(starts) < 2 or not PartialState().is_local_main_process
-    with _ready_to_generate(model):
+    with ready_to_generate(model):
         for start in tqdm(starts, desc="Recommending", disable=is_silent):
             users = by_length[start : start + batch_size]
             found = _generate(model, trie, [prompts[u] for u in users], pad_token, config, normalize)
@@ -90,7 +90,7 @@ def generate_items(
 
 
 @contextlib.contextmanager
-def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
+def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
     """
     Evaluation mode, no gradient, a cache, and none of the model's generation settings: `generate` takes from them what
     a config leaves unset, and a repetition penalty or top-k silently breaks constrained search. One thread at a time,
@@ -105,6 +105,19 @@ def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
                 yield
         finally:
             base.generation_config, model.generation_config = before
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's padding token or, if it has none, its EOS."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def pad_left(prompts: list[list[int]], pad_token: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of prompts that are padded on the left, as `generate` wants them."""
+    longest = max(map(len, prompts))
+    input_ids = [[pad_token] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(input_ids).to(device), "attention_mask": torch.tensor(mask).to(device)}
 
 
 def _generate(
@@ -124,14 +137,11 @@ def _generate(
         items than beams, `generate` adds repeats and unfinished rows.
     """
     longest = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token] * (longest - len(p)) + p for p in prompts], device=model.device)
-    attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     processors = [TrieLogitsProcessor(trie, longest, normalize, inplace=True)]
     if config.num_beams == 1:  # greedy search passes logits, beam search log-probabilities
         processors.insert(0, LogitNormalization())
-    output = model.generate(
-        input_ids=input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=processors
-    )
+    inputs = pad_left(prompts, pad_token, model.device)
+    output = model.generate(**inputs, generation_config=config, logits_processor=processors)
     written = output.sequences[:, longest:]
     if config.num_beams == 1:
         steps = torch.stack(output.scores, dim=1).gather(-1, written.unsqueeze(-1)).squeeze(-1)
@@ -158,13 +168,13 @@ def _expand_leaves(
         yield [item for _, item in items], [-score for score, _ in items]
 
 
-def _end_tokens(trie: ItemTrie) -> list[int]:
+def end_tokens(trie: ItemTrie) -> list[int]:
     """Tokens that end items, by which `generate` knows that a beam is finished."""
-    end_tokens = trie.tokens(trie.item_nodes).unique()
+    found = trie.tokens(trie.item_nodes).unique()
     inner_nodes = torch.arange(1, trie.num_nodes)[~trie.is_leaf(torch.arange(1, trie.num_nodes))]
-    if not trie.is_leaf(trie.item_nodes.long()).all() or torch.isin(trie.tokens(inner_nodes), end_tokens).any():
+    if not trie.is_leaf(trie.item_nodes.long()).all() or torch.isin(trie.tokens(inner_nodes), found).any():
         raise ValueError(
             "`trie` has items without an end token of their own, so `generate` can't tell when one is finished: "
             "append an end token to every sequence, as `ItemCatalog.build_trie` does."
         )
-    return end_tokens.tolist()
+    return found.tolist()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ def evaluate_recommendations(
     confidence: float = 0.95,
     return_recommendations: bool = False,
     seen_items: Collection[str] | None = None,
+    rank: Callable[..., Recommendations] | None = None,
     **kwargs: Any,
 ) -> dict[str, float] | tuple[dict[str, float], Recommendations]:
     """
@@ -49,6 +51,9 @@ def evaluate_recommendations(
         seen_items (`Collection[str]`, *optional*):
             Ids of the items in the training windows. Targets among them are warm, the others cold, and both are
             measured apart. With `match="text"`, having seen an item with the target's text is enough.
+        rank (`Callable`, *optional*):
+            What ranks items for the rows instead of [`recommend`], such as a [`Grounder`]. It is given `top_k`,
+            `allowed` where not all items are ranked, and `kwargs`.
         **kwargs:
             `mode`, `batch_size` and other arguments of [`recommend`]. With `allowed`, exactly those items are ranked.
 
@@ -67,7 +72,8 @@ def evaluate_recommendations(
     """
     _check_arguments(task, rows, ks, match)
     targets, top_k = np.array(task.catalog.indices(rows["item_id"])), max(ks)
-    prompts = task.ranking_prompts(rows[:])
+    if rank is None:
+        rank = functools.partial(recommend, model, task, task.ranking_prompts(rows[:]))
     available = _indices(task, lambda item: item not in task.withdrawn)
     seen = None if seen_items is None else _indices(task, set(seen_items).__contains__)
     can_restrict = kwargs.get("mode") != "generate" and kwargs.keys().isdisjoint(("allowed", "exclude", "item_bias"))
@@ -75,7 +81,7 @@ def evaluate_recommendations(
         kwargs["allowed"] = torch.from_numpy(available)
     if match == "id":
         can_be_found, num_ranked = np.isin(targets, available), len(task.catalog)
-        found = recommend(model, task, prompts, top_k, **kwargs)
+        found = rank(top_k=top_k, **kwargs)
         recommended = found.items
     else:
         leaves = task.trie.item_nodes.cpu().numpy()
@@ -85,7 +91,7 @@ def evaluate_recommendations(
         if can_restrict and len(first) < len(leaves):
             # One item of each text, so that the list holds `top_k` texts
             top_k, kwargs["allowed"] = min(top_k, len(first)), torch.from_numpy(first)
-        found = recommend(model, task, prompts, top_k, **kwargs)
+        found = rank(top_k=top_k, **kwargs)
         targets, recommended = text[targets], _without_repeats(np.where(found.items < 0, -1, text[found.items]))
         can_be_found = np.isin(targets, text[first])
         seen = None if seen is None else text[seen]

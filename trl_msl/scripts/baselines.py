@@ -46,6 +46,7 @@ LOSSES = {
     "sasrec-softmax": "softmax",
     "sasrec-sampled": "sampled_softmax",
     "sasrec-sce": "scaled_cross_entropy",
+    "sasrec-dros": "BCE and DROS",
     "bert4rec": "softmax",
 }
 BY_TITLES = ["title-knn", "hybrid-knn"]
@@ -63,8 +64,9 @@ class BaselineArguments:
         model (`str`, *optional*, defaults to `"sasrec-softmax"`):
             What to train: `popularity`; `item-knn`, by [`ItemNeighbours`]; `title-knn`, by [`title_neighbours`];
             `hybrid-knn`, by both, see [`add_titles`]; SASRec with binary cross-entropy (`sasrec-bce`), the softmax
-            over all items (`sasrec-softmax`) or over the target and sampled items (`sasrec-sampled`), or
-            [`scaled_cross_entropy`] (`sasrec-sce`); or `bert4rec`, with the softmax over all items.
+            over all items (`sasrec-softmax`) or over the target and sampled items (`sasrec-sampled`),
+            [`scaled_cross_entropy`] (`sasrec-sce`), or binary cross-entropy and [`robust_loss`] (`sasrec-dros`); or
+            `bert4rec`, with the softmax over all items.
         output_dir (`str`, *optional*, defaults to `"outputs/baselines"`):
             Folder to write into.
         hidden_size (`int`, *optional*, defaults to `128`), num_layers, num_heads (`int`, *optional*, defaults to `2`):
@@ -79,6 +81,9 @@ class BaselineArguments:
             Items sampled for each target, uniformly, by the losses that sample.
         sce_scale, mask_probability (`float`, *optional*, defaults to `100.0` and `0.5`):
             `scale` of [`scaled_cross_entropy`], and share of the items that BERT4Rec masks.
+        dros_alpha, dros_beta (`float`, *optional*, defaults to `0.5` and `1.0`):
+            Weight of [`robust_loss`], and its `beta`. Choose both on validation: the paper's code leaves the weight at
+            0, and that of [DLLM2Rec](https://github.com/istarryn/DLLM2Rec) has 0.5 and 1.0 for SASRec.
         neighbours, shrinkage, decay (*optional*, defaults to `100`, `5**0.5` and `0.7`):
             `num_neighbours`, `shrinkage` and `decay` of [`ItemNeighbours`], for item-kNN, hybrid-kNN and (without
             shrinkage) title-kNN.
@@ -100,6 +105,8 @@ class BaselineArguments:
     patience: int = field(default=5, metadata={"help": "Stop after this many epochs without a better NDCG@10."})
     num_negatives: int = field(default=100, metadata={"help": "Items sampled for each target."})
     sce_scale: float = field(default=100.0, metadata={"help": "Factor of the sampled sum in sasrec-sce."})
+    dros_alpha: float = field(default=0.5, metadata={"help": "Weight of the robust loss in sasrec-dros."})
+    dros_beta: float = field(default=1.0, metadata={"help": "How evenly errors count there."})
     mask_probability: float = field(default=0.5, metadata={"help": "Share of the items that BERT4Rec masks."})
     neighbours: int = field(default=100, metadata={"help": "Neighbours of each item in item-kNN."})
     shrinkage: float = field(default=5**0.5, metadata={"help": "How little rare items count in item-kNN."})
@@ -117,7 +124,7 @@ class BaselineArguments:
 
     def __post_init__(self):
         whole = ("num_layers", "num_heads", "batch_size", "max_epochs", "patience", "num_negatives", "neighbours")
-        for name in (*whole, "sce_scale", "learning_rate"):
+        for name in (*whole, "sce_scale", "dros_alpha", "dros_beta", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be above 0.")
         if self.hidden_size < 1 or self.hidden_size % self.num_heads:

@@ -19,7 +19,6 @@ from .searches import Searches, Split, mean_ndcg, rank_without_model
 
 logger = logging.getLogger(__name__)
 
-Windows = tuple[list[list[int]], list, int]  # item indices and user of each window, and the number of items
 Tried = Iterator[tuple[dict[str, float], ItemNeighbours]]
 
 
@@ -86,12 +85,6 @@ class ChoiceArguments:
                 raise ValueError(f"`{name}` is empty: pass at least one number.")
 
 
-def training_windows(data: Data) -> Windows:
-    """What [`ItemNeighbours.fit`] and [`count_users`] take."""
-    train, catalog = data.windows["train"], data.catalog
-    return [catalog.indices(ids) for ids in train["item_ids"]], train["user_id"][:], len(catalog)
-
-
 def choose_neighbours(
     args: ChoiceArguments, data: Data, validation: Split, available: list[int]
 ) -> tuple[Fusion, dict[str, float]]:
@@ -99,7 +92,7 @@ def choose_neighbours(
     Popularity and neighbours from the training windows, with the settings that are best on validation: first those by
     users, with these the weights of titles, and with these the decay again.
     """
-    windows = training_windows(data)
+    windows = data.training_windows()
     fusion = Fusion(count_users(*windows))
 
     def by_users() -> Tried:
@@ -154,7 +147,7 @@ def fit_earlier(folder: str, data: Data, num_neighbours: int) -> tuple[Fusion, d
             f"`weights_from` = {folder!r} has no metrics.json with weights ({error!r}): pass the `output_dir` of a "
             "run of this command without `--scores`."
         ) from error
-    windows = training_windows(data)
+    windows = data.training_windows()
     fusion = Fusion(count_users(*windows))
     neighbours = ItemNeighbours.fit(*windows, num_neighbours, settings["shrinkage"], settings["decay"])
     of_titles = {name: settings[name] for name in ("title_weight", "new_title_weight")}

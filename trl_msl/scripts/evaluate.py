@@ -27,6 +27,8 @@ lose, and where.
 Exact searches by several values of λ, the weight of the valid tokens' share in the score, are compared likewise:
 `--vocab_weight 0 0.5 1`.
 
+So are several exponents of the popularity by grounding, `--decoding grounding --popularity_gamma 0 1 10`.
+
 Writes `metrics.json` and `recommendations.txt` into `--output_dir`, which for this model is
 `outputs/evaluate/outputs/quickstart/msl` by default; and into a folder there for each way of decoding what
 `trl-msl report` compares.
@@ -44,8 +46,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
+from ..collaborative import count_users
 from ..data import DataArguments, RankingTask
-from ..decoding import Recommendations
+from ..decoding import Grounder, Recommendations, check_gamma
 from ..evaluation import (
     TEMPERATURES,
     beam_pruning,
@@ -57,7 +60,7 @@ from ..evaluation import (
     target_log_probs,
 )
 from .command_line import command
-from .loading import load_model
+from .loading import Data, load_model
 from .outputs import describe_recommendations, finish, format_table, write_json, write_results, write_text
 from .trained import load_trained
 
@@ -87,14 +90,16 @@ class EvaluationArguments:
             Whether to give the log-probability of the target, too: see [`target_log_probs`].
         decoding (`list[str]`, *optional*, defaults to `["exact"]`):
             How to find the best items: `exact`; `beam`, beam search by the restricted probability that MSL trains;
-            `beam-vocab`, by the probability over the vocabulary, as in published code; or `generate`, the same as
-            `beam`, for models that the engine can't run.
+            `beam-vocab`, by the probability over the vocabulary, as in published code; `generate`, the same as
+            `beam`, for models that the engine can't run; or `grounding`, by a title written freely: see [`Grounder`].
         vocab_weight (`list[float]`, *optional*, defaults to `[0.0]`):
             As for [`recommend`]. For `exact` only, which is repeated for each value.
         max_expansions (`int`, *optional*, defaults to `1024`):
             As for [`recommend`]. For `exact` only.
+        popularity_gamma (`list[float]`, *optional*, defaults to `[0.0]`):
+            As for [`Grounder`]. For `grounding` only, which is repeated for each value.
         num_beams (`int`, *optional*):
-            Beam width, `top_k` by default.
+            Beam width, by default `top_k`, and 4 for `grounding`.
         length_penalty (`float`, *optional*, defaults to `0.0`):
             As for `generate`. For beams only.
         match (`str`, *optional*, defaults to `"id"`):
@@ -114,7 +119,8 @@ class EvaluationArguments:
     top_k: int = field(default=10, metadata={"help": "Number of items to rank."})
     target_log_probs: bool = field(default=False, metadata={"help": "Give the target's log-probability, too."})
     decoding: list[str] = field(
-        default_factory=lambda: ["exact"], metadata={"help": "How to decode.", "choices": list(DECODINGS)}
+        default_factory=lambda: ["exact"],
+        metadata={"help": "How to decode.", "choices": [*DECODINGS, "grounding"]},
     )
     vocab_weight: list[float] = field(
         default_factory=lambda: [0.0],
@@ -123,7 +129,11 @@ class EvaluationArguments:
         },
     )
     max_expansions: int = field(default=1024, metadata={"help": "Limit of exact search, per user."})
-    num_beams: int | None = field(default=None, metadata={"help": "Beam width, `top_k` by default."})
+    popularity_gamma: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={"help": "Exponent of the popularity. For grounding, once for each value."},
+    )
+    num_beams: int | None = field(default=None, metadata={"help": "Beam width, `top_k` by default; grounding: 4."})
     length_penalty: float = field(default=0.0, metadata={"help": "As for `generate`. For beams only."})
     match: str = field(default="id", metadata={"help": "What counts as a hit.", "choices": ["id", "text"]})
     batch_size: int = field(default=16, metadata={"help": "Users per process decoded at a time."})
@@ -138,6 +148,7 @@ def main(args: EvaluationArguments, data_args: DataArguments, model_args: ModelC
     data, task = load_trained(model_args, data_args, args.max_length, args.trust_remote_code)
     rows = data.rows(args.split, task)
     model = load_model(model_args, args.trust_remote_code)
+    add_grounder(decodings, args.num_beams, model, task, data, rows)
     ks = sorted({min(5, args.top_k), min(10, args.top_k), args.top_k})
     settings = {"ks": ks, "match": args.match, "batch_size": args.batch_size, "seen_items": data.seen_items}
     results, found = evaluate_decodings(decodings, model, task, rows, **settings)
@@ -196,20 +207,51 @@ def find_output_dir(output_dir: str | None, name: str) -> Path:
 
 def make_decodings(args: EvaluationArguments) -> dict[str, dict[str, Any]]:
     """The ways of decoding to compare, by name: arguments of [`evaluate_recommendations`]."""
-    if args.decoding == ["exact"] and (args.num_beams or args.length_penalty):
-        raise ValueError("`num_beams` and `length_penalty` have no effect on exact search: add beam to `decoding`.")
+    has_beams = not {"exact", "grounding"}.issuperset(args.decoding)
+    if not has_beams and (args.length_penalty or (args.num_beams and "grounding" not in args.decoding)):
+        raise ValueError(
+            "`num_beams` and `length_penalty` have no effect on exact search, and the latter none on grounding: add "
+            "beam to `decoding`."
+        )
     if "exact" not in args.decoding and (args.vocab_weight != [0] or args.max_expansions != 1024):
         raise ValueError("`vocab_weight` and `max_expansions` have no effect on beams: add exact to `decoding`.")
+    if "grounding" not in args.decoding and args.popularity_gamma != [0]:
+        raise ValueError("`popularity_gamma` has an effect on grounding only: add it to `decoding`.")
     decodings = {}
     for name in args.decoding:
-        if name != "exact":
+        if name == "exact":
+            for weight in args.vocab_weight:
+                score = {"vocab_weight": weight, "max_expansions": args.max_expansions}
+                decodings[f"{name}-{weight:g}" if weight else name] = DECODINGS[name] | score
+        elif name == "grounding":
+            for gamma in args.popularity_gamma:
+                check_gamma(gamma)
+                decodings[f"{name}-{gamma:g}" if gamma else name] = {"popularity_gamma": gamma}
+        else:
             beams = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
             decodings[name] = DECODINGS[name] | beams
-            continue
-        for weight in args.vocab_weight:
-            score = {"vocab_weight": weight, "max_expansions": args.max_expansions}
-            decodings[f"exact-{weight:g}" if weight else name] = DECODINGS[name] | score
     return decodings
+
+
+def add_grounder(
+    decodings: dict[str, dict[str, Any]],
+    num_beams: int | None,
+    model: PreTrainedModel,
+    task: RankingTask,
+    data: Data,
+    rows: Dataset,
+) -> None:
+    """Add to all ways of decoding by grounding what ranks for them: one [`Grounder`], which writes titles once."""
+    grounded = [decoding for decoding in decodings.values() if "popularity_gamma" in decoding]
+    popularity = None
+    if any(decoding["popularity_gamma"] for decoding in grounded):
+        if "train" not in data.windows:
+            raise ValueError("`popularity_gamma` is above 0, but the data has no training windows: add `train_file`.")
+        popularity = count_users(*data.training_windows())
+    if grounded:
+        grounder = Grounder(model, task, task.ranking_prompts(rows[:]), popularity, num_beams or 4)
+    for decoding in grounded:
+        decoding["rank"] = grounder
 
 
 def evaluate_decodings(
@@ -221,7 +263,8 @@ def evaluate_decodings(
     """
     results, found = {}, {}
     for name in sorted(decodings, key=SAME_SCORE.__contains__):  # beams last, as they follow the items found exactly
-        started, decoding = time.time(), decodings[name]
+        decoding = decodings[name]
+        started = time.time() - getattr(decoding.get("rank"), "seconds", 0.0)  # what it does once, each row takes
         if SAME_SCORE.get(name) in found and not decoding.get("length_penalty"):
             decoding = decoding | {"follow": found[SAME_SCORE[name]].items}
         results[name], found[name] = evaluate_recommendations(

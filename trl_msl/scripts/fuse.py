@@ -56,7 +56,7 @@ from ..data import DataArguments, RankingTask
 from ..evaluation import coverage, ranking_metrics, ranks_of_targets
 from ..recommender import find_folder
 from .baselines import TOP_K
-from .choose_fusion import ChoiceArguments, choose_neighbours, choose_weights_by_search, fit_earlier, training_windows
+from .choose_fusion import ChoiceArguments, choose_neighbours, choose_weights_by_search, fit_earlier
 from .command_line import command
 from .derived import copy_model, new_folder, write_card
 from .evaluate import compare
@@ -174,7 +174,7 @@ def choose(
         return fusion, {"fused": dataclasses.replace(fusion, **weights)}, settings
     if args.scores:
         scored = ScoredWindows(Path(args.scores), list(splits.values()), data.catalog)
-        fusion, settings = Fusion(count_users(*training_windows(data)), scored), {}
+        fusion, settings = Fusion(count_users(*data.training_windows()), scored), {}
     else:
         fusion, settings = choose_neighbours(args, data, splits["validation"], searches.available)
     return fusion, choose_weights_by_search(args, searches, splits["validation"], fusion), settings

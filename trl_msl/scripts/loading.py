@@ -58,6 +58,11 @@ class Data:
             )
         return build_rows(self.windows[split], task)
 
+    def training_windows(self) -> tuple[list[list[int]], list, int]:
+        """Item indices and user of each training window, and the number of items: what [`count_users`] takes."""
+        train = self.windows["train"]
+        return [self.catalog.indices(ids) for ids in train["item_ids"]], train["user_id"][:], len(self.catalog)
+
 
 def load_data(args: DataArguments, catalog: ItemCatalog | None = None) -> Data:
     """

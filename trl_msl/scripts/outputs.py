@@ -175,7 +175,7 @@ def describe_recommendations(rows: Dataset, catalog: ItemCatalog, found: Recomme
         target = catalog.indices([row["item_id"]])[0]
         lines = ["history: " + ", ".join(row["history"]), "next:    " + catalog.completions[target]]
         lines += [
-            f"{rank:>5}. {catalog.completions[item]}  (log-probability {score:.2f}){'  <-' * (item == target)}"
+            f"{rank:>5}. {catalog.completions[item]}  (score {score:.2f}){'  <-' * (item == target)}"
             for rank, (item, score) in enumerate(zip(items.tolist(), scores.tolist()), start=1)
             if item >= 0
         ]

@@ -80,6 +80,10 @@ def train_transformer(
             "lightning_module_type": ScaledCrossEntropyModule,
             "lightning_module_kwargs": {"scale": args.sce_scale},
         },
+        "sasrec-dros": {
+            "lightning_module_type": RobustModule,
+            "lightning_module_kwargs": {"alpha": args.dros_alpha, "beta": args.dros_beta},
+        },
     }
     longest = max(map(len, sequences))
     # In BERT4Rec the mask takes the last place; SASRec's inputs are all items but the last
@@ -143,3 +147,58 @@ class ScaledCrossEntropyModule(TransformerLightningModule):
             return (losses * weights)[targets != 0].mean()  # 0 is padding
 
         return mean_loss
+
+
+def robust_loss(scores: torch.Tensor, targets: torch.Tensor, propensity: torch.Tensor, beta: float) -> torch.Tensor:
+    r"""
+    What DROS ([Yang et al., SIGIR 2023](https://github.com/YangZhengyi98/DROS)) adds to a loss against shifts of the
+    distribution of items: with \\( y_j \\) 1 for the target and 0 for all other items,
+    \\( \log \sum_j \exp(p_j (s_j - y_j)^2 / \beta) \\), a soft maximum of the items' squared errors.
+
+    Args:
+        scores (`torch.Tensor` of shape `[num_targets, num_items]`), targets (`torch.Tensor` of shape `[num_targets]`):
+            Scores of all items for each target, and the target's index.
+        propensity (`torch.Tensor` of shape `[num_items]`):
+            Weight \\( p \\) of each item's error: see [`item_propensity`].
+        beta (`float`):
+            \\( \beta \\): the smaller it is, the more the largest error counts.
+
+    Returns:
+        `torch.Tensor` of shape `[num_targets]`.
+    """
+    errors = scores - torch.nn.functional.one_hot(targets, scores.shape[-1])
+    return (propensity * errors**2 / beta).logsumexp(dim=-1)
+
+
+def item_propensity(counts: np.ndarray) -> torch.Tensor:
+    """Each item's share of all `counts`, each raised by 1, to the power of 0.05 as in the paper's code; fp32."""
+    counts = torch.from_numpy(counts).double() + 1
+    return (counts / counts.sum()).pow(0.05).float()
+
+
+class RobustModule(TransformerLightningModule):
+    """
+    RecTools' training by binary cross-entropy with sampled items, to which `alpha` times [`robust_loss`] is added.
+    Items are counted at all places of the training windows, in the paper's code only where they are targets.
+    """
+
+    propensity: torch.Tensor
+
+    def __init__(self, *args: Any, alpha: float, beta: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.alpha, self.beta, self.first_item = alpha, beta, len(self.item_extra_tokens)
+        items = self.data_preparator.train_dataset.interactions.df["item_id"]
+        counts = np.bincount(items, minlength=len(self.item_external_ids))[self.first_item :]
+        self.register_buffer("propensity", item_propensity(counts), persistent=False)
+
+    @staticmethod
+    def requires_negatives(loss: str) -> bool:
+        return True
+
+    def _calc_custom_loss(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        logits, targets = self.torch_model(batch=batch), batch["y"]
+        sampled = torch.cat([targets.unsqueeze(-1), batch["negatives"]], dim=-1)
+        loss = self._calc_bce_loss(logits.gather(-1, sampled), targets, batch["yw"])
+        is_target = targets != 0  # 0 is padding
+        scores, targets = logits[is_target][:, self.first_item :], targets[is_target] - self.first_item
+        return loss + self.alpha * robust_loss(scores, targets, self.propensity, self.beta).mean()
