@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..trie import ItemTrie
+from ..trie import FIRST_VECTOR_TOKEN, ItemTrie
 from .catalog import ItemCatalog
 from .fit_prompts import fit_prompts
 from .item_tokens import encode_items
@@ -114,6 +114,11 @@ class RankingTask:
             self._check_trie()
         # Once, not in each request. Not a cached property, which would change how `datasets` fingerprints the task
         object.__setattr__(self, "_mean_item_length", int(lengths.double().mean()))
+        tokens = None
+        if self.prompt_template.vector_tokens:  # of items with the same text, that of the first
+            texts = reversed(list(enumerate(self.catalog.completions)))
+            tokens = {text: FIRST_VECTOR_TOKEN + index for index, text in texts}
+        object.__setattr__(self, "vector_tokens", tokens)
         check_decoding(self.decoding, len(self.catalog))
         if self.num_trained is not None and not is_whole(self.num_trained, 1, len(self.catalog)):
             raise ValueError(
@@ -185,11 +190,16 @@ class RankingTask:
         if any(isinstance(prompt, str) == self.conversational for prompt in prompts):
             expected = "lists of messages" if self.conversational else "texts"
             raise ValueError(f"`prompts` must be {expected}, as `prompt_template` renders them: make them with it.")
+        if self.vector_tokens is not None:
+            raise ValueError(
+                "`prompts` are without the vectors of their items: encode rows with a `history` by `ranking_prompts`."
+            )
         return encode_prompts(self.tokenizer, prompts, self.chat_template_kwargs, self.prompt_template)
 
     def fit_prompts(self, rows: dict[str, list], room: Sequence[float]) -> list[list[int]]:
         """Token ids of the prompts of `rows`, shortened to `room` tokens each: see [`fit_prompts`]."""
-        return fit_prompts(self.tokenizer, rows, room, self.prompt_template, self.chat_template_kwargs)
+        template, kwargs = self.prompt_template, self.chat_template_kwargs
+        return fit_prompts(self.tokenizer, rows, room, template, kwargs, self.vector_tokens)
 
     def ranking_prompts(self, rows: dict[str, list]) -> list[list[int]]:
         """
