@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from datasets import Dataset
 from helpers import make_model, make_windows
-from launching import FEW_STEPS, PROMPT, run
+from launching import FEW_STEPS, run
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -30,7 +30,7 @@ from trl_msl import (
 )
 from trl_msl.data import read_item_vectors, write_item_vectors
 from trl_msl.model import add_item_vectors, get_item_vectors, load_item_vectors
-from trl_msl.scripts import dpo, evaluate, merge, recommend, train, update_catalog
+from trl_msl.scripts import dpo, evaluate, merge, train, update_catalog
 from trl_msl.training import ItemVectorCurriculum, add_sparse_lm_head
 from trl_msl.trie import FIRST_VECTOR_TOKEN
 
@@ -286,7 +286,7 @@ def test_saved_vectors_are_checked(tmp_path, tokenizer, vectors):
     assert get_item_vectors(model) is None
 
 
-def test_commands(tmp_path, folder, base_model, vectors):
+def test_commands(tmp_path, tokenizer, folder, base_model, vectors):
     """LLaRA, and all that is made of it, without another option."""
     write_item_vectors(tmp_path / "sasrec.safetensors", vectors, [str(index) for index in range(len(vectors))])
     config = ROOT / "recipes" / "configs" / "llara.yaml"
@@ -296,21 +296,29 @@ def test_commands(tmp_path, folder, base_model, vectors):
     saved = load_file(tmp_path / "llara" / "item_vectors.safetensors")
     assert torch.equal(saved["vectors"], vectors)
 
-    def ranked(model, *options):
-        run(evaluate, "--model_name_or_path", model, "--output_dir", tmp_path / "evaluated", "--use_cpu", *options)
-        return pd.read_parquet(tmp_path / "evaluated" / "rankings.parquet")
-
+    assert not torch.equal(saved["first_weight"], add_item_vectors(make_model(tokenizer), vectors).first_weight)
     expected = pd.read_parquet(tmp_path / "llara" / "rankings.parquet")
-    run(merge, "--model_name_or_path", tmp_path / "llara", "--output_dir", tmp_path / "merged")
-    run(
-        update_catalog,
-        "--model_name_or_path",
-        tmp_path / "llara",
-        "--output_dir",
-        tmp_path / "updated",
-        "--withdraw",
-        1,
-    )
+
+    def name_model(name, output):
+        return ["--model_name_or_path", tmp_path / name, "--output_dir", tmp_path / output]
+
+    items = tmp_path / "new.csv"
+    items.write_text("item_id,title\nnew,A New Book\n")
+    run(merge, *name_model("llara", "merged"))
+    run(update_catalog, *name_model("merged", "updated"), "--add", items, "--withdraw", 1)
     for name in ("llara", "merged"):
-        pd.testing.assert_frame_equal(ranked(tmp_path / name), expected)
-    print(expected)
+        run(evaluate, *name_model(name, "evaluated"), "--decoding", "exact", "generate")
+        pd.testing.assert_frame_equal(
+            pd.read_parquet(next(tmp_path.glob("evaluated/exact*/rankings.parquet"))), expected
+        )
+        run(dpo, *name_model(name, f"{name}-dpo"), "--num_negatives", 2, *FEW_STEPS, "--learning_rate", 1e-3)
+    run(
+        train, *name_model("llara-dpo", "further"), "--data_dir", folder, *FEW_STEPS
+    )  # the projector, too, which DPO has not changed
+    for name in ("merged", "updated", "llara-dpo", "merged-dpo", "further"):
+        other = load_file(tmp_path / name / "item_vectors.safetensors")
+        same = [torch.equal(saved[part], other[part]) for part in saved]
+        assert all(same) == (name != "further") and torch.equal(other["vectors"], vectors)
+    updated = Recommender.from_pretrained(tmp_path / "updated")
+    found = updated.recommend([["new", "4"]], k=5).ids[0]
+    assert "1" not in found and "new" not in found

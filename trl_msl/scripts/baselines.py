@@ -156,9 +156,10 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
         return ranking_metrics(ranks, (TOP_K,))["ndcg@10"]
 
     if args.model in LOSSES:
-        from .sequence_models import train_transformer
+        from .sequence_models import item_embeddings, train_transformer
 
-        score, chosen, (known, embeddings) = train_transformer(args, sequences["train"], validate)
+        score, chosen = train_transformer(args, sequences["train"], validate)
+        known, embeddings = item_embeddings(score.args[0])
         ids = [catalog.ids[item] for item in known]
         write_item_vectors(Path(args.output_dir, "item_vectors.safetensors"), embeddings, ids)
     else:

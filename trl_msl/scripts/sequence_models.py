@@ -54,13 +54,19 @@ def score_items(
     return np.split(found["item_id"].to_numpy(), ends), np.split(found["score"].to_numpy(), ends)
 
 
+def item_embeddings(model: ModelBase) -> tuple[np.ndarray, torch.Tensor]:
+    """The items that a model knows, as indices in the catalogue, and their embeddings, `(num_known, n_factors)`."""
+    known = model.data_preparator.get_known_item_ids()
+    with torch.no_grad():
+        return known, model.torch_model.item_model.get_all_embeddings()[-len(known) :].cpu()  # padding comes first
+
+
 def train_transformer(
     args: Any, sequences: list[list[int]], validate: Callable[[Callable], float]
-) -> tuple[Callable, dict[str, float], tuple[np.ndarray, torch.Tensor]]:
+) -> tuple[Callable, dict[str, float]]:
     """
     Train by the command's `args`. Returns a function that scores items by the model of the epoch that `validate` rates
-    highest; that rating, the epoch, and the model's size; and the items that it knows, as indices in the catalogue,
-    with their embeddings, `(num_known, hidden_size)`.
+    highest; and that rating, the epoch, and the model's size.
     """
     for name in ("pytorch_lightning", "lightning_fabric"):  # Lightning reports each `fit`, here once per epoch
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -104,11 +110,7 @@ def train_transformer(
         elif epoch - best["epochs"] >= args.patience:
             break
     model.torch_model.load_state_dict(weights)
-    size = sum(weight.numel() for weight in model.torch_model.parameters())
-    known = model.data_preparator.get_known_item_ids()
-    with torch.no_grad():
-        embeddings = model.torch_model.item_model.get_all_embeddings()[-len(known) :].cpu()  # padding comes first
-    return score, {**best, "num_parameters": size}, (known, embeddings)
+    return score, {**best, "num_parameters": sum(weight.numel() for weight in model.torch_model.parameters())}
 
 
 def scaled_cross_entropy(positive: torch.Tensor, negatives: torch.Tensor, scale: float) -> torch.Tensor:
