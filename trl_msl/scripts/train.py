@@ -95,9 +95,10 @@ def main(args: TrainArguments, data_args: DataArguments, config: MSLConfig, mode
     trainer = make_trainer(task, data, config, model_args, adapter=adapter)
     if args.item_vectors is not None:  # now that the adapter is there, beside which the projector is trained
         add_item_vectors(trainer.model, vectors)
+    prompted = {name: getattr(args, name) for name in ("item_vectors", "item_vector_curriculum")}
     if args.item_vector_curriculum:
         trainer.add_callback(ItemVectorCurriculum())
-    train_and_evaluate(trainer, task, data, args, "MSL", {"arguments": reported(config)})
+    train_and_evaluate(trainer, task, data, args, "MSL", {"arguments": reported(config) | prompted})
     finish()
 
 
