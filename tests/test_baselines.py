@@ -124,7 +124,7 @@ def check_scores(folder, rankings):
 def test_models_learn_what_follows(name, sequence_models, circle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     metrics, rankings = run(circle, tmp_path / "out", "--model", name)
-    assert {path.name for path in tmp_path.rglob("*")} == {"out", *FILES, "item_vectors.safetensors"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", *FILES, "item_embeddings.safetensors"}
     assert metrics["num_rows"] == len(rankings) == 40
     assert (metrics["num_cold"], rankings["rank"][0]) == (1, -1)
     assert all(len(items) == 10 and str(COLD) not in items for items in rankings["recommended"])
@@ -134,7 +134,7 @@ def test_models_learn_what_follows(name, sequence_models, circle, tmp_path, monk
     assert metrics["num_parameters"] > NUM_ITEMS * 32 and metrics["epochs"] > 0
     check_scores(tmp_path / "out", rankings)
     catalog = ItemCatalog([str(item) for item in range(NUM_ITEMS + 1)], ["a title"] * (NUM_ITEMS + 1))
-    vectors = read_item_vectors(tmp_path / "out" / "item_vectors.safetensors", catalog)
+    vectors = read_item_vectors(tmp_path / "out" / "item_embeddings.safetensors", catalog)
     assert vectors.shape == (NUM_ITEMS + 1, 32)
     torch.testing.assert_close(vectors[COLD], vectors[:COLD].mean(dim=0))
     popular = run(circle, tmp_path / "popular", "--model", "popularity")[1]["recommended"]

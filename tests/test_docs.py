@@ -148,7 +148,7 @@ def workplace(tmp_path_factory):
             r"```yaml\n(# (\S+\.yaml)\n.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL
         ):
             (path / block[1]).write_text(block[0])
-    vectors = path / "outputs" / "book" / "sasrec" / "item_vectors.safetensors"
+    vectors = path / "outputs" / "book" / "sasrec" / "item_embeddings.safetensors"
     write_item_vectors(vectors, torch.randn(len(TITLES), 4), map(str, range(len(TITLES))))
     (path / "recipes").symlink_to(ROOT / "recipes")
     with pytest.MonkeyPatch.context() as patch:

@@ -17,7 +17,7 @@ validation windows. All items of the training windows are ranked, those of the h
 them are cold, and count as misses, but for title-kNN and hybrid-kNN, which also rank new items, by their titles.
 `output_dir` then holds `metrics.json`, `rankings.parquet`, and `scores_validation.parquet` and `scores_test.parquet`:
 the best 200 items of each window and the model's scores, for `trl-msl fuse`; and of SASRec and BERT4Rec
-`item_vectors.safetensors`, their item embeddings, for `trl-msl train --item_vectors`.
+`item_embeddings.safetensors`, for `trl-msl train --item_vectors`.
 """
 
 import dataclasses
@@ -161,7 +161,7 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
         score, chosen = train_transformer(args, sequences["train"], validate)
         known, embeddings = item_embeddings(score.args[0])
         ids = [catalog.ids[item] for item in known]
-        write_item_vectors(Path(args.output_dir, "item_vectors.safetensors"), embeddings, ids)
+        write_item_vectors(Path(args.output_dir, "item_embeddings.safetensors"), embeddings, ids)
     else:
         if args.model == "popularity":
             score = partial(score_by_popularity, popular, counts)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import TrainerCallback
 
 from ..model import backbone
@@ -28,7 +29,7 @@ class ItemVectorCurriculum(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if getattr(args, "packing", False) or getattr(args, "padding_free", False):
             raise ValueError("`packing` and `padding_free` leave no mask to take vectors out by: set both to False.")
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = model.get_base_model() if is_peft_model(model) else model
         self._hook = backbone(base).register_forward_pre_hook(self._take_out, with_kwargs=True)
 
     def on_step_begin(self, args, state, control, **kwargs):

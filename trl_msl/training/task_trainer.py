@@ -88,6 +88,10 @@ class TaskTrainerMixin(ResumableTrainerMixin):
         """The task's trie, whose nodes are the labels."""
         return self.task.trie
 
+    @property
+    def _unwrapped_model(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
+
     def _column_names(self, dataset: Dataset | IterableDataset, dataset_name: str) -> list[str]:
         if next(iter(dataset), None) is None:
             raise ValueError(f"The {dataset_name} dataset is empty: pass at least one row.")
@@ -136,7 +140,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
 
     def train(self, *args: Any, **kwargs: Any):
         self._has_diverged = False
-        has_vectors = get_item_vectors(self.accelerator.unwrap_model(self.model)) is not None
+        has_vectors = get_item_vectors(self._unwrapped_model) is not None
         if self.task.vector_tokens is not None and not has_vectors:
             raise ValueError(
                 "`task` puts vectors of items into prompts, but the model has none: call "
@@ -147,7 +151,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
         return super().train(*args, **kwargs)
 
     def _describe(self) -> dict[str, Any]:
-        task, vectors = self.task, get_item_vectors(self.accelerator.unwrap_model(self.model))
+        task, vectors = self.task, get_item_vectors(self._unwrapped_model)
         content = json.dumps([task.catalog.ids, task.catalog.completions, sorted(task.tokenizer.get_vocab().items())])
         prompt = dataclasses.asdict(task.prompt_template)
         return {
@@ -161,11 +165,11 @@ class TaskTrainerMixin(ResumableTrainerMixin):
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        name_bases_absolutely(self.accelerator.unwrap_model(self.model))
+        name_bases_absolutely(self._unwrapped_model)
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # with DeepSpeed and FSDP all ranks come here
             folder = Path(output_dir or self.args.output_dir)
-            save_item_vectors(self.accelerator.unwrap_model(self.model), folder)
+            save_item_vectors(self._unwrapped_model, folder)
             self.task.save_pretrained(folder)
             make_model_card(self).save(folder / "README.md")  # in place of PEFT's, which names local paths
 
@@ -175,7 +179,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        load_item_vectors(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
+        load_item_vectors(self._unwrapped_model, Path(self.state.best_model_checkpoint))
 
     def predict(self, *args, **kwargs):
         raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
@@ -189,7 +193,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             folder = Path(self.args.output_dir)  # where `Trainer` copies the model
-            save_item_vectors(self.accelerator.unwrap_model(self.model), folder)
+            save_item_vectors(self._unwrapped_model, folder)
             self.task.save_pretrained(folder)
             self._write_record(folder)
         with skipping_private_files():
