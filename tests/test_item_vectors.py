@@ -64,7 +64,7 @@ def test_prompts(catalog, tokenizer, task):
             title = tokenizer(text, add_special_tokens=False)["input_ids"]
             place = with_vectors.index(FIRST_VECTOR_TOKEN + index)
             assert with_vectors[place - len(title) : place] == title
-    with pytest.raises(ValueError, match="`prompts` are without the vectors"):
+    with pytest.raises(ValueError, match="`prompts` are without their items' vectors"):
         task.encode_prompts(rows["prompt"][:])
     with pytest.raises(ValueError, match="`vector_tokens` needs `separate_items=True`"):
         PromptTemplate("{history}; ", vector_tokens=True)

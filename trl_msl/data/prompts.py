@@ -102,7 +102,14 @@ def encode_prompts(
 
     Special tokens spelled out in a prompt become special tokens, as its author may mean them. In prompts made with
     `template`, however, those in items, whose texts come from elsewhere, are tokenised as text.
+
+    Raises:
+        `ValueError`: if `template` has `vector_tokens`, which only rows with a `history` can get.
     """
+    if template is not None and template.vector_tokens:
+        raise ValueError(
+            "`prompts` are without their items' vectors: encode rows with `history` by `ranking_prompts`."
+        )
     if template is not None:
         prompts = _with_cut_items(tokenizer, prompts, template)
     if len(prompts) and not isinstance(prompts[0], str):

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..trie import ItemTrie
+from ..trie import FIRST_VECTOR_TOKEN, ItemTrie
 from .item_tokens import cut_special_tokens, encode_items, encode_texts
 from .prompts import Prompt, PromptTemplate, render_chat
 
@@ -128,6 +128,11 @@ class SeparateItems:
                 )
             nodes[text] = path[start : len(sequence)]
         return nodes
+
+
+def make_vector_tokens(texts: Sequence[str]) -> dict[str, int]:
+    """Token of the vector of each item, by its text; of items with the same text, that of the first."""
+    return {text: FIRST_VECTOR_TOKEN + index for index, text in reversed(list(enumerate(texts)))}
 
 
 def check_histories(rows: dict[str, list], indices: Sequence[int], template: PromptTemplate | None) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..trie import FIRST_VECTOR_TOKEN, ItemTrie
+from ..trie import ItemTrie
 from .catalog import ItemCatalog
 from .fit_prompts import fit_prompts
 from .item_tokens import encode_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
+from .separate_items import make_vector_tokens
 from .task_files import check_decoding, is_whole, read_task, tokenizer_fingerprint, unreadable, write_task
 
 
@@ -114,10 +115,7 @@ class RankingTask:
             self._check_trie()
         # Once, not in each request. Not a cached property, which would change how `datasets` fingerprints the task
         object.__setattr__(self, "_mean_item_length", int(lengths.double().mean()))
-        tokens = None
-        if self.prompt_template.vector_tokens:  # of items with the same text, that of the first
-            texts = reversed(list(enumerate(self.catalog.completions)))
-            tokens = {text: FIRST_VECTOR_TOKEN + index for index, text in texts}
+        tokens = make_vector_tokens(self.catalog.completions) if self.prompt_template.vector_tokens else None
         object.__setattr__(self, "vector_tokens", tokens)
         check_decoding(self.decoding, len(self.catalog))
         if self.num_trained is not None and not is_whole(self.num_trained, 1, len(self.catalog)):
@@ -190,10 +188,6 @@ class RankingTask:
         if any(isinstance(prompt, str) == self.conversational for prompt in prompts):
             expected = "lists of messages" if self.conversational else "texts"
             raise ValueError(f"`prompts` must be {expected}, as `prompt_template` renders them: make them with it.")
-        if self.vector_tokens is not None:
-            raise ValueError(
-                "`prompts` are without the vectors of their items: encode rows with a `history` by `ranking_prompts`."
-            )
         return encode_prompts(self.tokenizer, prompts, self.chat_template_kwargs, self.prompt_template)
 
     def fit_prompts(self, rows: dict[str, list], room: Sequence[float]) -> list[list[int]]:
