@@ -23,8 +23,12 @@ from trl_msl import (
     PromptTemplate,
     RankingTask,
     Recommender,
+    SoftmaxDPOConfig,
+    SoftmaxDPOTrainer,
     TrieDecoder,
+    build_preferences,
     build_rows,
+    draw_negatives,
     masked_softmax_loss,
     tokenize_rows,
 )
@@ -159,6 +163,10 @@ def test_training_resuming_saving_and_loading(adapted, tmp_path, tokenizer, base
 
     with pytest.raises(ValueError, match="call `add_item_vectors"):
         make(tmp_path / "none").train()
+    preferences = build_preferences(rows, task, draw_negatives(rows, task, num_negatives=2))
+    with pytest.raises(ValueError, match="call `load_item_vectors"):
+        config = SoftmaxDPOConfig(str(tmp_path / "none"), use_cpu=True, bf16=False)
+        SoftmaxDPOTrainer(str(base_model), args=config, task=task, train_dataset=preferences)
     trainer = make(tmp_path / "whole")
     module = add_item_vectors(trainer.model, vectors)
     trainer.add_callback(ItemVectorCurriculum())

@@ -61,6 +61,10 @@ class RankingTask:
         trie ([`ItemTrie`], *optional*):
             The items' trie, if it has been built already. By default it is built from the catalogue.
 
+    Attributes:
+        vector_tokens (`dict[str, int]`, *optional*):
+            With a prompt template that has `vector_tokens`, the token of each item's vector, by the item's text.
+
     Raises:
         `ValueError`: if an argument is not valid, or they do not fit together.
 

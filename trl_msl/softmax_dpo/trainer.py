@@ -129,6 +129,11 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         vectors = get_item_vectors(self.model)
         if vectors is not None:  # the reference model has the same
             vectors.requires_grad_(False)
+        elif self.task.vector_tokens is not None:
+            raise ValueError(
+                "`task` puts vectors of items into prompts, but `model` has none: call `load_item_vectors(model, "
+                "folder)` first, with the folder that it was trained in."
+            )
         models = [self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
