@@ -15,9 +15,9 @@ import torch
 import yaml
 from launching import launch
 
-from trl_msl import masked_softmax_loss
+from trl_msl import ItemCatalog, masked_softmax_loss
 from trl_msl.collaborative import ItemNeighbours, title_neighbours
-from trl_msl.data import DataArguments
+from trl_msl.data import DataArguments, read_item_vectors
 from trl_msl.scripts import baselines
 
 
@@ -165,7 +165,7 @@ def check_scores(folder, rankings):
 def test_models_learn_what_follows(name, sequence_models, circle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     metrics, rankings = run(circle, tmp_path / "out", "--model", name)
-    assert {path.name for path in tmp_path.rglob("*")} == {"out", *FILES}
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", *FILES, "item_embeddings.safetensors"}
     assert metrics["num_rows"] == len(rankings) == 40
     assert (metrics["num_cold"], rankings["rank"][0]) == (1, -1)
     assert all(len(items) == 10 and str(COLD) not in items for items in rankings["recommended"])
@@ -174,6 +174,10 @@ def test_models_learn_what_follows(name, sequence_models, circle, tmp_path, monk
     assert metrics["arguments"]["model"] == name and metrics["arguments"]["data_dir"] == str(circle)
     assert metrics["num_parameters"] > NUM_ITEMS * 32 and metrics["epochs"] > 0
     check_scores(tmp_path / "out", rankings)
+    catalog = ItemCatalog([str(item) for item in range(NUM_ITEMS + 1)], ["a title"] * (NUM_ITEMS + 1))
+    vectors = read_item_vectors(tmp_path / "out" / "item_embeddings.safetensors", catalog)
+    assert vectors.shape == (NUM_ITEMS + 1, 32)
+    torch.testing.assert_close(vectors[COLD], vectors[:COLD].mean(dim=0))
     popular = run(circle, tmp_path / "popular", "--model", "popularity")[1]["recommended"]
     assert rankings["recommended"][1].tolist() == popular[1].tolist() != rankings["recommended"][2].tolist()
 
@@ -268,6 +272,11 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(sequence_models):
     for name, weight in model.torch_model.state_dict().items():
         assert torch.equal(weight, states[1][name])
     assert any(not torch.equal(states[1][name], states[3][name]) for name in states[1])
+    known, embeddings = sequence_models.item_embeddings(model)
+    rows = [model.data_preparator.item_id_map.to_internal[item] for item in known]
+    assert sorted(known) == [0, 1, 2] and torch.equal(
+        embeddings, model.torch_model.item_model.get_all_embeddings()[rows]
+    )
 
 
 def test_datasets(sequence_models):

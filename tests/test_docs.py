@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from helpers import TITLES, make_windows
 from transformers import TrainerCallback, trainer
 
 import trl_msl
-from trl_msl.data import generate_windows
+from trl_msl.data import generate_windows, write_item_vectors
 from trl_msl.experiments.from_scratch import build_model, train_tokenizer
 from trl_msl.scripts import cli, loading
 
@@ -147,6 +148,8 @@ def workplace(tmp_path_factory):
             r"```yaml\n(# (\S+\.yaml)\n.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL
         ):
             (path / block[1]).write_text(block[0])
+    vectors = path / "outputs" / "book" / "sasrec" / "item_embeddings.safetensors"
+    write_item_vectors(vectors, torch.randn(len(TITLES), 4), map(str, range(len(TITLES))))
     (path / "recipes").symlink_to(ROOT / "recipes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)

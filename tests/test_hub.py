@@ -31,17 +31,20 @@ from trl_msl.training.hub import NEVER_PUSHED
 
 TRAIN_AND_PUSH = """
 import json, sys
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl_msl import (
     ItemCatalog, MSLConfig, MSLTrainer, PromptTemplate, RankingTask, RecommendationCallback, Recommender
 )
+from trl_msl.model import add_item_vectors
 
 folder, histories = sys.argv[1], json.loads(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/base")
 catalog = ItemCatalog.from_pretrained(f"{folder}/base")
-task = RankingTask(catalog, tokenizer, PromptTemplate("The user has read: {history}\\nNext: "))
+template = PromptTemplate("The user has read: {history}\\nNext: ", separate_items=True, vector_tokens=True)
+task = RankingTask(catalog, tokenizer, template)
 rows = Dataset.from_parquet(f"{folder}/rows.parquet")
 trainer = MSLTrainer(
     "somebody/base",
@@ -54,6 +57,7 @@ trainer = MSLTrainer(
     eval_dataset=rows,
     peft_config=LoraConfig(task_type="CAUSAL_LM"),
 )
+add_item_vectors(trainer.model, torch.randn(len(catalog), 4))
 trainer.add_callback(RecommendationCallback(trainer, rows))
 trainer.train()
 trainer.push_to_hub(dataset_name="somebody/books")
@@ -101,6 +105,7 @@ def test_train_push_and_pull(tmp_path, tokenizer, catalog, task):
     assert {"adapter_model.safetensors", "items.parquet", "trie.safetensors", "recommender.json", "README.md"} <= set(
         files
     )
+    assert files["item_vectors.safetensors"] == (tmp_path / "out" / "item_vectors.safetensors").read_bytes()
     card = files["README.md"].decode()
     assert (
         "Trained on a catalogue of 12 items" in card

@@ -14,6 +14,7 @@ from .interactions import (
     split_by_time,
 )
 from .item_tokens import encode_items, texts_with_special_tokens
+from .item_vectors import read_item_vectors, write_item_vectors
 from .options import DataArguments, read_data, read_items, select_windows
 from .prompts import Prompt, PromptTemplate, encode_prompts
 from .rows import build_rows, check_columns, completion_text, have_single_items, supervised_items, tokenize_rows
@@ -48,6 +49,7 @@ __all__ = [
     "parse_list",
     "read_data",
     "read_interactions",
+    "read_item_vectors",
     "read_items",
     "read_table",
     "read_windows",
@@ -57,4 +59,5 @@ __all__ = [
     "supervised_items",
     "texts_with_special_tokens",
     "tokenize_rows",
+    "write_item_vectors",
 ]

@@ -23,6 +23,7 @@ def fit_prompts(
     room: Sequence[float],
     template: PromptTemplate | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    vector_tokens: dict[str, int] | None = None,
 ) -> list[list[int]]:
     """
     Token ids of the prompts of `rows`; those that are too long lose the oldest items of their history.
@@ -36,12 +37,15 @@ def fit_prompts(
             Maximum number of tokens of each prompt; infinity for no limit.
         template ([`PromptTemplate`], *optional*):
             Template that the prompts were made with.
+        vector_tokens (`dict[str, int]`, *optional*):
+            Token of each item's vector, as for [`SeparateItems`].
 
     Raises:
         `ValueError`: if a prompt is too long and can't be shortened, or was not made with `template`.
     """
     if template is not None and template.separate_items:
-        return _fit(rows, room, template, SeparateItems(tokenizer, template, rows, chat_template_kwargs).prompts)
+        layout = SeparateItems(tokenizer, template, rows, chat_template_kwargs, vector_tokens)
+        return _fit(rows, room, template, layout.prompts)
 
     def encode(prompts: list[Prompt], _: list[list[str]] | None) -> list[list[int]]:
         return encode_prompts(tokenizer, prompts, chat_template_kwargs, template)
@@ -56,6 +60,7 @@ def supervised_prompts(
     room: Sequence[float],
     template: PromptTemplate,
     chat_template_kwargs: dict[str, Any] | None = None,
+    vector_tokens: dict[str, int] | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """
     Token ids of prompts as from [`fit_prompts`], and their labels: for each item of the history but the first, its
@@ -70,7 +75,7 @@ def supervised_prompts(
             "`supervise_history` needs histories with the trie's tokens: use a `prompt_template` with "
             "`separate_items=True`, in training and wherever prompts are encoded."
         )
-    layout = SeparateItems(tokenizer, template, rows, chat_template_kwargs)
+    layout = SeparateItems(tokenizer, template, rows, chat_template_kwargs, vector_tokens)
     prompts = _fit(rows, room, template, layout.prompts)
     return prompts, layout.labels(trie, [len(prompt) for prompt in prompts])
 

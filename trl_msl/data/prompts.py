@@ -33,6 +33,9 @@ class PromptTemplate:
             Whether each item of the history is tokenised by itself, so that it has the same tokens as a
             recommendation of it, whatever surrounds it. `MSLConfig(supervise_history=True)` needs it. Rows then need a
             `history`, and this template must be passed wherever their prompts are encoded.
+        vector_tokens (`bool`, *optional*, defaults to `False`):
+            Whether each item of the history is followed by the token of its vector, for a model with
+            [`add_item_vectors`]. Needs `separate_items`.
 
     Example:
 
@@ -49,15 +52,20 @@ class PromptTemplate:
     separator: str = ", "
     conversational: bool = False
     separate_items: bool = False
+    vector_tokens: bool = False
 
     def __post_init__(self):
         if not all(isinstance(text, str) and is_unicode(text) for text in (self.text, self.separator)):
             raise ValueError(f"`text` and `separator` are {self.text!r} and {self.separator!r}: they must be texts.")
-        for name in ("conversational", "separate_items"):
+        for name in ("conversational", "separate_items", "vector_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}: it must be `True` or `False`.")
         if self.text.count("{history}") != 1:
             raise ValueError(f"`text` is {self.text!r}: it must contain {{history}} exactly once.")
+        if self.vector_tokens and not (self.separate_items and self.separator and self.text.split("{history}")[1]):
+            raise ValueError(
+                "`vector_tokens` needs `separate_items=True`, a `separator`, and text after {history} in `text`."
+            )
 
     @classmethod
     def from_paper(
@@ -94,7 +102,14 @@ def encode_prompts(
 
     Special tokens spelled out in a prompt become special tokens, as its author may mean them. In prompts made with
     `template`, however, those in items, whose texts come from elsewhere, are tokenised as text.
+
+    Raises:
+        `ValueError`: if `template` has `vector_tokens`, which only rows with a `history` can get.
     """
+    if template is not None and template.vector_tokens:
+        raise ValueError(
+            "`prompts` are without their items' vectors: encode rows with `history` by `ranking_prompts`."
+        )
     if template is not None:
         prompts = _with_cut_items(tokenizer, prompts, template)
     if len(prompts) and not isinstance(prompts[0], str):

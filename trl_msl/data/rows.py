@@ -121,7 +121,7 @@ def tokenize_rows(
     room = [limit - len(item) for item in items]
     if supervise_history:
         template, kwargs = task.prompt_template, task.chat_template_kwargs
-        prompts, targets = supervised_prompts(task.tokenizer, trie, batch, room, template, kwargs)
+        prompts, targets = supervised_prompts(task.tokenizer, trie, batch, room, template, kwargs, task.vector_tokens)
     else:
         prompts = task.fit_prompts(batch, room)
         targets = [[-100] * len(prompt) for prompt in prompts]

@@ -8,14 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..trie import ItemTrie
+from ..trie import FIRST_VECTOR_TOKEN, ItemTrie
 from .item_tokens import cut_special_tokens, encode_items, encode_texts
 from .prompts import Prompt, PromptTemplate, render_chat
 
 
 class SeparateItems:
     """
-    Token ids of `before item separator item ... after`, the parts of a template, each tokenised by itself.
+    Token ids of `before item separator item ... after`, the parts of a template, each tokenised by itself; with
+    `vector_tokens`, each item is followed by the token of its vector.
 
     Args:
         tokenizer, chat_template_kwargs:
@@ -24,10 +25,12 @@ class SeparateItems:
             Template with `separate_items`.
         rows (`dict[str, list]`):
             `prompt` and `history`, as [`build_rows`] makes them.
+        vector_tokens (`dict[str, int]`, *optional*):
+            Token of each item's vector, by the item's text; for a template with `vector_tokens`.
 
     Raises:
-        `ValueError`: if the rows have no history or were not made with `template`, or the chat template does not
-        write a user's message exactly once.
+        `ValueError`: if the rows have no history or were not made with `template`, a text in a history has no vector
+        token, or the chat template does not write a user's message exactly once.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class SeparateItems:
         template: PromptTemplate,
         rows: dict[str, list],
         chat_template_kwargs: dict[str, Any] | None,
+        vector_tokens: dict[str, int] | None = None,
     ):
         check_histories(rows, range(len(rows["prompt"])), template)
         mark = "\u2063history\u2063"  # stands for the items, so that the prompt is rendered once for all rows
@@ -54,6 +58,15 @@ class SeparateItems:
         self.histories = rows["history"]
         texts = list(dict.fromkeys(text for history in self.histories for text in history))
         self.items = dict(zip(texts, encode_texts(tokenizer, cut_special_tokens(tokenizer, texts))))
+        self.vectors: dict[str, list[int]] = {text: [] for text in texts}
+        if template.vector_tokens:
+            if unknown := [text for text in texts if text not in (vector_tokens or {})]:
+                raise ValueError(
+                    f"`history` holds {len(unknown)} text(s) without a vector token, such as {unknown[:3]}: write "
+                    "items as `ItemCatalog.completions` has them, and encode prompts by the `RankingTask`."
+                )
+            self.vectors = {text: [vector_tokens[text]] for text in texts}
+        self._num_vectors = int(template.vector_tokens)  # after each item
         self._encoding = tokenizer, template.conversational, chat_template_kwargs
 
     def prompts(self, prompts: Sequence[Prompt], histories: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -63,7 +76,7 @@ class SeparateItems:
     def _prompt(self, history: Sequence[str]) -> list[int]:
         ids = list(self.before)
         for place, text in enumerate(history):
-            ids += (self.separator if place else []) + self.items[text]
+            ids += (self.separator if place else []) + self.items[text] + self.vectors[text]
         return ids + self.after
 
     def labels(self, trie: ItemTrie, lengths: Sequence[int]) -> list[list[int]]:
@@ -78,15 +91,18 @@ class SeparateItems:
 
     def _labels(self, history: Sequence[str], length: int, nodes: dict[str, list[int]]) -> list[int]:
         """Labels of the prompt of `length` tokens, which holds the last items of `history`, or all of them."""
-        labels, stop, gap = [-100] * length, length - len(self.after), len(self.after)
+        labels, gap = [-100] * length, self._num_vectors + len(self.after)
+        stop = length - gap
         for text in reversed(history):
             start = stop - len(self.items[text])
             if start == len(self.before):  # the oldest item, which follows from nothing
                 break
-            # The item's end belongs after it. Without a token between items there is no position for it
+            # The item's end belongs right after it, in place of its vector: nothing that predicts an item has seen
+            # that. Without a token between items there is no position for it
             path = nodes[text]
             labels[start : stop + min(gap, 1)] = path[: len(path) if gap else -1]
-            stop, gap = start - len(self.separator), len(self.separator)
+            gap = self._num_vectors + len(self.separator)
+            stop = start - gap
         return labels
 
     def _nodes(self, trie: ItemTrie) -> dict[str, list[int]]:
@@ -112,6 +128,11 @@ class SeparateItems:
                 )
             nodes[text] = path[start : len(sequence)]
         return nodes
+
+
+def make_vector_tokens(texts: Sequence[str]) -> dict[str, int]:
+    """Token of the vector of each item, by its text; of items with the same text, that of the first."""
+    return {text: FIRST_VECTOR_TOKEN + index for index, text in reversed(list(enumerate(texts)))}
 
 
 def check_histories(rows: dict[str, list], indices: Sequence[int], template: PromptTemplate | None) -> None:

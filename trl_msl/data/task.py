@@ -20,6 +20,7 @@ from .catalog import ItemCatalog
 from .fit_prompts import fit_prompts
 from .item_tokens import encode_items
 from .prompts import Prompt, PromptTemplate, encode_prompts
+from .separate_items import make_vector_tokens
 from .task_files import check_decoding, is_whole, read_task, tokenizer_fingerprint, unreadable, write_task
 
 
@@ -59,6 +60,10 @@ class RankingTask:
             Ids of items that histories may hold, but that are not to be recommended.
         trie ([`ItemTrie`], *optional*):
             The items' trie, if it has been built already. By default it is built from the catalogue.
+
+    Attributes:
+        vector_tokens (`dict[str, int]`, *optional*):
+            With a prompt template that has `vector_tokens`, the token of each item's vector, by the item's text.
 
     Raises:
         `ValueError`: if an argument is not valid, or they do not fit together.
@@ -114,6 +119,8 @@ class RankingTask:
             self._check_trie()
         # Once, not in each request. Not a cached property, which would change how `datasets` fingerprints the task
         object.__setattr__(self, "_mean_item_length", int(lengths.double().mean()))
+        tokens = make_vector_tokens(self.catalog.completions) if self.prompt_template.vector_tokens else None
+        object.__setattr__(self, "vector_tokens", tokens)
         check_decoding(self.decoding, len(self.catalog))
         if self.num_trained is not None and not is_whole(self.num_trained, 1, len(self.catalog)):
             raise ValueError(
@@ -189,7 +196,8 @@ class RankingTask:
 
     def fit_prompts(self, rows: dict[str, list], room: Sequence[float]) -> list[list[int]]:
         """Token ids of the prompts of `rows`, shortened to `room` tokens each: see [`fit_prompts`]."""
-        return fit_prompts(self.tokenizer, rows, room, self.prompt_template, self.chat_template_kwargs)
+        template, kwargs = self.prompt_template, self.chat_template_kwargs
+        return fit_prompts(self.tokenizer, rows, room, template, kwargs, self.vector_tokens)
 
     def ranking_prompts(self, rows: dict[str, list]) -> list[list[int]]:
         """

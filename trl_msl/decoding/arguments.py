@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..model import get_item_vectors
+from ..trie import FIRST_VECTOR_TOKEN
+
 
 Items = Sequence[int] | Set[int] | np.ndarray | Tensor  # item indices
 
@@ -35,9 +38,18 @@ def read_prompts(prompts: Sequence[Sequence[int]], model: PreTrainedModel, **cou
             raise ValueError(f"`prompts` has no token for user {user}: pass at least one token each.")
     prompts = [[int(token) for token in prompt] for prompt in prompts]
     vocab_size = getattr(model.config.get_text_config(), "vocab_size", float("inf"))
+    has_vectors = get_item_vectors(model) is not None
     for user, prompt in enumerate(prompts):
-        if min(prompt) < 0 or max(prompt) >= vocab_size:  # on a GPU this would end the process
-            token = next(token for token in prompt if not 0 <= token < vocab_size)
+        strange = [token for token in prompt if not 0 <= token < vocab_size]
+        if strange and has_vectors:
+            strange = [token for token in strange if token < FIRST_VECTOR_TOKEN]
+        if strange:  # on a GPU this would end the process
+            token = strange[0]
+            if token >= FIRST_VECTOR_TOKEN:
+                raise ValueError(
+                    "`prompts` has vectors of items, but `model` has none: load it from its whole folder, or call "
+                    "`add_item_vectors`."
+                )
             raise ValueError(
                 f"`prompts` has token {token} for user {user}, but `model` has tokens 0 to {vocab_size - 1}: use the "
                 "model's own tokenizer, or resize its embeddings (`resize_token_embeddings`) before training."

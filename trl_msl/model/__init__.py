@@ -2,12 +2,27 @@
 """The LM head as a function of hidden states, and trees of tokens in one forward."""
 
 from .evaluating import evaluating
-from .head import backbone, check_head, head_projection
+from .head import backbone, check_head, head_projection, unbound_forward
+from .item_vectors import (
+    ITEM_VECTORS_FILE,
+    ItemVectors,
+    add_item_vectors,
+    get_item_vectors,
+    load_item_vectors,
+    save_item_vectors,
+)
 from .tree_cache import TreeCache, prefill_prefix
 from .tree_support import USE_GENERATE, check_length, check_tree_attention, check_whole, is_sharded, sliding_window
 
 
 __all__ = [
+    "ITEM_VECTORS_FILE",
+    "ItemVectors",
+    "add_item_vectors",
+    "get_item_vectors",
+    "load_item_vectors",
+    "save_item_vectors",
+    "unbound_forward",
     "TreeCache",
     "USE_GENERATE",
     "backbone",

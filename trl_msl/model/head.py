@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 
 import torch
 from accelerate.utils import is_peft_model
@@ -40,6 +41,16 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
             "model (`AutoModelForCausalLM`)."
         )
     return found[0]
+
+
+def unbound_forward(module: nn.Module) -> Callable:
+    """A module's forward as a function of the module, also where a library has wrapped it."""
+    forward = module.forward
+    if getattr(forward, "__self__", None) is module:
+        return forward.__func__
+    if isinstance(forward, functools.partial) and forward.args[:1] == (module,):  # accelerate, for `device_map`
+        return forward.func
+    return lambda self, *args, **kwargs: forward(*args, **kwargs)
 
 
 def head_projection(model: PreTrainedModel) -> functools.partial:

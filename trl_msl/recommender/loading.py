@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import TASK_FILE, TASK_FILES
+from ..model import load_item_vectors
 from ..trie import check_regular, replacing
 
 
@@ -134,12 +135,20 @@ def load_causal_lm(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     adapter = Path(folder, kwargs.get("subfolder", ""))
     base = find_base(adapter)
     if base == _base_in_config(adapter):
-        return load(AutoModelForCausalLM, folder, **kwargs)
-    model = load(AutoModelForCausalLM, base, **{**kwargs, "subfolder": ""})
-    with _damage_reported(f"The adapter in {str(adapter)!r} can't be loaded"):
-        model.load_adapter(str(adapter))
-    _name_base(model, base)
+        model = load(AutoModelForCausalLM, folder, **kwargs)
+    else:
+        model = load(AutoModelForCausalLM, base, **{**kwargs, "subfolder": ""})
+        with _damage_reported(f"The adapter in {str(adapter)!r} can't be loaded"):
+            model.load_adapter(str(adapter))
+        _name_base(model, base)
+    _load_vectors(model, adapter, base)
     return model
+
+
+def _load_vectors(model: PreTrainedModel | PeftModel, folder: Path, base: str | None) -> None:
+    """The item vectors beside a model or, for an adapter without any, beside its base model."""
+    if load_item_vectors(model, folder) is None and base is not None and os.path.isdir(base):
+        load_item_vectors(model, Path(base))
 
 
 def load_adapter(
@@ -155,6 +164,7 @@ def load_adapter(
     with _damage_reported(f"The adapter in {str(folder)!r} can't be loaded"):
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     _name_base(adapted, base)
+    _load_vectors(adapted, folder, base)
     return adapted
 
 

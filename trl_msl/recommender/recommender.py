@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..collaborative import FUSION_FILE, Fusion, load_fusion
 from ..data import TASK_FILE, TASK_FILES, ItemCatalog, RankingTask
 from ..decoding import Biases, TrieDecoder, dense_bias, read_item_bias, recommend, select_users
+from ..model import save_item_vectors
 from .loading import check_files, find_base, find_folder, find_task_folder, load, load_causal_lm, name_base_absolutely
 from .requests import AllowedItems, RecommendedItems, check_histories
 
@@ -127,6 +128,7 @@ class Recommender:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model (or adapter), tokenizer, fusion and catalogue into a folder, the catalogue last."""
         self.model.save_pretrained(save_directory)
+        save_item_vectors(self.model, Path(save_directory))
         name_base_absolutely(Path(save_directory), find_base(Path(save_directory)))
         self.task.tokenizer.save_pretrained(save_directory)
         if self.fusion is not None:

@@ -16,7 +16,8 @@ item-kNN count an interaction once even if several windows of a user contain it.
 validation windows. All items of the training windows are ranked, those of the history too; targets that are not among
 them are cold, and count as misses, but for title-kNN and hybrid-kNN, which also rank new items, by their titles.
 `output_dir` then holds `metrics.json`, `rankings.parquet`, and `scores_validation.parquet` and `scores_test.parquet`:
-the best 200 items of each window and the model's scores, for `trl-msl fuse`.
+the best 200 items of each window and the model's scores, for `trl-msl fuse`; and of SASRec and BERT4Rec
+`item_embeddings.safetensors`, for `trl-msl train --item_vectors`.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ import torch
 from transformers import set_seed
 
 from ..collaborative import ItemNeighbours, add_titles, count_users, title_neighbours
-from ..data import DataArguments, ItemCatalog
+from ..data import DataArguments, ItemCatalog, write_item_vectors
 from ..evaluation import coverage, ranking_metrics, ranks_of_targets
 from .command_line import command
 from .loading import load_data
@@ -162,9 +163,12 @@ def main(args: BaselineArguments, data_args: DataArguments) -> None:
         return ranking_metrics(ranks, (TOP_K,))["ndcg@10"]
 
     if args.model in LOSSES:
-        from .sequence_models import train_transformer
+        from .sequence_models import item_embeddings, train_transformer
 
         score, chosen = train_transformer(args, sequences["train"], validate)
+        known, embeddings = item_embeddings(score.args[0])
+        ids = [catalog.ids[item] for item in known]
+        write_item_vectors(Path(args.output_dir, "item_embeddings.safetensors"), embeddings, ids)
     else:
         if args.model == "popularity":
             score = partial(score_by_popularity, popular, counts)

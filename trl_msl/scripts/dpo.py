@@ -26,13 +26,13 @@ from dataclasses import dataclass, field
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import DataArguments
 from ..softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from .command_line import command
-from .loading import load_trainable_adapter, model_options
+from .loading import load_by_name, load_trainable_adapter, model_options
 from .outputs import finish
 from .preferences import NegativeArguments, draw_rows, make_preferences
 from .train_and_evaluate import DecodingArguments, train_and_evaluate
@@ -83,7 +83,7 @@ def load_policy(
     if (adapter := load_trainable_adapter(model_args, config, tokenizer)) is not None:
         return adapter
     options = model_options(model_args, config) | {"quantization_config": get_quantization_config(model_args)}
-    return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **options)
+    return load_by_name(model_args.model_name_or_path, **options)
 
 
 run = command(main)

@@ -27,6 +27,7 @@ from ..data import (
     read_data,
     select_windows,
 )
+from ..model import ITEM_VECTORS_FILE
 from ..recommender import find_folder, load_adapter, load_causal_lm
 from ..training import last_complete_checkpoint, warn_of_missing_state
 
@@ -94,13 +95,18 @@ def model_options(model_args: ModelConfig, config: SFTConfig | None = None) -> d
 
 def load_model(model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model or adapter, on this process's device."""
-    name, options = model_args.model_name_or_path, model_options(model_args)
-    folder, revision = Path(name), model_args.model_revision
-    if not folder.is_dir():  # of a whole model, only the files that are needed are downloaded
-        folder = find_folder(name, "model_name_or_path", revision, allow_patterns=["adapter_config.json"])
-    if (folder / "adapter_config.json").is_file():
-        name, options["revision"] = find_folder(name, "model_name_or_path", revision), None
-    return load_causal_lm(name, **options, trust_remote_code=trust_remote_code).to(PartialState().device)
+    options = model_options(model_args) | {"trust_remote_code": trust_remote_code}
+    return load_by_name(model_args.model_name_or_path, **options).to(PartialState().device)
+
+
+def load_by_name(name: str, revision: str | None, **options: Any) -> PreTrainedModel:
+    """A model or adapter, from a folder or the Hub, with its item vectors if it has any."""
+    folder, files = Path(name), ["adapter_config.json", ITEM_VECTORS_FILE]
+    if not folder.is_dir():  # of any other model, only the files that are needed are downloaded
+        folder = find_folder(name, "model_name_or_path", revision, allow_patterns=files)
+    if any((folder / file).is_file() for file in files):
+        name, revision = find_folder(name, "model_name_or_path", revision), None
+    return load_causal_lm(name, revision=revision, **options)
 
 
 def load_trainable_adapter(

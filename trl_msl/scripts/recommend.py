@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from ..data import RankingTask
+from ..model import get_item_vectors
 from ..recommender import Recommender
 from .command_line import command
 from .loading import model_options
@@ -182,6 +183,8 @@ def model_fingerprints(model: PreTrainedModel, task: RankingTask) -> dict[str, s
     for name, value in sorted(model.state_dict().items()):
         weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if (vectors := get_item_vectors(model)) is not None:
+        weights.update(vectors.fingerprint().encode())
     ranked = [task.catalog.ids, task.catalog.completions, asdict(task.prompt_template), task.max_length]
     ranked += [task.decoding, sorted(task.withdrawn), task.fingerprint()]
     return {

@@ -54,6 +54,13 @@ def score_items(
     return np.split(found["item_id"].to_numpy(), ends), np.split(found["score"].to_numpy(), ends)
 
 
+def item_embeddings(model: ModelBase) -> tuple[np.ndarray, torch.Tensor]:
+    """The items that a model knows, as indices in the catalogue, and their embeddings, `(num_known, n_factors)`."""
+    known = model.data_preparator.get_known_item_ids()
+    with torch.no_grad():
+        return known, model.torch_model.item_model.get_all_embeddings()[-len(known) :].cpu()  # padding comes first
+
+
 def train_transformer(
     args: Any, sequences: list[list[int]], validate: Callable[[Callable], float]
 ) -> tuple[Callable, dict[str, float]]:

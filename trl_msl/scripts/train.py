@@ -31,13 +31,15 @@ beginning if there is none. All options can stand in a YAML file: `--config`.
 `trl-msl evaluate` finds it again.
 """
 
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from ..data import DataArguments, RankingTask
-from ..training import MSLConfig, MSLTrainer
+from ..data import DataArguments, RankingTask, read_item_vectors
+from ..model import add_item_vectors
+from ..training import ItemVectorCurriculum, MSLConfig, MSLTrainer
 from .command_line import command
 from .loading import Data, load_data, load_tokenizer, load_trainable_adapter, make_task
 from .outputs import finish
@@ -51,7 +53,28 @@ REPORTED = (
 )  # fmt: skip
 
 
-def main(args: DecodingArguments, data_args: DataArguments, config: MSLConfig, model_args: ModelConfig) -> None:
+@dataclass
+class TrainArguments(DecodingArguments):
+    """
+    Arguments of this command, besides those of the data, the trainer and the model.
+
+    Parameters:
+        item_vectors (`str`, *optional*):
+            Safetensors file with a vector of each item, as for [`read_item_vectors`], to put behind the item's title
+            in histories, which are then tokenised item by item.
+        item_vector_curriculum (`bool`, *optional*, defaults to `False`):
+            Whether training begins without the vectors: see [`ItemVectorCurriculum`].
+    """
+
+    item_vectors: str | None = field(default=None, metadata={"help": "Vectors of items, to put behind their titles."})
+    item_vector_curriculum: bool = field(default=False, metadata={"help": "Begin the training without the vectors."})
+
+    def __post_init__(self):
+        if self.item_vector_curriculum and self.item_vectors is None:
+            raise ValueError("`item_vector_curriculum` is True, but `item_vectors` is missing: pass it, too.")
+
+
+def main(args: TrainArguments, data_args: DataArguments, config: MSLConfig, model_args: ModelConfig) -> None:
     if not (data_args.data_dir or data_args.interactions):
         raise ValueError(
             "`data_dir` and `interactions` are both missing: pass one of them. `trl-msl quickstart` needs no data."
@@ -59,12 +82,23 @@ def main(args: DecodingArguments, data_args: DataArguments, config: MSLConfig, m
     tokenizer = load_tokenizer(model_args, config.trust_remote_code)  # first, as a name may be mistyped
     adapter = load_trainable_adapter(model_args, config, tokenizer)
     if adapter is not None:
+        if args.item_vectors is not None:
+            raise ValueError("`item_vectors`: an adapter that is trained further keeps its own. Leave the option out.")
         data, task = load_to_train_further(model_args, data_args, config.max_length, config.trust_remote_code)
     else:
         data = load_data(data_args)
         task = make_task(tokenizer, data, config.max_length)
+        if args.item_vectors is not None:
+            vectors = read_item_vectors(args.item_vectors, task.catalog)
+            template = replace(task.prompt_template, separate_items=True, vector_tokens=True)
+            task = replace(task, prompt_template=template)
     trainer = make_trainer(task, data, config, model_args, adapter=adapter)
-    train_and_evaluate(trainer, task, data, args, "MSL", {"arguments": reported(config)})
+    if args.item_vectors is not None:  # now that the adapter is there, beside which the projector is trained
+        add_item_vectors(trainer.model, vectors)
+    prompted = {name: getattr(args, name) for name in ("item_vectors", "item_vector_curriculum")}
+    if args.item_vector_curriculum:
+        trainer.add_callback(ItemVectorCurriculum())
+    train_and_evaluate(trainer, task, data, args, "MSL", {"arguments": reported(config) | prompted})
     finish()
 
 

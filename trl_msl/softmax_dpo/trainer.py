@@ -18,7 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import global_then_local_main_first, use_adapter
 
 from ..data import RankingTask
-from ..model import check_tree_attention, evaluating, sliding_window
+from ..model import add_item_vectors, check_tree_attention, evaluating, get_item_vectors, sliding_window
 from ..training import SparseHeadOptions, TaskTrainerMixin, add_sparse_lm_head, masked_softmax_loss, softmax_dpo_loss
 from .collator import DataCollatorForSoftmaxPreference, segment_mask
 from .config import SoftmaxDPOConfig
@@ -126,9 +126,19 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         """
         if isinstance(self.data_collator, DataCollatorForSoftmaxPreference):
             return
+        vectors = get_item_vectors(self.model)
+        if vectors is not None:  # the reference model has the same
+            vectors.requires_grad_(False)
+        elif self.task.vector_tokens is not None:
+            raise ValueError(
+                "`task` puts vectors of items into prompts, but `model` has none: call `load_item_vectors(model, "
+                "folder)` first, with the folder that it was trained in."
+            )
         models = [self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
+            if vectors is not None and get_item_vectors(models[1]) is None:
+                add_item_vectors(models[1], vectors)
         is_prompted = any(is_peft_model(model) and model.active_peft_config.is_prompt_learning for model in models)
         models = [model.get_base_model() if is_peft_model(model) else model for model in models]
         for model in models:

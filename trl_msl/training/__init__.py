@@ -2,6 +2,7 @@
 """Masked softmax loss: pure functions, the sparse head, the trainer."""
 
 from .hub import NEVER_PUSHED
+from .item_vector_curriculum import ItemVectorCurriculum
 from .losses import adaptive_temperature, masked_softmax_loss, softmax_dpo_loss, temperature_statistics
 from .msl_config import MSLConfig, TrainingConfigMixin
 from .msl_trainer import MSLTrainer
@@ -12,6 +13,7 @@ from .temperature import TemperatureCallback
 
 
 __all__ = [
+    "ItemVectorCurriculum",
     "MSLConfig",
     "MSLTrainer",
     "NEVER_PUSHED",

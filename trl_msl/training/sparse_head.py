@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from ..model import backbone, check_head, head_projection
+from ..model import backbone, check_head, head_projection, unbound_forward
 from ..trie import ItemTrie
 
 
@@ -104,7 +103,7 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
             scale and a cap, as [`check_head`] finds out.
     """
     check_head(model, trie)
-    original_forward = _unbound_forward(model)
+    original_forward = unbound_forward(model)
 
     # Keep the original signature: `generate` validates its model kwargs against it
     @functools.wraps(type(model).forward)
@@ -124,16 +123,6 @@ def add_sparse_lm_head(model: PreTrainedModel, trie: ItemTrie) -> None:
         return _sparse_forward(self, options.trie or trie, nodes, options, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
-
-
-def _unbound_forward(model: PreTrainedModel) -> Callable:
-    """The model's forward as a function of the model, also where a library has wrapped it."""
-    forward = model.forward
-    if getattr(forward, "__self__", None) is model:
-        return forward.__func__
-    if isinstance(forward, functools.partial) and forward.args[:1] == (model,):  # accelerate, for `device_map`
-        return forward.func
-    return lambda self, *args, **kwargs: forward(*args, **kwargs)
 
 
 def _sparse_forward(

@@ -20,6 +20,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from ..data import RankingTask
+from ..model import get_item_vectors, load_item_vectors, save_item_vectors
 from ..trie import ItemTrie
 from .hub import check_base, name_bases_absolutely, skipping_private_files
 from .model_card import make_model_card
@@ -87,6 +88,10 @@ class TaskTrainerMixin(ResumableTrainerMixin):
         """The task's trie, whose nodes are the labels."""
         return self.task.trie
 
+    @property
+    def _unwrapped_model(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
+
     def _column_names(self, dataset: Dataset | IterableDataset, dataset_name: str) -> list[str]:
         if next(iter(dataset), None) is None:
             raise ValueError(f"The {dataset_name} dataset is empty: pass at least one row.")
@@ -135,10 +140,18 @@ class TaskTrainerMixin(ResumableTrainerMixin):
 
     def train(self, *args: Any, **kwargs: Any):
         self._has_diverged = False
+        has_vectors = get_item_vectors(self._unwrapped_model) is not None
+        if self.task.vector_tokens is not None and not has_vectors:
+            raise ValueError(
+                "`task` puts vectors of items into prompts, but the model has none: call "
+                "`add_item_vectors(trainer.model, vectors)` first."
+            )
+        if has_vectors and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("Item vectors are not saved with FSDP and DeepSpeed: train with DDP, or in one process.")
         return super().train(*args, **kwargs)
 
     def _describe(self) -> dict[str, Any]:
-        task = self.task
+        task, vectors = self.task, get_item_vectors(self._unwrapped_model)
         content = json.dumps([task.catalog.ids, task.catalog.completions, sorted(task.tokenizer.get_vocab().items())])
         prompt = dataclasses.asdict(task.prompt_template)
         return {
@@ -147,16 +160,26 @@ class TaskTrainerMixin(ResumableTrainerMixin):
             **prompt,
             "chat_template_kwargs": task.chat_template_kwargs,
             "max_length": task.max_length,
+            "item_vectors": vectors and vectors.fingerprint(("vectors",)),
             **super()._describe(),
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        name_bases_absolutely(self.accelerator.unwrap_model(self.model))
+        name_bases_absolutely(self._unwrapped_model)
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # with DeepSpeed and FSDP all ranks come here
             folder = Path(output_dir or self.args.output_dir)
+            save_item_vectors(self._unwrapped_model, folder)
             self.task.save_pretrained(folder)
             make_model_card(self).save(folder / "README.md")  # in place of PEFT's, which names local paths
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_item_vectors(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_item_vectors(self._unwrapped_model, Path(self.state.best_model_checkpoint))
 
     def predict(self, *args, **kwargs):
         raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
@@ -170,6 +193,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             folder = Path(self.args.output_dir)  # where `Trainer` copies the model
+            save_item_vectors(self._unwrapped_model, folder)
             self.task.save_pretrained(folder)
             self._write_record(folder)
         with skipping_private_files():

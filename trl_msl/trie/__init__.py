@@ -5,11 +5,13 @@ from .arrays import TRIE_FILE, check_regular, flatten_sequences, read_checksum, 
 from .compressed import CompressedTrie
 from .item_trie import ItemTrie
 from .ragged import logsumexp_by_row, pad_rows, ragged_arange
+from .sequence_index import FIRST_VECTOR_TOKEN
 from .subset import subset
 
 
 __all__ = [
     "CompressedTrie",
+    "FIRST_VECTOR_TOKEN",
     "ItemTrie",
     "TRIE_FILE",
     "check_regular",

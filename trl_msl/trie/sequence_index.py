@@ -10,6 +10,7 @@ import numpy as np
 
 
 MAX_TOKEN = (1 << 24) - 1  # token ids are written in 3 bytes
+FIRST_VECTOR_TOKEN = MAX_TOKEN + 1  # stands in prompts for the vector of the first item; never in a trie
 
 
 class SequenceIndex:
