@@ -3,6 +3,7 @@
 
 from .evaluating import evaluating
 from .head import backbone, check_head, head_projection
+from .new_tokens import add_embeddings, embed_titles, embedding_names
 from .tree_cache import TreeCache, prefill_prefix
 from .tree_support import USE_GENERATE, check_length, check_tree_attention, check_whole, is_sharded, sliding_window
 
@@ -10,11 +11,14 @@ from .tree_support import USE_GENERATE, check_length, check_tree_attention, chec
 __all__ = [
     "TreeCache",
     "USE_GENERATE",
+    "add_embeddings",
     "backbone",
     "check_head",
     "check_length",
     "check_tree_attention",
     "check_whole",
+    "embed_titles",
+    "embedding_names",
     "evaluating",
     "head_projection",
     "is_sharded",
