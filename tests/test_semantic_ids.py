@@ -32,7 +32,7 @@ SIZES = ["--num_levels", 2, "--codebook_size", 4]
 def make_quantizer(num_levels=3, size=5, dim=6):
     generator = torch.Generator().manual_seed(0)
     codebooks = torch.randn(num_levels, size, dim, generator=generator)
-    return SemanticIds(codebooks, torch.randn(dim, generator=generator), torch.rand(dim, generator=generator) + 0.5)
+    return SemanticIds(codebooks, torch.randn(9, generator=generator), torch.randn(9, dim, generator=generator))
 
 
 def split(text):
@@ -42,8 +42,9 @@ def split(text):
 def nearest_centroids(quantizer, vectors):
     """Codes vector by vector and level by level."""
     codes = []
-    for vector in ((vectors - quantizer.mean) / quantizer.scale).double().numpy():
+    for vector in ((vectors - quantizer.mean).double() @ quantizer.projection.double()).numpy():
         codes.append([])
+        vector = vector / np.linalg.norm(vector)
         for centroids in quantizer.codebooks.double().numpy():
             codes[-1].append(int(np.argmin([np.sum((vector - centroid) ** 2) for centroid in centroids])))
             vector = vector - centroids[codes[-1][-1]]
@@ -51,27 +52,31 @@ def nearest_centroids(quantizer, vectors):
 
 
 def test_codes_are_the_nearest_centroids_of_what_is_left():
-    quantizer, vectors = make_quantizer(), torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+    quantizer, vectors = make_quantizer(), torch.randn(50, 9, generator=torch.Generator().manual_seed(1))
     codes = quantizer.encode(vectors)
     assert codes.tolist() == nearest_centroids(quantizer, vectors)
     assert torch.equal(quantizer.encode(vectors[7:8]), codes[7:8])
-    with pytest.raises(ValueError, match="fitted to vectors of 6 numbers"):
+    with pytest.raises(ValueError, match="fitted to vectors of 9 numbers"):
         quantizer.encode(vectors[:, :5])
 
 
 def test_fitted_codebooks():
     pytest.importorskip("faiss", reason='needs pip install "trl_msl[semantic]"')
     vectors = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
-    vectors[:, 0] *= 1e4  # would decide all codes
+    vectors[:, 0] *= 100  # would decide all codes
     first, again, other = (SemanticIds.fit(vectors, 3, 8, seed) for seed in (0, 0, 1))
     assert first.fingerprint() == again.fingerprint() != other.fingerprint()
     codes = first.encode(vectors)
     assert codes.tolist() == nearest_centroids(first, vectors)
-    residual, lost = (vectors - first.mean) / first.scale, [200.0 * 6]
+    residual, lost = (vectors - first.mean) @ first.projection, [200.0]
+    torch.testing.assert_close(residual.T @ residual / 200, torch.eye(6), atol=1e-3, rtol=0)
+    residual = residual / residual.norm(dim=1, keepdim=True)
     for level, centroids in enumerate(first.codebooks):
         residual = residual - centroids[codes[:, level]]
         lost.append(float(residual.square().sum()))
     assert all(after < 0.75 * before for before, after in zip(lost, lost[1:]))
+    with pytest.raises(ValueError, match="`vectors` are all the same"):
+        SemanticIds.fit(vectors[:1].expand(8, 6), codebook_size=8)
     with pytest.raises(ValueError, match="`codebook_size` is 6: it must be a power of two, from 2 to .* 200"):
         SemanticIds.fit(vectors, codebook_size=6)
 
@@ -97,7 +102,7 @@ def test_a_quantiser_is_read_as_it_was_written(tmp_path):
     assert all(torch.equal(getattr(found, name), tensor) for name, tensor in vars(quantizer).items())
     path = tmp_path / "semantic_ids.safetensors"
     tensors = load_file(path)
-    for damage in ({"mean": tensors["mean"] + 1}, {"mean": tensors["mean"] * np.inf}, {"scale": torch.ones(2)}):
+    for damage in ({"mean": tensors["mean"] + 1}, {"mean": tensors["mean"] * np.inf}, {"projection": torch.ones(2)}):
         save_file(tensors | damage, path, {"format": "1", "sha256": quantizer.fingerprint()})
         with pytest.raises(ValueError, match="does not hold a readable semantic_ids.safetensors"):
             SemanticIds.from_pretrained(tmp_path)

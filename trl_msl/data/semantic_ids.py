@@ -22,6 +22,7 @@ from ..trie import check_regular, replacing
 QUANTIZER_FILE = "semantic_ids.safetensors"
 _FORMAT = "1"
 _MAX_LEVELS = 8
+_MAX_COMPONENTS = 32  # with more, whitened, k-means finds less structure and fewer different codes
 _CHUNK = 1024  # vectors whose distances to a codebook are in memory at a time
 
 
@@ -31,17 +32,19 @@ class SemanticIds:
     Residual quantiser that turns vectors of items into semantic ids, such as `<a_12><b_7><c_201>`, as
     [TIGER](https://huggingface.co/papers/2305.05065) does, written like the index tokens of
     [LC-Rec](https://huggingface.co/papers/2311.09049). The first code is the nearest centroid of the first codebook,
-    each further one that of what the codes before it leave over. Both papers train an RQ-VAE instead; here the
-    vectors are quantised as they are, by k-means at each level.
+    each further one that of what the codes before it leave over. Both papers train an RQ-VAE instead; here it is
+    k-means at each level, on the vectors' principal components, with the same variance each and scaled to length 1. A
+    language model's hidden states vary so much in a few directions that these would decide all codes.
 
     It is fitted once. A new item gets codes from the same codebooks, and all others keep theirs.
 
     Args:
-        codebooks (`torch.Tensor` of shape `(num_levels, codebook_size, dim)`, fp32):
+        codebooks (`torch.Tensor` of shape `(num_levels, codebook_size, num_components)`, fp32):
             Centroids of each level.
-        mean, scale (`torch.Tensor` of shape `(dim,)`, fp32):
-            What is subtracted from vectors before they are quantised, and what they are then divided by. A few
-            dimensions of a language model's hidden states are so large that they would decide all codes.
+        mean (`torch.Tensor` of shape `(dim,)`, fp32):
+            What is subtracted from vectors.
+        projection (`torch.Tensor` of shape `(dim, num_components)`, fp32):
+            What they are then multiplied by.
 
     Raises:
         `ValueError`: if the tensors do not fit together, or are not finite.
@@ -49,22 +52,19 @@ class SemanticIds:
 
     codebooks: Tensor
     mean: Tensor
-    scale: Tensor
+    projection: Tensor
 
     def __post_init__(self):
         shape = tuple(self.codebooks.shape)
         if len(shape) != 3 or not 1 <= shape[0] <= _MAX_LEVELS or 0 in shape:
-            raise ValueError(
-                f"`codebooks` has the shape {shape}: it must be (1 to {_MAX_LEVELS}, codebook_size, dim)."
-            )
-        for name, expected in (("codebooks", shape), ("mean", shape[2:]), ("scale", shape[2:])):
+            raise ValueError(f"`codebooks` has the shape {shape}: it must be (1 to {_MAX_LEVELS}, size, components).")
+        dim = tuple(self.mean.shape)
+        for name, expected in (("codebooks", shape), ("mean", dim[:1]), ("projection", (*dim, shape[2]))):
             tensor = getattr(self, name)
             if tensor.dtype != torch.float32 or tuple(tensor.shape) != expected or not tensor.isfinite().all():
                 raise ValueError(
                     f"`{name}` is {tensor.dtype}{list(tensor.shape)}: it must hold finite fp32 numbers, {expected}."
                 )
-        if not (self.scale > 0).all():
-            raise ValueError("`scale` must be above 0.")
 
     def __repr__(self) -> str:
         return f"SemanticIds(num_levels={self.num_levels}, codebook_size={self.codebook_size})"
@@ -98,28 +98,34 @@ class SemanticIds:
         """
         if vectors.ndim != 2 or not vectors.isfinite().all():
             raise ValueError(f"`vectors` has the shape {tuple(vectors.shape)}: pass finite numbers, (num_items, dim).")
-        if not 1 <= num_levels <= _MAX_LEVELS:
-            raise ValueError(f"`num_levels` is {num_levels}: it must lie between 1 and {_MAX_LEVELS}.")
-        bits = codebook_size.bit_length() - 1
-        if codebook_size != 1 << bits or not 2 <= codebook_size <= len(vectors):
-            raise ValueError(
-                f"`codebook_size` is {codebook_size}: it must be a power of two, from 2 to the number of items, "
-                f"{len(vectors)}."
-            )
-        try:
-            import faiss
-        except ImportError as error:
-            raise ImportError(f'Semantic ids need faiss ({error}): pip install "trl_msl[semantic]".') from error
+        cls.check_options(len(vectors), num_levels, codebook_size)
+        import faiss
+
         vectors = vectors.float().cpu()
-        mean, scale = vectors.mean(dim=0), vectors.std(dim=0).clamp(min=1e-6)
-        quantizer = faiss.ResidualQuantizer(vectors.shape[1], num_levels, bits)
+        mean, projection = _whitening(vectors)
+        quantizer = faiss.ResidualQuantizer(projection.shape[1], num_levels, codebook_size.bit_length() - 1)
         quantizer.train_type = faiss.ResidualQuantizer.Train_default
         quantizer.max_beam_size = 1  # residuals of the nearest centroid, as in `encode`
         quantizer.cp.seed = seed
         quantizer.cp.min_points_per_centroid = 1  # else a warning for each k-means of a small catalogue
-        quantizer.train(((vectors - mean) / scale).numpy())
+        quantizer.train(_project(vectors, mean, projection).numpy())
         codebooks = faiss.vector_to_array(quantizer.codebooks).reshape(num_levels, codebook_size, -1)
-        return cls(torch.from_numpy(codebooks.copy()), mean, scale)
+        return cls(torch.from_numpy(codebooks.copy()), mean, projection)
+
+    @staticmethod
+    def check_options(num_items: int, num_levels: int, codebook_size: int) -> None:
+        """Raise what [`SemanticIds.fit`] would for these options, before the vectors are made."""
+        if not 1 <= num_levels <= _MAX_LEVELS:
+            raise ValueError(f"`num_levels` is {num_levels}: it must lie between 1 and {_MAX_LEVELS}.")
+        if codebook_size & (codebook_size - 1) or not 2 <= codebook_size <= num_items:
+            raise ValueError(
+                f"`codebook_size` is {codebook_size}: it must be a power of two, from 2 to the number of items, "
+                f"{num_items}."
+            )
+        try:
+            import faiss  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f'Semantic ids need faiss ({error}): pip install "trl_msl[semantic]".') from error
 
     def encode(self, vectors: Tensor) -> Tensor:
         """
@@ -136,7 +142,7 @@ class SemanticIds:
             )
         codes = torch.empty(len(vectors), self.num_levels, dtype=torch.int64)
         for rows in torch.arange(len(vectors)).split(_CHUNK):
-            residual = (vectors[rows].float().cpu() - self.mean) / self.scale
+            residual = _project(vectors[rows].float().cpu(), self.mean, self.projection)
             for level, centroids in enumerate(self.codebooks):
                 # By a matrix product a distance would depend on the size of the batch
                 distances = torch.cdist(residual, centroids, compute_mode="donot_use_mm_for_euclid_dist")
@@ -168,7 +174,7 @@ class SemanticIds:
         >>> import torch
         >>> from trl_msl.data import SemanticIds
 
-        >>> quantizer = SemanticIds(torch.zeros(2, 4, 8), torch.zeros(8), torch.ones(8))
+        >>> quantizer = SemanticIds(torch.zeros(2, 4, 8), torch.zeros(8), torch.eye(8))
         >>> quantizer.write(torch.tensor([[3, 0], [3, 0], [1, 2]]), taken=["<a_1><b_2>"])
         ['<a_3><b_0>', '<a_3><b_0><c_0>', '<a_1><b_2><c_0>']
 
@@ -203,7 +209,7 @@ class SemanticIds:
             check_regular(path)
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-                found = cls(*(file.get_tensor(name) for name in ("codebooks", "mean", "scale")))
+                found = cls(*(file.get_tensor(name) for name in ("codebooks", "mean", "projection")))
             if header.get("format") != _FORMAT:
                 raise ValueError(f"its format is {header.get('format')}, this version reads {_FORMAT}")
             if header.get("sha256") != found.fingerprint():
@@ -218,9 +224,26 @@ class SemanticIds:
     def fingerprint(self) -> str:
         """SHA-256 of everything that the codes depend on."""
         digest = hashlib.sha256(json.dumps(list(self.codebooks.shape)).encode())
-        for tensor in (self.codebooks, self.mean, self.scale):
+        for tensor in (self.codebooks, self.mean, self.projection):
             digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def _whitening(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of vectors, and the projection onto their principal components, with variance 1 each."""
+    mean = vectors.mean(dim=0)
+    centred = vectors - mean
+    variances, axes = torch.linalg.eigh((centred.T @ centred).double() / len(vectors))  # ascending
+    kept = variances[-_MAX_COMPONENTS:] > 1e-6 * variances[-1]
+    if not kept.any():
+        raise ValueError("`vectors` are all the same: pass vectors that tell items apart.")
+    return mean, (axes[:, -_MAX_COMPONENTS:] / variances[-_MAX_COMPONENTS:].sqrt())[:, kept].float()
+
+
+def _project(vectors: Tensor, mean: Tensor, projection: Tensor) -> Tensor:
+    # In fp64, so that after rounding it does not depend on the size of the batch
+    projected = (vectors - mean).double() @ projection.double()
+    return torch.nn.functional.normalize(projected, dim=1).float()
 
 
 def _token(level: int, code: int) -> str:

@@ -86,6 +86,7 @@ def main(args: SemanticIdsArguments, model_args: ModelConfig) -> None:
         tokenizer = load_tokenizer(model_args)
         policies = {"empty_texts": args.empty_texts, "html_entities": args.html_entities}
         titles = read_items(args.items, args.item_column, args.text_column, **policies)
+        SemanticIds.check_options(len(titles), args.num_levels, args.codebook_size)
         model = load_model(model_args)
         encoded, first = split_titles(tokenizer, titles.texts)
         if args.item_vectors is None:
