@@ -92,6 +92,8 @@ def test_items_with_the_same_codes_are_told_apart():
     assert set("".join(texts).replace("><", "> <").replace("><", "> <").split(" ")) <= set(
         " ".join(quantizer.tokens).split()
     )
+    assert all(map(quantizer.has_written, texts))
+    assert not any(map(quantizer.has_written, ["Dune", "<a_0>", "<b_0><a_1>", "<a_0><b_1> ", texts[1] + "<d_0>"]))
     assert len(quantizer.tokens) == len(set(quantizer.tokens)) == 9
 
 
@@ -241,3 +243,13 @@ def test_a_new_item_gets_codes_of_the_same_quantiser(semantic, trained, tmp_path
         torch.tensor(nearest_centroids(quantizer, vectors)), items.values()
     )
     assert task.catalog.texts[13].startswith(items["0"]) and len(set(task.catalog.texts)) == 14
+
+
+def test_options_that_would_have_no_effect(semantic, tokenizer, task, tmp_path):
+    Recommender(make_model(tokenizer), task).save_pretrained(tmp_path / "titles")
+    (tmp_path / "new.json").write_text(json.dumps({"new": NEW_TITLE}))
+    options = ["--model_name_or_path", tmp_path / "titles", "--output_dir", tmp_path / "updated"]
+    with pytest.raises(ValueError, match="`semantic_ids` has no effect without `add`"):
+        run(update_catalog, *options, "--semantic_ids", semantic)
+    with pytest.raises(ValueError, match="12 items with other texts, such as 'The Silent River'"):
+        run(update_catalog, *options, "--semantic_ids", semantic, "--add", tmp_path / "new.json")

@@ -93,8 +93,7 @@ class SemanticIds:
                 Seed of k-means.
 
         Raises:
-            `ImportError`: if faiss is not installed.
-            `ValueError`: if an argument is out of range.
+            `ValueError`: if an argument is out of range, or faiss is not installed.
         """
         if vectors.ndim != 2 or not vectors.isfinite().all():
             raise ValueError(f"`vectors` has the shape {tuple(vectors.shape)}: pass finite numbers, (num_items, dim).")
@@ -125,7 +124,7 @@ class SemanticIds:
         try:
             import faiss  # noqa: F401
         except ImportError as error:
-            raise ImportError(f'Semantic ids need faiss ({error}): pip install "trl_msl[semantic]".') from error
+            raise ValueError(f'Semantic ids need faiss ({error}): pip install "trl_msl[semantic]".') from error
 
     def encode(self, vectors: Tensor) -> Tensor:
         """
@@ -166,7 +165,7 @@ class SemanticIds:
             codes (`torch.Tensor` of shape `(num_items, num_levels)`):
                 What [`SemanticIds.encode`] returned.
             taken (`Iterable[str]`, *optional*):
-                Texts of the items that there are already. Others, such as titles, have no effect.
+                Texts of the items that there are already.
 
         Example:
 
@@ -187,6 +186,11 @@ class SemanticIds:
             count, counts[text] = counts[text], counts[text] + 1
             texts.append(text + _token(self.num_levels, min(count, self.codebook_size) - 1) if count else text)
         return texts
+
+    def has_written(self, text: str) -> bool:
+        """Whether a text has the form of [`SemanticIds.write`]'s."""
+        *codes, further = (_token(level, r"\d+") for level in range(self.num_levels + 1))
+        return re.fullmatch(f"{''.join(codes)}({further})?", text) is not None
 
     # ------------------------------------------------------------------ storage
 
@@ -246,5 +250,5 @@ def _project(vectors: Tensor, mean: Tensor, projection: Tensor) -> Tensor:
     return torch.nn.functional.normalize(projected, dim=1).float()
 
 
-def _token(level: int, code: int) -> str:
+def _token(level: int, code: int | str) -> str:
     return f"<{chr(ord('a') + level)}_{code}>"

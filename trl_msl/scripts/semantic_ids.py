@@ -122,8 +122,16 @@ def code_new_items(items: ItemCatalog, folder: str, source: str | None, taken: S
             File of the items' vectors, if the others' came from a file too.
         taken (`Sequence[str]`):
             Ids of the items that there are already.
+
+    Raises:
+        `ValueError`: if those are not semantic ids, or the folder was not written by this command.
     """
     quantizer = SemanticIds.from_pretrained(folder)
+    if others := [text for text in taken if not quantizer.has_written(text)]:
+        raise ValueError(
+            f"`semantic_ids` = {folder!r}: the model's catalogue has {len(others)} items with other texts, such as "
+            f"{others[0]!r}. Leave it out for a model that was trained on titles."
+        )
     if source is None:
         model, tokenizer = load_causal_lm(folder, dtype="auto"), AutoTokenizer.from_pretrained(folder)
         vectors = embed_titles(model, *split_titles(tokenizer, items.texts))

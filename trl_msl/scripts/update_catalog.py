@@ -67,6 +67,11 @@ class UpdateArguments:
         default=None, metadata={"help": "HTML entities in texts: 'keep' or 'decode'. By default as in training."}
     )
 
+    def __post_init__(self):
+        for name, needed in (("semantic_ids", "add"), ("item_vectors", "semantic_ids")):
+            if getattr(self, name) and not getattr(self, needed):
+                raise ValueError(f"`{name}` has no effect without `{needed}`: pass both, or leave it out.")
+
 
 def main(args: UpdateArguments) -> None:
     with new_folder(args.output_dir) as updated_folder:
