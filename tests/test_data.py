@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import json
 import logging
 import re
 import shutil
@@ -349,7 +350,10 @@ def test_a_trained_models_catalogue_needs_no_items(folder, log, tmp_path):
         read_data(DataArguments(interactions=log))
     with pytest.raises(ValueError, match="`data_dir` and `interactions` are both missing"):
         read_data(DataArguments(), catalog)
-    for ignored in ({"interactions": log}, {"items": "items.csv"}, {"drop_duplicates": True}):
+    (tmp_path / "items.json").write_text(json.dumps({str(item): f"<a_{item}>" for item in range(len(TITLES))}))
+    found, _ = read_data(DataArguments(data_dir=str(folder), items=str(tmp_path / "items.json")))
+    assert found.texts[:2] == ["<a_0>", "<a_1>"]  # not the folder's own
+    for ignored in ({"interactions": log}, {"drop_duplicates": True}):
         with pytest.raises(ValueError, match=f"`data_dir` and `{min(ignored)}` are both given"):
             DataArguments(data_dir=str(folder), **ignored)
 

@@ -323,17 +323,31 @@ def test_lora(tokenizer, trie, prompts):
     [
         LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]),
         LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"]),
-        LoraConfig(task_type="CAUSAL_LM", trainable_token_indices={"embed_tokens": [5, 6]}),
     ],
 )
 def test_an_adapter_on_the_head_is_not_left_out(config, tokenizer, trie, prompts):
-    tied = config.trainable_token_indices is not None
-    model = get_peft_model(make_model(tokenizer, tie_word_embeddings=tied), config)
+    model = get_peft_model(make_model(tokenizer), config)
     with pytest.raises(ValueError, match="adapter on its LM head.*`merge_and_unload"):
         TrieDecoder(model, trie)
     merged = model.merge_and_unload()
     found = TrieDecoder(merged, trie).search(prompts, top_k=12)
     check_ranking(found, score_every_item(merged, trie, prompts), [set(range(12))] * 5, top_k=12)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_with_trained_rows_is_the_adapters(tied, tokenizer, trie, prompts):
+    tokens = trie.tokens(torch.tensor(list(trie.children(0)))).tolist()[:2]
+    rows = dict.fromkeys(["embed_tokens", "lm_head"][: 2 - tied], tokens)  # PEFT keeps a tied head in step
+    config = LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=rows)
+    model = get_peft_model(make_model(tokenizer, tie_word_embeddings=tied), config)
+    plain = TrieDecoder(model, trie).search(prompts, top_k=12)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.mul_(-1.0)
+    found = TrieDecoder(model, trie).search(prompts, top_k=12)
+    check_ranking(found, score_every_item(model, trie, prompts), [set(range(12))] * 5, top_k=12)
+    assert not torch.allclose(found.scores, plain.scores)
 
 
 def test_a_head_that_is_trained_as_a_whole_is_the_adapters(tokenizer, trie, prompts):

@@ -102,6 +102,7 @@ NOT_RUN = {  # part of a command, and why
     "--reference lml/exact": "it compares models of a training that is not run",
     "trl-msl baselines": RECTOOLS,
     "-m trl_msl.scripts.baselines": RECTOOLS,
+    "semantic": "it takes more items: tests/test_semantic_ids.py runs these commands",
 }
 
 

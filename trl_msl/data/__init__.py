@@ -17,7 +17,16 @@ from .item_tokens import encode_items, texts_with_special_tokens
 from .item_vectors import read_item_vectors, write_item_vectors
 from .options import DataArguments, read_data, read_items, select_windows
 from .prompts import Prompt, PromptTemplate, encode_prompts
-from .rows import build_rows, check_columns, completion_text, have_single_items, supervised_items, tokenize_rows
+from .rows import (
+    add_rows,
+    build_rows,
+    check_columns,
+    completion_text,
+    have_single_items,
+    supervised_items,
+    tokenize_rows,
+)
+from .semantic_ids import SemanticIds
 from .tables import ids_as_strings, parse_list, read_table
 from .task import RankingTask
 from .task_files import TASK_FILE, TASK_FILES
@@ -29,8 +38,10 @@ __all__ = [
     "Prompt",
     "PromptTemplate",
     "RankingTask",
+    "SemanticIds",
     "TASK_FILE",
     "TASK_FILES",
+    "add_rows",
     "best_possible",
     "build_rows",
     "check_columns",

@@ -43,7 +43,7 @@ class DataArguments:
             Interaction log: a file or a dataset on the Hub, as for [`read_table`]. 5-core, windows of 11, split 8:1:1
             by time.
         items (`str`, *optional*):
-            Items of the log: likewise, or a JSON file that maps ids to texts.
+            Items of the log, or in place of those of the folder: likewise, or a JSON file that maps ids to texts.
         user_column, item_column, timestamp_column, text_column (`str`, *optional*):
             Columns of the log and of the items.
         min_interactions (`int`, *optional*, defaults to `5`):
@@ -67,6 +67,8 @@ class DataArguments:
         covering_windows (`bool`, *optional*, defaults to `False`):
             Whether to train only on windows that together hold each target once, by [`covering_windows`]. For
             `supervise_history` and sequence models.
+        extra_rows (`str`, *optional*):
+            Table of further texts to train on, as for [`add_rows`].
         prompt_words (`list[str]`, *optional*, defaults to `["item", "items", "interacted with"]`):
             Singular, plural and verb of the paper's prompt: `book books read`.
         prompt_text (`str`, *optional*):
@@ -86,7 +88,9 @@ class DataArguments:
     interactions: str | None = field(
         default=None, metadata={"help": "Interaction log: CSV, TSV, JSONL, Parquet or Hub dataset."}
     )
-    items: str | None = field(default=None, metadata={"help": "Items of the log: likewise, or JSON."})
+    items: str | None = field(
+        default=None, metadata={"help": "Items of the log, or in place of the folder's: likewise, or JSON."}
+    )
     user_column: str = field(default="user_id", metadata={"help": "User column of the log."})
     item_column: str = field(default="item_id", metadata={"help": "Item column of the log and of the items."})
     timestamp_column: str = field(default="timestamp", metadata={"help": "Time column of the log."})
@@ -107,6 +111,9 @@ class DataArguments:
     covering_windows: bool = field(
         default=False, metadata={"help": "Whether to train on few windows, in which each target occurs once."}
     )
+    extra_rows: str | None = field(
+        default=None, metadata={"help": "Further rows to train on, with the columns prompt and completion."}
+    )
     prompt_words: list[str] = field(
         default_factory=lambda: ["item", "items", "interacted with"],
         metadata={"help": "Singular, plural and verb of the paper's prompt, such as: book books read."},
@@ -119,7 +126,7 @@ class DataArguments:
     max_test_users: int | None = field(default=None, metadata={"help": "Maximum number of test users."})
 
     def __post_init__(self):
-        for name in ("interactions", "items", "drop_duplicates"):  # of a folder they would be ignored
+        for name in ("interactions", "drop_duplicates"):  # of a folder they would be ignored
             if self.data_dir and getattr(self, name):
                 raise ValueError(f"`data_dir` and `{name}` are both given: pass only one of them.")
         if self.item_text not in ("text", "id"):
@@ -224,10 +231,9 @@ def _read_log(args: DataArguments, catalog: ItemCatalog) -> pd.DataFrame:
 def _read_catalog(args: DataArguments) -> ItemCatalog:
     empty_texts = "keep" if args.item_text == "id" else args.empty_texts  # texts are not used
     policies = {"template": args.item_template, "empty_texts": empty_texts, "html_entities": args.html_entities}
-    if args.data_dir:
-        catalog = read_items(f"{args.data_dir}/id2name4Rec.json", **policies)
-    elif args.items:
-        catalog = read_items(args.items, args.item_column, args.text_column, **policies)
+    source = args.items or (f"{args.data_dir}/id2name4Rec.json" if args.data_dir else None)
+    if source:
+        catalog = read_items(source, args.item_column, args.text_column, **policies)
     else:
         raise ValueError("`items` is missing: pass the file with the ids and titles of the items of `interactions`.")
     if args.item_text == "id":

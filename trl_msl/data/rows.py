@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from trl import is_conversational
 
 from ..trie import ItemTrie
 from .fit_prompts import supervised_prompts
+from .tables import Source, read_table
 from .task import RankingTask
 
 
@@ -55,6 +56,40 @@ def build_rows(windows: Dataset, task: RankingTask) -> Dataset:
         }
 
     return windows.map(rows, batched=True, remove_columns=["item_ids"], desc="Building rows")
+
+
+def add_rows(rows: Dataset, source: Source, task: RankingTask) -> Dataset:
+    """
+    Training rows with further ones after them, such as titles with the semantic ids of their items.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Rows as [`build_rows`] makes them.
+        source (`str`, `Path`, [`~datasets.Dataset`] or `pandas.DataFrame`):
+            The further ones, as for [`read_table`]: `prompt`, any text, and `completion`, an item as it is written.
+            They become messages if the task is conversational.
+        task ([`RankingTask`]):
+            That of the rows.
+
+    Returns:
+        [`~datasets.Dataset`] with `prompt`, `completion` and `history`, which is empty in the further rows.
+
+    Raises:
+        `ValueError`: if the table can't be read, or the task's prompts can only be histories.
+    """
+    if task.prompt_template.separate_items:
+        raise ValueError(
+            "`extra_rows` have prompts of their own, but with `separate_items` a prompt is made of its history: leave "
+            "one of them out."
+        )
+    table, _ = read_table(source, ["prompt", "completion"])
+    columns = {name: table[name].tolist() for name in ("prompt", "completion")}
+    if task.conversational:
+        for name, role in (("prompt", "user"), ("completion", "assistant")):
+            columns[name] = [[{"role": role, "content": text}] for text in columns[name]]
+    columns["history"] = [[]] * len(table)
+    rows = rows.select_columns(list(columns))
+    return concatenate_datasets([rows, Dataset.from_dict(columns, rows.features)])
 
 
 def tokenize_rows(

@@ -11,6 +11,7 @@ from .item_vectors import (
     load_item_vectors,
     save_item_vectors,
 )
+from .new_tokens import add_embeddings, embed_titles, embedding_names
 from .tree_cache import TreeCache, prefill_prefix
 from .tree_support import USE_GENERATE, check_length, check_tree_attention, check_whole, is_sharded, sliding_window
 
@@ -25,11 +26,14 @@ __all__ = [
     "unbound_forward",
     "TreeCache",
     "USE_GENERATE",
+    "add_embeddings",
     "backbone",
     "check_head",
     "check_length",
     "check_tree_attention",
     "check_whole",
+    "embed_titles",
+    "embedding_names",
     "evaluating",
     "head_projection",
     "is_sharded",

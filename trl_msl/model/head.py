@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
@@ -61,6 +60,7 @@ def head_projection(model: PreTrainedModel) -> functools.partial:
     """
     text_config = model.config.get_text_config()
     head = model.get_output_embeddings()
+    # With PEFT's `trainable_token_indices`, the whole weight with the trained rows in place
     weight, bias = head.weight, getattr(head, "bias", None)
     # FSDP2 exposes sharded parameters as DTensors where its own hooks have not gathered them
     if isinstance(weight, DTensor):
@@ -117,11 +117,11 @@ def check_head(model: PreTrainedModel, trie: ItemTrie) -> None:
     model = model.get_base_model() if is_peft_model(model) else model
     head = model.get_output_embeddings()
     is_adapted = isinstance(head, BaseTunerLayer) and not (head.merged or head.disable_adapters)
-    if is_adapted or isinstance(head, TrainableTokensWrapper):
+    if is_adapted:
         raise ValueError(
             f"`model` has an adapter on its LM head ({type(head).__name__}), which picking rows would leave out: "
-            "merge it with `merge_and_unload()`, or leave the head out of `target_modules` and "
-            "`trainable_token_indices` (`modules_to_save=['lm_head']` trains all of it)."
+            "merge it with `merge_and_unload()`, or leave the head out of `target_modules` "
+            "(`trainable_token_indices` trains rows of it, `modules_to_save=['lm_head']` all)."
         )
     weight = getattr(head, "weight", None)
     if weight is None:

@@ -14,6 +14,7 @@ from .console import one_line_errors
 
 COMMANDS = {
     "quickstart": ("trl_msl.experiments.quickstart", "Compare losses on generated data, offline, in a few minutes"),
+    "semantic-ids": ("trl_msl.scripts.semantic_ids", "Write items as semantic ids, and give a model tokens for them"),
     "doctor": ("trl_msl.scripts.doctor", "Check data, tokenizer and model before training"),
     "train": ("trl_msl.scripts.train", "Fine-tune a model with the masked softmax loss, and evaluate it"),
     "dpo": ("trl_msl.scripts.dpo", "Train a recommender further by softmax DPO, and evaluate it"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading what a command's options name: data, tokenizer, model, a new task, and the checkpoint to resume from."""
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..data import (
@@ -30,9 +31,12 @@ from ..data import (
 from ..model import ITEM_VECTORS_FILE
 from ..recommender import find_folder, load_adapter, load_causal_lm
 from ..training import last_complete_checkpoint, warn_of_missing_state
+from ..trie import check_regular
 
 
 logger = logging.getLogger(__name__)
+
+TRAINABLE_TOKENS_FILE = "trainable_tokens.json"
 
 
 @dataclass
@@ -119,6 +123,30 @@ def load_trainable_adapter(
     options = model_options(model_args, config) | {"quantization_config": get_quantization_config(model_args)}
     del options["revision"]  # not that of the base model
     return load_adapter(find_folder(name, "model_name_or_path", revision), tokenizer, is_trainable=True, **options)
+
+
+def read_trainable_tokens(model_args: ModelConfig) -> dict[str, list[int]] | None:
+    """
+    Tokens that were added to a model and not trained yet, as PEFT's `trainable_token_indices`, if its folder or
+    repository has a file of them. LoRA alone would leave their embeddings as they are.
+
+    Raises:
+        `ValueError`: if the file is damaged.
+    """
+    missing = ("missing_entries", "connection_errors", "gated_repo")
+    options = {f"_raise_exceptions_for_{name}": False for name in missing}
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    path = cached_file(name, TRAINABLE_TOKENS_FILE, revision=revision, **options)
+    if path is None:
+        return None
+    try:
+        check_regular(Path(path))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not all(type(token) is int and token >= 0 for tokens in found.values() for token in tokens):
+            raise ValueError("it must map names of modules to lists of token ids")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): write the model again.") from error
+    return found
 
 
 def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -37,7 +37,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from ..data import DataArguments, RankingTask, read_item_vectors
+from ..data import DataArguments, RankingTask, add_rows, read_item_vectors
 from ..model import add_item_vectors
 from ..training import ItemVectorCurriculum, MSLConfig, MSLTrainer
 from .command_line import command
@@ -116,7 +116,10 @@ def make_trainer(
             "`covering_windows` leaves out windows whose target is in the history of another, but `supervise_history` "
             "is off, so that nothing would be learnt from it: pass supervise_history=True."
         )
-    options = trainer_options(config, model_args, data.rows("train", task), data.rows("validation", task), adapter)
+    train = data.rows("train", task)
+    if data.args.extra_rows:
+        train = add_rows(train, data.args.extra_rows, task)
+    options = trainer_options(config, model_args, train, data.rows("validation", task), adapter)
     return trainer_class(task=task, **options)
 
 

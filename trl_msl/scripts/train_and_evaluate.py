@@ -17,7 +17,7 @@ from ..model import is_sharded
 from ..training import TaskTrainerMixin
 from .evaluate import DECODINGS, evaluate_decodings
 from .interrupt import train
-from .loading import Data, model_options
+from .loading import Data, model_options, read_trainable_tokens
 from .outputs import describe_recommendations, format_table, plot_training, write_json, write_results, write_text
 from .trained import write_options
 
@@ -61,8 +61,11 @@ def trainer_options(
     if adapter is not None:
         return options
     config.model_init_kwargs = model_options(model_args, config)
-    adaptation = {"peft_config": get_peft_config(model_args)}
-    return options | adaptation | {"quantization_config": get_quantization_config(model_args)}
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None and (tokens := read_trainable_tokens(model_args)):
+        whole = peft_config.modules_to_save or ()
+        peft_config.trainable_token_indices = {name: ids for name, ids in tokens.items() if name not in whole} or None
+    return options | {"peft_config": peft_config, "quantization_config": get_quantization_config(model_args)}
 
 
 def train_and_evaluate(

@@ -221,6 +221,6 @@ def _given(args: DataArguments) -> dict[str, Any]:
 
 def _with_whole_paths(args: DataArguments) -> DataArguments:
     """The options with absolute paths; names of datasets on the Hub stay."""
-    sources = {name: getattr(args, name) for name in ("data_dir", "interactions", "items")}
+    sources = {name: getattr(args, name) for name in ("data_dir", "interactions", "items", "extra_rows")}
     whole = {name: os.path.abspath(source) for name, source in sources.items() if source and os.path.exists(source)}
     return dataclasses.replace(args, **whole)

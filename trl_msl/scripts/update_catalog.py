@@ -23,6 +23,7 @@ from ..data import RankingTask, read_items
 from ..recommender import find_folder, find_task_folder
 from .command_line import command
 from .derived import copy_model, new_folder, write_card
+from .semantic_ids import code_new_items
 
 
 @dataclass
@@ -41,6 +42,11 @@ class UpdateArguments:
             Ids of items to withdraw, and of withdrawn items to restore.
         item_column, text_column (`str`, *optional*):
             Columns of `add`.
+        semantic_ids (`str`, *optional*):
+            Folder that `trl-msl semantic-ids` wrote, if the model was trained on semantic ids: the new items get
+            theirs from its quantiser.
+        item_vectors (`str`, *optional*):
+            With `semantic_ids`: vectors of the new items, if those of the others came from a file, too.
         empty_texts (`str`, *optional*):
             As for [`ItemCatalog`].
         html_entities (`str`, *optional*):
@@ -52,12 +58,19 @@ class UpdateArguments:
     add: str | None = field(default=None, metadata={"help": "Items to add: JSON, CSV or Parquet."})
     withdraw: list[str] = field(default_factory=list, metadata={"help": "Ids of items to withdraw."})
     restore: list[str] = field(default_factory=list, metadata={"help": "Ids of withdrawn items to restore."})
+    semantic_ids: str | None = field(default=None, metadata={"help": "Folder of the semantic ids, to code new items."})
+    item_vectors: str | None = field(default=None, metadata={"help": "With `semantic_ids`: vectors of the new items."})
     item_column: str = field(default="item_id", metadata={"help": "Id column of `add`."})
     text_column: str = field(default="title", metadata={"help": "Text column of `add`."})
     empty_texts: str = field(default="error", metadata={"help": "Items without text: 'error', 'keep' or 'id'."})
     html_entities: str | None = field(
         default=None, metadata={"help": "HTML entities in texts: 'keep' or 'decode'. By default as in training."}
     )
+
+    def __post_init__(self):
+        for name, needed in (("semantic_ids", "add"), ("item_vectors", "semantic_ids")):
+            if getattr(self, name) and not getattr(self, needed):
+                raise ValueError(f"`{name}` has no effect without `{needed}`: pass both, or leave it out.")
 
 
 def main(args: UpdateArguments) -> None:
@@ -68,6 +81,8 @@ def main(args: UpdateArguments) -> None:
         html_entities = args.html_entities or task.catalog.html_entities
         policies = {"empty_texts": args.empty_texts, "html_entities": html_entities}
         added = read_items(args.add, args.item_column, args.text_column, **policies) if args.add else None
+        if added and args.semantic_ids:
+            added = code_new_items(added, args.semantic_ids, args.item_vectors, task.catalog.texts)
         updated = task.update(added, args.withdraw, args.restore)
         copy_model(folder, updated_folder)
         if fusion := load_fusion(folder, len(task.catalog)):
