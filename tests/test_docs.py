@@ -98,7 +98,7 @@ NOT_RUN = {  # part of a command, and why
     "kit/unpack.py": WITH_A_KIT,
     "-m pytest": WITH_A_KIT,
     "benchmarks/run.py": WITH_A_KIT,
-    "--reference item-knn": "it compares baselines, which are not run",
+    "--reference hybrid-knn": "it compares baselines, which are not run",
     "--reference lml/exact": "it compares models of a training that is not run",
     "trl-msl baselines": RECTOOLS,
     "-m trl_msl.scripts.baselines": RECTOOLS,
