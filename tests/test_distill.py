@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import make_model
 from launching import run
+from trl import ModelConfig
 
 from trl_msl import ItemCatalog, PromptTemplate, RankingTask, Recommender
 from trl_msl.data import DataArguments, generate_catalog
@@ -20,7 +21,8 @@ from trl_msl.experiments.from_scratch import train_tokenizer
 from trl_msl.scripts import distill, report, teacher
 from trl_msl.scripts.baselines import BaselineArguments
 from trl_msl.scripts.distillation_loss import distillation_loss, importance_weights
-from trl_msl.scripts.trained import write_options
+from trl_msl.scripts.searches import ScoredWindows, Split
+from trl_msl.scripts.trained import load_trained, write_options
 
 
 WEIGHTS = {"rank_weight": 0.3, "confidence_weight": 0.5, "consistency_weight": 0.1}
@@ -117,7 +119,7 @@ def test_a_student_learns_its_teacher(sasrec):
 # ---------------------------------------------------------------------- the command
 
 
-SMALL = ["--hidden_size", 16, "--num_layers", 1, "--max_epochs", 2, "--batch_size", 64, "--learning_rate", 1e-2]
+SMALL = ["--hidden_size", 16, "--num_layers", 1, "--max_epochs", 1, "--batch_size", 64, "--learning_rate", 1e-2]
 FILES = {"metrics.json", "rankings.parquet", "scores_validation.parquet", "scores_test.parquet"}
 
 
@@ -149,13 +151,10 @@ def test_the_command(sasrec, model, monkeypatch, capsys):
     monkeypatch.setattr(teacher, "recommend", counted)
     output_dir = run_distill(model, "--max_teacher_windows", 20)
     assert searched == [8, 8, 4, 8, 4]
-    metrics = {
-        name: json.loads((output_dir / name / "metrics.json").read_text()) for name in (".", "plain", "teacher")
-    }
-    assert all(row["users_per_second"] > 0 and row["num_rows"] == 12 for row in metrics.values())
-    assert (
-        metrics["."]["teacher_windows"] == 20 and metrics["."]["num_parameters"] > metrics["plain"]["num_parameters"]
-    )
+    names = (".", "plain", "teacher")
+    student, plain, _ = found = [json.loads((output_dir / name / "metrics.json").read_text()) for name in names]
+    assert all(row["users_per_second"] > 0 and row["num_rows"] == 12 for row in found)
+    assert student["teacher_windows"] == 20 and student["num_parameters"] > plain["num_parameters"]
     for folder in (output_dir, output_dir / "plain"):
         assert {path.name for path in folder.iterdir() if path.is_file()} == FILES
     trained = Recommender.from_pretrained(model)
@@ -170,10 +169,17 @@ def test_the_command(sasrec, model, monkeypatch, capsys):
     assert searched == [8, 4]
     shown = capsys.readouterr().out.split("Test, 12 users")[1]
     assert all(name in shown for name in ("teacher", "plain", "student", "users_per_second"))
+    # What other commands read
+    data, task = load_trained(ModelConfig(str(model)), DataArguments())
+    splits = [Split.from_data(data, name, task) for name in ("validation", "test")]
+    scores = ScoredWindows(output_dir, splits, task.catalog).score(splits[1].histories)
+    assert all(len(items) > 10 for items in scores.items)
     table = pd.read_parquet(output_dir / "teacher" / "rankings.parquet")
+    best = recommend(trained.model, task, splits[1].prompts, 10).items
+    assert table["recommended"].map(list).tolist() == [[task.catalog.ids[item] for item in row] for row in best]
     run(report, "--runs", output_dir, "--reference", "plain", "--output_dir", model.parent / "report")
     systems = json.loads((model.parent / "report" / "report.json").read_text())["systems"]
-    assert set(systems) == {"distilled", "plain", "teacher"} and len(table) == 12
+    assert set(systems) == {"distilled", "plain", "teacher"}
     with pytest.raises(ValueError, match="teacher_rankings holds parts of a run that differs in max_expansions"):
         run_distill(model, "--max_expansions", 99)
 

@@ -100,6 +100,9 @@ NOT_RUN = {  # part of a command, and why
     "--reference item-knn": "it compares baselines, which are not run",
     "--reference lml/exact": "it compares models of a training that is not run",
     "trl-msl baselines": RECTOOLS,
+    "trl-msl distill": "it needs RecTools: tests/test_distill.py runs it there",
+    "--runs outputs/mine/distilled": "it compares what distill leaves, which is not run",
+    "--scores outputs/mine/distilled": "it takes the scores that distill leaves, which is not run",
     "-m trl_msl.scripts.baselines": RECTOOLS,
 }
 
