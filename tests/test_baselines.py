@@ -131,7 +131,7 @@ def test_robust_loss_is_the_formula_of_dros(sequence_models):
 
 def test_dros_is_trained_by_all_targets_and_items(sequence_models):
     options = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "max_epochs": 1, "num_negatives": 2}
-    args = baselines.BaselineArguments("sasrec-dros", **options, dros_alpha=0.7, dros_beta=0.3)
+    args = baselines.BaselineArguments(model="sasrec-dros", **options, dros_alpha=0.7, dros_beta=0.3)
     score, _ = sequence_models.train_transformer(args, [[5, 1, 2], [2, 1]], lambda score: 0.0)
     (model, items, *_) = score.args
     module, batch = model.lightning_model.eval(), next(iter(model.data_preparator.get_dataloader_train()))

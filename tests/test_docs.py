@@ -34,7 +34,7 @@ MODULES = [module.name for module in pkgutil.walk_packages(trl_msl.__path__, "tr
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
-    if name.endswith("sequence_models"):
+    if name.endswith(("sequence_models", "distilled_sasrec")):
         pytest.importorskip("rectools", reason='needs pip install "trl_msl[baselines]"')
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
@@ -101,6 +101,9 @@ NOT_RUN = {  # part of a command, and why
     "--reference hybrid-knn": "it compares baselines, which are not run",
     "--reference lml/exact": "it compares models of a training that is not run",
     "trl-msl baselines": RECTOOLS,
+    "trl-msl distill": "it needs RecTools: tests/test_distill.py runs it there",
+    "--runs outputs/mine/distilled": "it compares what distill leaves, which is not run",
+    "--scores outputs/mine/distilled": "it takes the scores that distill leaves, which is not run",
     "-m trl_msl.scripts.baselines": RECTOOLS,
     "semantic": "it takes more items: tests/test_semantic_ids.py runs these commands",
 }

@@ -57,9 +57,49 @@ Scorer = Callable[[list[list[int]], int], Scored]  # histories, and how many ite
 
 
 @dataclass
-class BaselineArguments:
+class TransformerArguments:
     """
-    Arguments of this command, besides those of the data.
+    Size and training of a transformer, by RecTools.
+
+    Parameters:
+        hidden_size (`int`, *optional*, defaults to `128`), num_layers, num_heads (`int`, *optional*, defaults to `2`):
+            Size of the transformer.
+        dropout, learning_rate (`float`, *optional*, defaults to `0.3` and `1e-3`):
+            Dropout rate, and learning rate of Adam.
+        batch_size, max_epochs (`int`, *optional*, defaults to `128` and `100`):
+            Windows per step, and maximum number of passes over the training windows.
+        patience (`int`, *optional*, defaults to `5`):
+            Stop after this many epochs without a better validation NDCG@10.
+        seed (`int`, *optional*, defaults to `0`):
+            Random seed.
+    """
+
+    hidden_size: int = field(default=128, metadata={"help": "Width of the transformer."})
+    num_layers: int = field(default=2, metadata={"help": "Layers of the transformer."})
+    num_heads: int = field(default=2, metadata={"help": "Attention heads of each layer."})
+    dropout: float = field(default=0.3, metadata={"help": "Dropout rate."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of Adam."})
+    batch_size: int = field(default=128, metadata={"help": "Windows per step."})
+    max_epochs: int = field(default=100, metadata={"help": "Maximum number of passes over the training windows."})
+    patience: int = field(default=5, metadata={"help": "Stop after this many epochs without a better NDCG@10."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
+
+    def __post_init__(self):
+        for name in ("num_layers", "num_heads", "batch_size", "max_epochs", "patience", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be above 0.")
+        if self.hidden_size < 1 or self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"`hidden_size` is {self.hidden_size}: it must be a multiple of `num_heads`, {self.num_heads}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` is {self.dropout}: it must be at least 0 and below 1.")
+
+
+@dataclass
+class BaselineArguments(TransformerArguments):
+    """
+    Arguments of this command, besides those of the data and of [`TransformerArguments`].
 
     Parameters:
         model (`str`, *optional*, defaults to `"sasrec-softmax"`):
@@ -70,14 +110,6 @@ class BaselineArguments:
             `bert4rec`, with the softmax over all items.
         output_dir (`str`, *optional*, defaults to `"outputs/baselines"`):
             Folder to write into.
-        hidden_size (`int`, *optional*, defaults to `128`), num_layers, num_heads (`int`, *optional*, defaults to `2`):
-            Size of the transformer.
-        dropout, learning_rate (`float`, *optional*, defaults to `0.3` and `1e-3`):
-            Dropout rate, and learning rate of Adam.
-        batch_size, max_epochs (`int`, *optional*, defaults to `128` and `100`):
-            Windows per step, and maximum number of passes over the training windows.
-        patience (`int`, *optional*, defaults to `5`):
-            Stop after this many epochs without a better validation NDCG@10.
         num_negatives (`int`, *optional*, defaults to `100`):
             Items sampled for each target, uniformly, by the losses that sample.
         sce_scale, mask_probability (`float`, *optional*, defaults to `100.0` and `0.5`):
@@ -90,20 +122,10 @@ class BaselineArguments:
             shrinkage) title-kNN.
         title_weight, new_title_weight (`float`, *optional*, defaults to `0.2` and `0.8`):
             Weights of [`add_titles`], for hybrid-kNN.
-        seed (`int`, *optional*, defaults to `0`):
-            Random seed.
     """
 
     model: str = field(default="sasrec-softmax", metadata={"help": "What to train.", "choices": MODELS})
     output_dir: str = field(default="outputs/baselines", metadata={"help": "Folder to write into."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of the transformer."})
-    num_layers: int = field(default=2, metadata={"help": "Layers of the transformer."})
-    num_heads: int = field(default=2, metadata={"help": "Attention heads of each layer."})
-    dropout: float = field(default=0.3, metadata={"help": "Dropout rate."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of Adam."})
-    batch_size: int = field(default=128, metadata={"help": "Windows per step."})
-    max_epochs: int = field(default=100, metadata={"help": "Maximum number of passes over the training windows."})
-    patience: int = field(default=5, metadata={"help": "Stop after this many epochs without a better NDCG@10."})
     num_negatives: int = field(default=100, metadata={"help": "Items sampled for each target."})
     sce_scale: float = field(default=100.0, metadata={"help": "Factor of the sampled sum in sasrec-sce."})
     dros_alpha: float = field(default=0.5, metadata={"help": "Weight of the robust loss in sasrec-dros."})
@@ -116,7 +138,6 @@ class BaselineArguments:
     )
     title_weight: float = field(default=0.2, metadata={"help": "Weight of similar titles in hybrid-kNN."})
     new_title_weight: float = field(default=0.8, metadata={"help": "What to add to it for new items."})
-    seed: int = field(default=0, metadata={"help": "Random seed."})
 
     @property
     def loss(self) -> str:
@@ -124,20 +145,15 @@ class BaselineArguments:
         return LOSSES[self.model]
 
     def __post_init__(self):
-        whole = ("num_layers", "num_heads", "batch_size", "max_epochs", "patience", "num_negatives", "neighbours")
-        for name in (*whole, "sce_scale", "dros_alpha", "dros_beta", "learning_rate"):
+        super().__post_init__()
+        for name in ("num_negatives", "neighbours", "sce_scale", "dros_alpha", "dros_beta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be above 0.")
-        if self.hidden_size < 1 or self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"`hidden_size` is {self.hidden_size}: it must be a multiple of `num_heads`, {self.num_heads}."
-            )
         for name in ("title_weight", "new_title_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be a finite number, and at least 0.")
-        for name in ("dropout", "mask_probability"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 0 and below 1.")
+        if not 0 <= self.mask_probability < 1:
+            raise ValueError(f"`mask_probability` is {self.mask_probability}: it must be at least 0 and below 1.")
 
 
 def main(args: BaselineArguments, data_args: DataArguments) -> None:

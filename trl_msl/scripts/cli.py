@@ -25,6 +25,10 @@ COMMANDS = {
     "update-catalog": ("trl_msl.scripts.update_catalog", "Add and withdraw items of a trained model"),
     "merge": ("trl_msl.scripts.merge", "Merge an adapter into its base model"),
     "baselines": ("trl_msl.scripts.baselines", "Train SASRec, BERT4Rec, item-kNN or popularity on the same data"),
+    "distill": (
+        "trl_msl.scripts.distill",
+        "Distil a trained model into SASRec, the cheap way to serve",
+    ),
     "report": ("trl_msl.scripts.report", "Compare evaluated systems: a table with paired tests, and plots"),
 }
 

@@ -16,6 +16,7 @@ import torch
 
 try:
     from rectools.dataset import Dataset, IdMap, Interactions
+    from rectools.dataset.features import DenseFeatures
     from rectools.models import BERT4RecModel, SASRecModel
     from rectools.models.base import ModelBase
     from rectools.models.nn.transformers.lightning import TransformerLightningModule
@@ -62,11 +63,16 @@ def item_embeddings(model: ModelBase) -> tuple[np.ndarray, torch.Tensor]:
 
 
 def train_transformer(
-    args: Any, sequences: list[list[int]], validate: Callable[[Callable], float]
+    args: Any,
+    sequences: list[list[int]],
+    validate: Callable[[Callable], float],
+    features: DenseFeatures | None = None,
+    **further: Any,
 ) -> tuple[Callable, dict[str, float]]:
     """
-    Train by the command's `args`. Returns a function that scores items by the model of the epoch that `validate` rates
-    highest; and that rating, the epoch, and the model's size.
+    Train by the command's `args`, with `features` of all items and `further` options of RecTools' model, if there are
+    any. Returns a function that scores items by the model of the epoch that `validate` rates highest; and that rating,
+    the epoch, and the model's size.
     """
     for name in ("pytorch_lightning", "lightning_fabric"):  # Lightning reports each `fit`, here once per epoch
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -96,7 +102,10 @@ def train_transformer(
     # In BERT4Rec the mask takes the last place; SASRec's inputs are all items but the last
     model_class, length = (BERT4RecModel, longest) if args.model == "bert4rec" else (SASRecModel, longest - 1)
     train = make_dataset(sequences)
-    model = model_class(session_max_len=length, **settings, **options.get(args.model, {}))
+    if features is not None:
+        known = features.take(train.item_id_map.external_ids.astype(int))
+        train = Dataset(train.user_id_map, train.item_id_map, train.interactions, item_features=known)
+    model = model_class(session_max_len=length, **settings | options.get(args.model, {}) | further)
     score, best = partial(score_items, model, train.item_id_map), {"validation_ndcg@10": -math.inf}
     for epoch in range(1, args.max_epochs + 1):
         model.fit_partial(train, min_epochs=1, max_epochs=1)
