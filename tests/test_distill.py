@@ -120,7 +120,8 @@ def test_a_student_learns_its_teacher(sasrec):
 
 
 SMALL = ["--hidden_size", 16, "--num_layers", 1, "--max_epochs", 1, "--batch_size", 64, "--learning_rate", 1e-2]
-FILES = {"metrics.json", "rankings.parquet", "scores_validation.parquet", "scores_test.parquet"}
+SCORES = {"scores_validation.parquet", "scores_test.parquet"}
+FILES = {"metrics.json", "rankings.parquet", "item_embeddings.safetensors", *SCORES}
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +164,14 @@ def test_the_command(sasrec, model, monkeypatch, capsys):
     torch.testing.assert_close(kept, embed_texts(trained.model, trained.task.tokenizer, titles))
     # The same again, after a part is lost, and with more windows: only these are searched
     capsys.readouterr()
-    (output_dir / "teacher_rankings" / "test-000000008.parquet").unlink()
+    next((output_dir / "teacher_rankings").glob("test-*-000000008.parquet")).unlink()
     searched.clear()
     run_distill(model, "--max_teacher_windows", 24, "--embedding_weight", 0)
     assert searched == [8, 4]
+    run_distill(model, "--max_teacher_windows", 20, "--max_test_users", 9)  # of part 3 some, and other test histories
+    assert searched == [8, 4, 8, 1]
+    run_distill(model, "--max_teacher_windows", 24, "--embedding_weight", 0)
+    assert searched == [8, 4, 8, 1]
     shown = capsys.readouterr().out.split("Test, 12 users")[1]
     assert all(name in shown for name in ("teacher", "plain", "student", "users_per_second"))
     # What other commands read
@@ -180,6 +185,9 @@ def test_the_command(sasrec, model, monkeypatch, capsys):
     run(report, "--runs", output_dir, "--reference", "plain", "--output_dir", model.parent / "report")
     systems = json.loads((model.parent / "report" / "report.json").read_text())["systems"]
     assert set(systems) == {"distilled", "plain", "teacher"}
+    with pytest.raises(ValueError, match="holds the results of a training"):
+        (model / "log_history.json").touch()
+        run(distill, "--model_name_or_path", model, "--output_dir", model)
     with pytest.raises(ValueError, match="teacher_rankings holds parts of a run that differs in max_expansions"):
         run_distill(model, "--max_expansions", 99)
 

@@ -110,7 +110,7 @@ def test_processes_share_the_work(rank, monkeypatch):
 def test_bad_arguments(model, task, grounder):
     with pytest.raises(ValueError, match="`top_k` is 13: it must lie between 1 and the number of items, 12"):
         grounder(13)
-    with pytest.raises(ValueError, match="`popularity_gamma` is -1.0: it must be a finite number, and at least 0"):
+    with pytest.raises(ValueError, match="`popularity_gamma` is -1.0: it must lie between 0 and 100"):
         grounder(3, -1.0)
     with pytest.raises(ValueError, match="`popularity_gamma` is 1.0, but `popularity` is None"):
         Grounder(model, task, [[5]])(3, 1.0)
@@ -150,7 +150,7 @@ class TestCommand:
 
     def test_bad_options(self, trained, data):
         for options, message in (
-            (["--decoding", "grounding", "--popularity_gamma", -1], "`popularity_gamma` is -1.0: it must be"),
+            (["--decoding", "grounding", "--popularity_gamma", -1], "`popularity_gamma` is -1.0: it must lie"),
             (["--popularity_gamma", 1], "`popularity_gamma` has an effect on grounding only"),
             (["--decoding", "grounding", "--length_penalty", 1], "the latter none on grounding"),
             (["--decoding", "grounding", "--top_k", 13], "the catalogue has 12 items: pass smaller cut-offs"),

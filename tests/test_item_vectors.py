@@ -33,7 +33,7 @@ from trl_msl import (
     tokenize_rows,
 )
 from trl_msl.data import read_item_vectors, write_item_vectors
-from trl_msl.model import add_item_vectors, get_item_vectors, load_item_vectors
+from trl_msl.model import add_item_vectors, get_item_vectors, load_item_vectors, save_item_vectors
 from trl_msl.scripts import dpo, evaluate, merge, train, update_catalog
 from trl_msl.training import ItemVectorCurriculum, add_sparse_lm_head
 from trl_msl.trie import FIRST_VECTOR_TOKEN
@@ -210,6 +210,7 @@ def test_the_curriculum_gives_the_logits_of_prompts_without_vectors(tokenizer, t
     curriculum = ItemVectorCurriculum()
     config = MSLConfig("unused", use_cpu=True, bf16=False)
     curriculum.on_train_begin(config, None, None, model=model)
+    curriculum.on_train_begin(config, None, None, model=model)  # as after a training that was broken off
     expected = model(first).logits
     model.train()
     texts = [ids < FIRST_VECTOR_TOKEN for ids in (first, second)]
@@ -221,7 +222,8 @@ def test_the_curriculum_gives_the_logits_of_prompts_without_vectors(tokenizer, t
         else:
             torch.testing.assert_close(logits[texts[0]], model(input_ids=first[texts[0]][None]).logits[0])
     curriculum.on_train_end(config, None, None)
-    torch.testing.assert_close(model(input_ids=first).logits, expected)
+    curriculum.share = 0.0
+    torch.testing.assert_close(model(input_ids=first).logits, expected)  # in training mode, without a hook
     with pytest.raises(ValueError, match="`packing` and `padding_free`"):
         curriculum.on_train_begin(MSLConfig("unused", use_cpu=True, bf16=False, packing=True), None, None, model=model)
 
@@ -269,10 +271,15 @@ def test_tables_of_vectors(tmp_path, catalog):
         ({"vectors": vectors / 0}, "or not finite"),
         ({"vectors": vectors.long()}, "torch.int64"),
         ({}, "can't be used"),
+        ({"users": vectors, "items": vectors + 1}, "name one of them `vectors`"),
+        ({"vectors": vectors.to(torch.float8_e4m3fn)}, "isfinite"),
     ):
         save_file(broken, path)
         with pytest.raises(ValueError, match=message):
             read_item_vectors(path, catalog)
+    write_item_vectors(path, vectors[:2], ["b1", "b1"])
+    with pytest.raises(ValueError, match="are there twice"):
+        read_item_vectors(path, catalog)
     write_item_vectors(path, vectors[:1], ["another shop's"])
     with pytest.raises(ValueError, match="none of its items"):
         read_item_vectors(path, catalog)
@@ -292,6 +299,10 @@ def test_saved_vectors_are_checked(tmp_path, tokenizer, vectors):
     with pytest.raises(ValueError, match="does not hold item vectors of this model"):
         load_item_vectors(model, tmp_path)
     assert get_item_vectors(model) is None
+    exact = add_item_vectors(model, vectors).fingerprint()
+    model.to(torch.bfloat16)  # casts all but the vectors
+    save_item_vectors(model, tmp_path)
+    assert load_item_vectors(make_model(tokenizer), tmp_path).fingerprint() == exact
 
 
 def test_commands(tmp_path, tokenizer, folder, base_model, vectors):

@@ -2,6 +2,8 @@
 """Items as semantic ids: their codes, the model's new tokens, and a training on them, from titles to new items."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,13 +18,22 @@ from test_decoding import check_ranking
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
-from trl_msl import RankingTask, Recommender, TrieDecoder, build_rows, tokenize_rows
-from trl_msl.data import SemanticIds, add_rows
+from trl_msl import (
+    RankingTask,
+    Recommender,
+    SoftmaxDPOConfig,
+    SoftmaxDPOTrainer,
+    TrieDecoder,
+    build_rows,
+    tokenize_rows,
+)
+from trl_msl.data import DataArguments, SemanticIds, add_rows
 from trl_msl.model import add_embeddings, embed_titles, embedding_names
 from trl_msl.recommender import load_adapter
 from trl_msl.scripts import semantic_ids, train, update_catalog
 from trl_msl.scripts.loading import TRAINABLE_TOKENS_FILE, read_trainable_tokens
-from trl_msl.scripts.semantic_ids import split_titles
+from trl_msl.scripts.semantic_ids import code_new_items, split_titles
+from trl_msl.scripts.trained import load_trained
 
 
 NEW_TITLE = "The Silver Sea"
@@ -147,6 +158,10 @@ def test_further_rows(is_chat, task, chat_task):
     assert task.trie.tokens(torch.tensor(labels[-len(item) :])).tolist() == item
     with pytest.raises(ValueError, match="1 of the 2 rows read are not items"):
         tokenize_rows(add_rows(rows, further.assign(completion="x"), task)[:], task)
+    with pytest.raises(ValueError, match="`extra_rows` has 1 rows without a prompt or a completion"):
+        add_rows(rows, further.assign(prompt=None), task)
+    with pytest.raises(ValueError, match="1 of the 2 rows read are too long and can't be shortened"):
+        tokenize_rows(add_rows(rows, further.assign(prompt="Dune " * 1000), task)[:], replace(task, max_length=100))
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +258,26 @@ def test_a_new_item_gets_codes_of_the_same_quantiser(semantic, trained, tmp_path
         torch.tensor(nearest_centroids(quantizer, vectors)), items.values()
     )
     assert task.catalog.texts[13].startswith(items["0"]) and len(set(task.catalog.texts)) == 14
+    shutil.copytree(semantic, tmp_path / "other")
+    (tmp_path / "other" / "items.json").write_text(json.dumps({"x": "<a_3><b_3><c_3>"}))
+    with pytest.raises(ValueError, match="1 of its ids, such as '<a_3><b_3><c_3>', are not in the model's catalogue"):
+        code_new_items(task.catalog, str(tmp_path / "other"), None, list(items.values()))
+
+
+def test_softmax_dpo_starts_from_the_trained_rows(trained, tmp_path):
+    task = RankingTask.from_pretrained(trained, AutoTokenizer.from_pretrained(trained))
+    model = load_adapter(trained, task.tokenizer, is_trainable=True)
+    chosen, rejected = ([task.catalog.completions[item]] for item in (0, 5))
+    rows = Dataset.from_dict({"prompt": ["Next: "], "chosen": chosen, "rejected": [rejected]})
+    args = SoftmaxDPOConfig(tmp_path, use_cpu=True, bf16=False, report_to="none")
+    trainer = SoftmaxDPOTrainer(model, args=args, task=task, train_dataset=rows)
+    deltas = [m.trainable_tokens_delta for m in trainer.model.modules() if hasattr(m, "trainable_tokens_delta")]
+    assert deltas and all(torch.equal(rows["ref"], rows["default"]) for rows in deltas)
+
+
+def test_a_model_is_evaluated_on_the_folder_of_its_training(trained, folder):
+    data, task = load_trained(ModelConfig(str(trained)), DataArguments(data_dir=str(folder)))
+    assert len(data.windows["test"]) and data.catalog.texts[0].startswith("<a_")
 
 
 def test_options_that_would_have_no_effect(semantic, tokenizer, task, tmp_path):

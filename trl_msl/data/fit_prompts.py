@@ -91,7 +91,7 @@ def _fit(
     too_long = [row for row in range(len(prompts)) if len(prompts[row]) > room[row]]
     if not too_long:
         return prompts
-    if template is None or "history" not in rows:
+    if template is None or "history" not in rows or not all(rows["history"][row] for row in too_long):
         raise ValueError(
             f"`max_length`: {len(too_long)} of the {len(prompts)} rows read are too long and can't be shortened, "
             f"such as a prompt of {len(prompts[too_long[0]])} tokens where there is room for {room[too_long[0]]}. "

@@ -47,6 +47,8 @@ def read_item_vectors(path: str | Path, catalog: ItemCatalog) -> Tensor:
         check_regular(Path(path))
         with safe_open(path, "pt") as file:
             names = list(file.keys())
+            if "vectors" not in names and len(names) != 1:
+                raise ValueError(f"it has the tensors {names[:5]}: name one of them `vectors`")
             vectors = file.get_tensor("vectors" if "vectors" in names else names[0])
             ids = json.loads((file.metadata() or {}).get("item_ids", "null"))
         ids = catalog.ids if ids is None else [str(item) for item in ids]
@@ -54,10 +56,12 @@ def read_item_vectors(path: str | Path, catalog: ItemCatalog) -> Tensor:
             raise ValueError(f"its tensor is {vectors.dtype} of shape {tuple(vectors.shape)}, or not finite")
         if len(vectors) != len(ids):
             raise ValueError(f"it has {len(vectors)} vectors for {len(ids)} items")
+        if len(set(ids)) != len(ids):
+            raise ValueError("some of its `item_ids` are there twice")
         known = {item: row for row, item in enumerate(ids) if item in catalog.index_of_id}
         if not known:
             raise ValueError(f"none of its items, such as {ids[:3]}, is in the catalogue")
-    except (OSError, TypeError, ValueError, IndexError, RecursionError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, IndexError, RuntimeError, SafetensorError) as error:  # fp8 has no isfinite
         raise ValueError(
             f"`item_vectors` = {str(path)!r} can't be used ({error}): pass a safetensors file with a tensor "
             "(num_items, dim), such as `trl-msl baselines` writes for the same items."

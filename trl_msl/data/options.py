@@ -67,8 +67,6 @@ class DataArguments:
         covering_windows (`bool`, *optional*, defaults to `False`):
             Whether to train only on windows that together hold each target once, by [`covering_windows`]. For
             `supervise_history` and sequence models.
-        extra_rows (`str`, *optional*):
-            Table of further texts to train on, as for [`add_rows`].
         prompt_words (`list[str]`, *optional*, defaults to `["item", "items", "interacted with"]`):
             Singular, plural and verb of the paper's prompt: `book books read`.
         prompt_text (`str`, *optional*):
@@ -110,9 +108,6 @@ class DataArguments:
     )
     covering_windows: bool = field(
         default=False, metadata={"help": "Whether to train on few windows, in which each target occurs once."}
-    )
-    extra_rows: str | None = field(
-        default=None, metadata={"help": "Further rows to train on, with the columns prompt and completion."}
     )
     prompt_words: list[str] = field(
         default_factory=lambda: ["item", "items", "interacted with"],

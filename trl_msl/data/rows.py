@@ -83,6 +83,8 @@ def add_rows(rows: Dataset, source: Source, task: RankingTask) -> Dataset:
             "one of them out."
         )
     table, _ = read_table(source, ["prompt", "completion"])
+    if missing := int(table[["prompt", "completion"]].isna().any(axis=1).sum()):
+        raise ValueError(f"`extra_rows` has {missing} rows without a prompt or a completion: fill or remove them.")
     columns = {name: table[name].tolist() for name in ("prompt", "completion")}
     if task.conversational:
         for name, role in (("prompt", "user"), ("completion", "assistant")):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -169,8 +168,8 @@ class Grounder:
 
 def check_gamma(popularity_gamma: float) -> None:
     """Raise a `ValueError` if the exponent of the popularity is out of range."""
-    if not 0 <= popularity_gamma < math.inf:
-        raise ValueError(f"`popularity_gamma` is {popularity_gamma}: it must be a finite number, and at least 0.")
+    if not 0 <= popularity_gamma <= 100:  # above, scores would be too small for fp32
+        raise ValueError(f"`popularity_gamma` is {popularity_gamma}: it must lie between 0 and 100.")
 
 
 def distances(states: Tensor, item_states: Tensor) -> Tensor:

@@ -89,6 +89,10 @@ class ItemVectors(nn.Module):
                 digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> ItemVectors:
+        """Moved with the model, but exact also in a model that is cast to bf16."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
     # They are in a file of their own
 
     def _save_to_state_dict(self, *args, **kwargs) -> None:
@@ -179,7 +183,7 @@ def load_item_vectors(model: PreTrainedModel, folder: Path) -> ItemVectors | Non
         shapes, others = ({name: (t.dtype, t.shape) for name, t in part.items()} for part in (expected, tensors))
         if shapes != others or not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"it holds {others} for embeddings of {model.get_input_embeddings().embedding_dim}")
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{path} does not hold item vectors of this model ({error}): restore it, or train again."
         ) from error

@@ -130,7 +130,7 @@ def choose_neighbours(
     return dataclasses.replace(fusion, neighbours=neighbours), settings
 
 
-def fit_earlier(folder: str, data: Data, num_neighbours: int) -> tuple[Fusion, dict[str, float], dict[str, float]]:
+def fit_earlier(folder: str, data: Data) -> tuple[Fusion, dict[str, float], dict[str, float]]:
     """
     Popularity and neighbours from the training windows, the weights that an earlier run of `fuse` has chosen, and the
     settings of the neighbours.
@@ -139,7 +139,8 @@ def fit_earlier(folder: str, data: Data, num_neighbours: int) -> tuple[Fusion, d
         `ValueError`: if `folder` is not one of such a run with item-kNN.
     """
     try:
-        chosen = json.loads(Path(folder, "metrics.json").read_text())["chosen"]
+        report = json.loads(Path(folder, "metrics.json").read_text())
+        chosen, num_neighbours = report["chosen"], int(report["arguments"]["num_neighbours"])
         weights = {name: float(chosen[name]) for name in WEIGHTS}
         settings = {name: float(chosen[name]) for name in ("decay", "shrinkage", "title_weight", "new_title_weight")}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -27,7 +27,7 @@ COMMANDS = {
     "baselines": ("trl_msl.scripts.baselines", "Train SASRec, BERT4Rec, item-kNN or popularity on the same data"),
     "distill": (
         "trl_msl.scripts.distill",
-        "Distil a trained model into SASRec, the cheap way to serve",
+        "Distil a trained model into SASRec, which is much faster",
     ),
     "report": ("trl_msl.scripts.report", "Compare evaluated systems: a table with paired tests, and plots"),
 }

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Distil a trained model into SASRec, which serves thousands of users per second on a CPU, as in
+Distil a trained model into SASRec, which ranks thousands of users per second on a CPU, as in
 [DLLM2Rec](https://huggingface.co/papers/2405.00338).
 
 ```bash
@@ -20,7 +20,8 @@ embedding of the title is added to each item's own. It ranks the items of the tr
 
 The same SASRec is trained without a teacher, to compare. `output_dir` then holds the student's files, those of
 `trl-msl baselines`, so that `trl-msl fuse --scores <output_dir>` uses its scores; the folders `teacher` and `plain`
-are there for `trl-msl report --runs <output_dir>`.
+are there for `trl-msl report --runs <output_dir>`. The student's weights are not written. A fusion beside the teacher
+is not used: the teacher is the model alone.
 
 The teacher takes nearly all of the time. Its rankings are kept in `teacher_rankings`: a killed run resumes there, and
 another student is trained in minutes. `max_teacher_windows` limits them; a larger value later adds to those that are
@@ -30,6 +31,7 @@ there.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass, field
@@ -40,11 +42,13 @@ import numpy as np
 from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig
 
-from ..collaborative import count_users
-from ..data import DataArguments, RankingTask
+from ..collaborative import FUSION_FILE, count_users
+from ..data import DataArguments, RankingTask, write_item_vectors
 from ..evaluation import coverage, ranking_metrics, ranks_of_targets
+from ..recommender import find_folder
 from .baselines import NUM_SCORED, TOP_K, BaselineArguments, Scorer, TransformerArguments, fill, write_scores
 from .command_line import command
+from .evaluate import find_output_dir
 from .loading import Data, load_model
 from .outputs import format_table, write_results
 from .recommend import check_job, model_fingerprints
@@ -52,6 +56,8 @@ from .searches import Split, mean_ndcg
 from .teacher import Teacher
 from .trained import load_trained
 
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = (f"ndcg@{TOP_K}", f"hr@{TOP_K}", "users_per_second")
 WEIGHTS = ("rank_weight", "confidence_weight", "consistency_weight")
@@ -116,25 +122,29 @@ class DistillArguments(TransformerArguments):
 
 
 def main(args: DistillArguments, data_args: DataArguments, model_args: ModelConfig) -> None:
-    from .sequence_models import train_transformer  # isort: skip # first, as it says how to install RecTools
+    from .sequence_models import item_embeddings, train_transformer  # isort: skip # says how to install RecTools
     from .distilled_sasrec import student_options, title_features
 
     if (num_processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError(f"`num_processes` is {num_processes}, but SASRec trains in one process: pass 1.")
+    find_output_dir(args.output_dir, "")  # not that of a training
     data, task = load_trained(model_args, data_args, args.max_length, args.trust_remote_code)
+    folder = find_folder(model_args.model_name_or_path, "model_name_or_path", model_args.model_revision)
+    if (folder / FUSION_FILE).exists():
+        logger.warning("The teacher is the model alone, without its fusion: pass the student to `trl-msl fuse`.")
     splits = {name: Split.from_data(data, name, task) for name in ("train", "validation", "test")}
     train, test = splits["train"], splits["test"]
     windows = [[*history, target] for history, target in zip(train.histories, train.targets.tolist())]
     counts = count_users(windows, data.windows["train"]["user_id"], len(task.catalog)).numpy()
     measure = Measure(splits, counts, data, Path(args.output_dir))
 
-    teacher = make_teacher(args, load_model(model_args, args.trust_remote_code), task, splits)
+    teacher = make_teacher(args, load_model(model_args, args.trust_remote_code), task, train)
     rows = draw_rows(train.histories)[: args.max_teacher_windows]
     items, log_probs, found = teacher.rank("train", [train.prompts[row] for row in rows])
     started = time.perf_counter()
     features = title_features(teacher.embed_titles()) if args.embedding_weight else None
     teacher_seconds = found["seconds"].sum() + time.perf_counter() - started
-    best, _, found = teacher.rank("test", test.prompts)
+    best, _, found = teacher.rank(f"test-{fingerprint(test)[:12]}", test.prompts)
     about = {"exact_rate": float(found["exact"].mean()), "num_parameters": teacher.model.num_parameters()}
     results = {"teacher": measure.write("teacher", best[:, :TOP_K], found["seconds"].sum(), about)}
 
@@ -151,8 +161,13 @@ def main(args: DistillArguments, data_args: DataArguments, model_args: ModelConf
         score, chosen = train_transformer(settings, windows, measure.validate, **options)
         chosen |= {"train_seconds": round(time.perf_counter() - started, 1), "seed": args.seed, "arguments": arguments}
         if name == "student":
+            chosen["train_seconds"] += round(teacher_seconds, 1)
             chosen |= {"teacher_seconds": round(teacher_seconds, 1), "teacher_windows": len(rows)}
-        results[name] = measure.score("." if name == "student" else name, score, chosen)
+        place = "." if name == "student" else name
+        results[name] = measure.score(place, score, chosen)
+        known, embeddings = item_embeddings(score.args[0])
+        ids = [task.catalog.ids[item] for item in known]
+        write_item_vectors(Path(args.output_dir, place, "item_embeddings.safetensors"), embeddings, ids)
     print(
         f"\nTest, {len(test.targets)} users, {len(task.catalog)} items; the teacher ranked {len(rows)} histories\n"
         f"{format_table(results, COLUMNS)}\n\n{args.output_dir}/metrics.json"
@@ -165,14 +180,16 @@ def draw_rows(histories: list[list[int]]) -> list[int]:
     return np.random.default_rng(0).permutation(rows).tolist()
 
 
-def make_teacher(
-    args: DistillArguments, model: PreTrainedModel, task: RankingTask, splits: dict[str, Split]
-) -> Teacher:
+def fingerprint(split: Split) -> str:
+    """SHA-256 of a split's histories."""
+    return hashlib.sha256(json.dumps(split.histories).encode()).hexdigest()
+
+
+def make_teacher(args: DistillArguments, model: PreTrainedModel, task: RankingTask, train: Split) -> Teacher:
     """The teacher, if what its folder already holds comes from the same model, histories and options."""
     folder = Path(args.output_dir, "teacher_rankings")
-    ranked = json.dumps([splits[name].histories for name in ("train", "test")])
     options = {name: getattr(args, name) for name in ("teacher_top_k", "max_expansions", "part_size")}
-    histories = {"histories_sha256": hashlib.sha256(ranked.encode()).hexdigest()}
+    histories = {"histories_sha256": fingerprint(train)}
     check_job(folder, {**options, **model_fingerprints(model, task), **histories})
     return Teacher(
         model, task, folder, args.teacher_top_k, args.max_expansions, args.teacher_batch_size, args.part_size
@@ -209,11 +226,12 @@ class Measure:
             **ranking_metrics(ranks, (5, TOP_K), confidence=0.95, is_cold=self.counts[test.targets] == 0),
             "coverage": coverage(items, len(catalog)),
             "num_rows": len(ranks),
-            "test_seconds": round(seconds, 1),
+            "test_seconds": seconds,
             "users_per_second": len(ranks) / seconds,
             **about,
         }
-        write_results(self.folder / name, metrics, catalog, test.target_ids, items, ranks, self.data.seen_items)
+        seen = {catalog.ids[item] for item in self.popular}
+        write_results(self.folder / name, metrics, catalog, test.target_ids, items, ranks, seen)
         return metrics
 
 

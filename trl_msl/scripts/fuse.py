@@ -170,7 +170,7 @@ def choose(
 ) -> tuple[Fusion, dict[str, Fusion], dict[str, float]]:
     """The parts of the fusion with all weights 0, the rows with their weights, and the settings of item-kNN."""
     if args.weights_from:
-        fusion, weights, settings = fit_earlier(args.weights_from, data, args.num_neighbours)
+        fusion, weights, settings = fit_earlier(args.weights_from, data)
         return fusion, {"fused": dataclasses.replace(fusion, **weights)}, settings
     if args.scores:
         scored = ScoredWindows(Path(args.scores), list(splits.values()), data.catalog)
@@ -181,9 +181,11 @@ def choose(
 
 
 def data_fingerprint(args: FuseArguments, data: Data) -> dict[str, str]:
-    """SHA-256 of the windows and of another model's scores."""
+    """SHA-256 of the windows, and of another model's scores or an earlier run's weights."""
     digest = hashlib.sha256(json.dumps({name: split["item_ids"][:] for name, split in data.windows.items()}).encode())
-    for path in sorted(Path(args.scores).glob("scores_*.parquet")) if args.scores else ():
+    scores = sorted(Path(args.scores).glob("scores_*.parquet")) if args.scores else []
+    earlier = list(Path(args.weights_from).glob("metrics.json")) if args.weights_from else []
+    for path in scores + earlier:
         digest.update(path.read_bytes())
     return {"data_sha256": digest.hexdigest()}
 
@@ -231,6 +233,9 @@ def describe(
             lines.append(f"{name} is 0: no other weight was better on validation.")
         elif chosen[name] in (tried[0], tried[-1]):
             lines.append(f"{name} is at the end of the values tried: try others beyond it by --{name}s.")
+    for name in ("title_weight", "new_title_weight") if num_users else ():
+        if 0 < chosen.get(name, 0) == getattr(args, f"{name}s")[-1]:
+            lines.append(f"{name} is the largest value tried: try others beyond it by --{name}s.")
     for name, row in tested.items():
         if name != "beam-vocab" and (rate := row.metrics.get("exact_rate", 1)) < 1:
             lines.append(f"{name}: {1 - rate:.1%} of the test searches ended early: raise --max_expansions.")

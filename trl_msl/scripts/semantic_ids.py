@@ -14,8 +14,10 @@ quantiser, by which `trl-msl update-catalog --semantic_ids` gives ids to new ite
 An embedding is the mean of the last hidden states over a title's tokens. `item_vectors` takes other vectors.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -131,6 +133,12 @@ def code_new_items(items: ItemCatalog, folder: str, source: str | None, taken: S
         raise ValueError(
             f"`semantic_ids` = {folder!r}: the model's catalogue has {len(others)} items with other texts, such as "
             f"{others[0]!r}. Leave it out for a model that was trained on titles."
+        )
+    written = json.loads(Path(folder, "items.json").read_text(encoding="utf-8")).values()
+    if unknown := set(written) - set(taken):
+        raise ValueError(
+            f"`semantic_ids` = {folder!r}: {len(unknown)} of its ids, such as {min(unknown)!r}, are not in the "
+            "model's catalogue. Name the folder that the model was trained from."
         )
     if source is None:
         model, tokenizer = load_causal_lm(folder, dtype="auto"), AutoTokenizer.from_pretrained(folder)

@@ -195,7 +195,8 @@ def item_propensity(counts: np.ndarray) -> torch.Tensor:
 class RobustModule(TransformerLightningModule):
     """
     RecTools' training by binary cross-entropy with sampled items, to which `alpha` times [`robust_loss`] is added.
-    Items are counted at all places of the training windows, in the paper's code only where they are targets.
+    Items are counted at all places of the training windows, in the paper's code only where they are targets. That code
+    samples one item for each target, and has only the last item of a window as a target.
     """
 
     propensity: torch.Tensor

@@ -65,9 +65,9 @@ class Teacher:
             for start in tqdm(range(0, len(prompts), self.part_size), desc=f"Teacher, {name}"):
                 path, part = self.folder / f"{name}-{start:09}.parquet", prompts[start : start + self.part_size]
                 # A part is written whole, but the last one has fewer rows if fewer were asked for
-                if not path.exists() or len(pd.read_parquet(path)) != len(part):
+                if not path.exists() or len(pd.read_parquet(path)) < len(part):
                     write_parquet(path, self._search(part))
-                parts.append(pd.read_parquet(path))
+                parts.append(pd.read_parquet(path).iloc[: len(part)])
         table, catalog = pd.concat(parts, ignore_index=True), self.task.catalog
         items = np.full((len(prompts), self.top_k), -1)
         log_probs = np.full(items.shape, -np.inf, dtype=np.float32)

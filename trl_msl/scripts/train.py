@@ -31,21 +31,25 @@ beginning if there is none. All options can stand in a YAML file: `--config`.
 `trl-msl evaluate` finds it again.
 """
 
+import logging
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from ..data import DataArguments, RankingTask, add_rows, read_item_vectors
-from ..model import add_item_vectors
+from ..model import ITEM_VECTORS_FILE, add_item_vectors
 from ..training import ItemVectorCurriculum, MSLConfig, MSLTrainer
 from .command_line import command
-from .loading import Data, load_data, load_tokenizer, load_trainable_adapter, make_task
+from .loading import Data, load_data, load_tokenizer, load_trainable_adapter, make_task, read_trainable_tokens
 from .outputs import finish
 from .train_and_evaluate import DecodingArguments, train_and_evaluate, trainer_options
 from .trained import load_to_train_further
 
+
+logger = logging.getLogger(__name__)
 
 REPORTED = (
     "normalize", "temperature", "learning_rate", "num_train_epochs", "max_steps", "supervise_history", "negatives",
@@ -64,14 +68,15 @@ class TrainArguments(DecodingArguments):
             in histories, which are then tokenised item by item.
         item_vector_curriculum (`bool`, *optional*, defaults to `False`):
             Whether training begins without the vectors: see [`ItemVectorCurriculum`].
+        extra_rows (`str`, *optional*):
+            Table of further texts to train on, as for [`add_rows`].
     """
 
     item_vectors: str | None = field(default=None, metadata={"help": "Vectors of items, to put behind their titles."})
     item_vector_curriculum: bool = field(default=False, metadata={"help": "Begin the training without the vectors."})
-
-    def __post_init__(self):
-        if self.item_vector_curriculum and self.item_vectors is None:
-            raise ValueError("`item_vector_curriculum` is True, but `item_vectors` is missing: pass it, too.")
+    extra_rows: str | None = field(
+        default=None, metadata={"help": "Further rows to train on, with the columns prompt and completion."}
+    )
 
 
 def main(args: TrainArguments, data_args: DataArguments, config: MSLConfig, model_args: ModelConfig) -> None:
@@ -82,17 +87,21 @@ def main(args: TrainArguments, data_args: DataArguments, config: MSLConfig, mode
     tokenizer = load_tokenizer(model_args, config.trust_remote_code)  # first, as a name may be mistyped
     adapter = load_trainable_adapter(model_args, config, tokenizer)
     if adapter is not None:
-        if args.item_vectors is not None:
-            raise ValueError("`item_vectors`: an adapter that is trained further keeps its own. Leave the option out.")
+        if args.item_vectors is not None or args.item_vector_curriculum:
+            raise ValueError(
+                "`item_vectors` and `item_vector_curriculum`: an adapter that is trained further keeps its own "
+                "vectors, in all of its prompts. Leave the options out."
+            )
         data, task = load_to_train_further(model_args, data_args, config.max_length, config.trust_remote_code)
     else:
+        check_item_vectors(args, model_args)
         data = load_data(data_args)
         task = make_task(tokenizer, data, config.max_length)
         if args.item_vectors is not None:
             vectors = read_item_vectors(args.item_vectors, task.catalog)
             template = replace(task.prompt_template, separate_items=True, vector_tokens=True)
             task = replace(task, prompt_template=template)
-    trainer = make_trainer(task, data, config, model_args, adapter=adapter)
+    trainer = make_trainer(task, data, config, model_args, adapter=adapter, extra_rows=args.extra_rows)
     if args.item_vectors is not None:  # now that the adapter is there, beside which the projector is trained
         add_item_vectors(trainer.model, vectors)
     prompted = {name: getattr(args, name) for name in ("item_vectors", "item_vector_curriculum")}
@@ -102,6 +111,19 @@ def main(args: TrainArguments, data_args: DataArguments, config: MSLConfig, mode
     finish()
 
 
+def check_item_vectors(args: TrainArguments, model_args: ModelConfig) -> None:
+    """Raise a `ValueError` for options of item vectors that can't be together, before the model is loaded."""
+    if args.item_vector_curriculum and args.item_vectors is None:
+        raise ValueError("`item_vector_curriculum` is True, but `item_vectors` is missing: pass it, too.")
+    if args.item_vectors is not None and read_trainable_tokens(model_args) is not None and model_args.use_peft:
+        raise ValueError("`item_vectors` can't be combined with semantic ids under LoRA: leave one of them out.")
+    if Path(model_args.model_name_or_path, ITEM_VECTORS_FILE).is_file():
+        logger.warning(
+            "%s has item vectors, which are left out: only an adapter is trained further with its own.",
+            model_args.model_name_or_path,
+        )
+
+
 def make_trainer(
     task: RankingTask,
     data: Data,
@@ -109,6 +131,7 @@ def make_trainer(
     model_args: ModelConfig,
     trainer_class: type = MSLTrainer,
     adapter: PreTrainedModel | None = None,
+    extra_rows: str | None = None,
 ) -> MSLTrainer:
     """The trainer that the options describe, of a new model or of an `adapter` to be trained further."""
     if data.args.covering_windows and not config.supervise_history:
@@ -117,8 +140,8 @@ def make_trainer(
             "is off, so that nothing would be learnt from it: pass supervise_history=True."
         )
     train = data.rows("train", task)
-    if data.args.extra_rows:
-        train = add_rows(train, data.args.extra_rows, task)
+    if extra_rows is not None:
+        train = add_rows(train, extra_rows, task)
     options = trainer_options(config, model_args, train, data.rows("validation", task), adapter)
     return trainer_class(task=task, **options)
 

@@ -93,6 +93,8 @@ def load_trained(
         return data, make_task(tokenizer, data, max_length)
     task = RankingTask.from_pretrained(task_folder, tokenizer)
     _check_options(task, data_args, max_length, name)
+    if args.items is None and args.data_dir and trained_on is not None and trained_on.data_dir:
+        args = dataclasses.replace(args, items=trained_on.items)  # semantic ids, in place of the folder's titles
     source = args.items or (f"{args.data_dir}/id2name4Rec.json" if args.data_dir else None)
     if source is not None and (data_args.items or os.path.exists(source)):
         _check_items(task.catalog, source, args, name)
@@ -221,6 +223,6 @@ def _given(args: DataArguments) -> dict[str, Any]:
 
 def _with_whole_paths(args: DataArguments) -> DataArguments:
     """The options with absolute paths; names of datasets on the Hub stay."""
-    sources = {name: getattr(args, name) for name in ("data_dir", "interactions", "items", "extra_rows")}
+    sources = {name: getattr(args, name) for name in ("data_dir", "interactions", "items")}
     whole = {name: os.path.abspath(source) for name, source in sources.items() if source and os.path.exists(source)}
     return dataclasses.replace(args, **whole)

@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
+from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DPOTrainer
@@ -126,6 +128,8 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         """
         if isinstance(self.data_collator, DataCollatorForSoftmaxPreference):
             return
+        if is_peft_model(self.model) and "ref" in self.model.peft_config:
+            _copy_trained_tokens(self.model)
         vectors = get_item_vectors(self.model)
         if vectors is not None:  # the reference model has the same
             vectors.requires_grad_(False)
@@ -138,7 +142,7 @@ class SoftmaxDPOTrainer(TaskTrainerMixin, DPOTrainer):
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
             if vectors is not None and get_item_vectors(models[1]) is None:
-                add_item_vectors(models[1], vectors)
+                add_item_vectors(models[1], copy.deepcopy(vectors))  # TRL may update its weights in place
         is_prompted = any(is_peft_model(model) and model.active_peft_config.is_prompt_learning for model in models)
         models = [model.get_base_model() if is_peft_model(model) else model for model in models]
         for model in models:
@@ -280,3 +284,13 @@ def can_share(model: PreTrainedModel, max_length: int | None) -> bool:
         logger.warning("Each completion is run with a prompt of its own: %s", error)
         return False
     return True
+
+
+def _copy_trained_tokens(model: PeftModel) -> None:
+    """
+    Give the reference adapter the policy's rows of trained tokens: TRL copies the weights whose names hold
+    ".default.", and the names of these end with it.
+    """
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and "ref" in module.trainable_tokens_delta:
+            module.trainable_tokens_delta["ref"].data.copy_(module.trainable_tokens_delta["default"].data)

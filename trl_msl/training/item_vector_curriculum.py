@@ -29,6 +29,9 @@ class ItemVectorCurriculum(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if getattr(args, "packing", False) or getattr(args, "padding_free", False):
             raise ValueError("`packing` and `padding_free` leave no mask to take vectors out by: set both to False.")
+        if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+            raise ValueError("`ItemVectorCurriculum` does not work with prompt tuning: use LoRA.")
+        self.on_train_end(args, state, control)  # of a training that was broken off
         base = model.get_base_model() if is_peft_model(model) else model
         self._hook = backbone(base).register_forward_pre_hook(self._take_out, with_kwargs=True)
 
@@ -36,7 +39,8 @@ class ItemVectorCurriculum(TrainerCallback):
         self.share = state.global_step / state.max_steps
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
 
     def _take_out(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if not module.training:

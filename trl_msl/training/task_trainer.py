@@ -20,9 +20,10 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from ..data import RankingTask
-from ..model import get_item_vectors, load_item_vectors, save_item_vectors
+from ..model import ITEM_VECTORS_FILE, get_item_vectors, load_item_vectors, save_item_vectors
 from ..trie import ItemTrie
 from .hub import check_base, name_bases_absolutely, skipping_private_files
+from .item_vector_curriculum import ItemVectorCurriculum
 from .model_card import make_model_card
 from .resuming import ResumableTrainerMixin
 
@@ -144,14 +145,15 @@ class TaskTrainerMixin(ResumableTrainerMixin):
         if self.task.vector_tokens is not None and not has_vectors:
             raise ValueError(
                 "`task` puts vectors of items into prompts, but the model has none: call "
-                "`add_item_vectors(trainer.model, vectors)` first."
+                "`add_item_vectors(trainer.model, vectors)` first, or `load_item_vectors(trainer.model, folder)` if "
+                "it was trained with them."
             )
         if has_vectors and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("Item vectors are not saved with FSDP and DeepSpeed: train with DDP, or in one process.")
         return super().train(*args, **kwargs)
 
     def _describe(self) -> dict[str, Any]:
-        task, vectors = self.task, get_item_vectors(self._unwrapped_model)
+        task, vectors, callbacks = self.task, get_item_vectors(self._unwrapped_model), self.callback_handler.callbacks
         content = json.dumps([task.catalog.ids, task.catalog.completions, sorted(task.tokenizer.get_vocab().items())])
         prompt = dataclasses.asdict(task.prompt_template)
         return {
@@ -161,6 +163,7 @@ class TaskTrainerMixin(ResumableTrainerMixin):
             "chat_template_kwargs": task.chat_template_kwargs,
             "max_length": task.max_length,
             "item_vectors": vectors and vectors.fingerprint(("vectors",)),
+            "item_vector_curriculum": any(isinstance(callback, ItemVectorCurriculum) for callback in callbacks),
             **super()._describe(),
         }
 
@@ -175,11 +178,17 @@ class TaskTrainerMixin(ResumableTrainerMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_item_vectors(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        self._restore_item_vectors(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        load_item_vectors(self._unwrapped_model, Path(self.state.best_model_checkpoint))
+        self._restore_item_vectors(self._unwrapped_model, self.state.best_model_checkpoint)
+
+    @staticmethod
+    def _restore_item_vectors(model: PreTrainedModel, folder: str) -> None:
+        had_vectors = get_item_vectors(model) is not None
+        if load_item_vectors(model, Path(folder)) is None and had_vectors:
+            raise ValueError(f"{folder} lacks {ITEM_VECTORS_FILE}: restore it, or take another checkpoint.")
 
     def predict(self, *args, **kwargs):
         raise ValueError("`predict` is not supported, as full logits are never built: rank items with `recommend`.")
