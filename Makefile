@@ -15,8 +15,8 @@ quickstart: $(VENV)/installed  ## train and compare losses on generated data, in
 test: $(VENV)/installed $(VENV)/deepspeed test-baselines  ## the whole suite, offline
 	HF_HUB_OFFLINE=1 CI=1 $(BIN)/pytest -n 2 --dist loadfile
 
-test-baselines: $(VENV)-baselines/installed  ## the baselines' tests: RecTools needs older NumPy and pandas than the rest
-	HF_HUB_OFFLINE=1 CI=1 $(VENV)-baselines/bin/pytest tests/test_baselines.py
+test-baselines: $(VENV)-baselines/installed  ## tests of baselines and distillation: RecTools needs older NumPy and pandas than the rest
+	HF_HUB_OFFLINE=1 CI=1 $(VENV)-baselines/bin/pytest tests/test_baselines.py tests/test_distill.py
 
 test-lowest:  ## the whole suite with the oldest versions that pyproject.toml admits
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import RankingTask, encode_prompts
-from ..model import backbone, check_whole, evaluating
+from ..model import check_whole, evaluating, hidden_states
 from .arguments import read_prompts
 from .by_generate import end_tokens, pad_left, padding_token, ready_to_generate
 from .recommendations import Recommendations
@@ -213,16 +212,10 @@ def embed_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 16
 ) -> Tensor:
     """Last hidden state of each text's last token: fp32 of shape `(num_texts, hidden_size)`, on the CPU."""
-    body = backbone(model.get_base_model() if is_peft_model(model) else model)
     encoded = [ids or [padding_token(tokenizer)] for ids in encode_prompts(tokenizer, texts)]
 
-    def embed_batch(batch: list[list[int]]) -> Tensor:
-        # On the right, where padding has no effect on what is before it
-        input_ids = pad_sequence([torch.tensor(ids) for ids in batch], batch_first=True).to(model.device)
-        lengths = torch.tensor([len(ids) for ids in batch], device=model.device)
-        mask = (torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]).long()
-        hidden = body(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden[torch.arange(len(batch)), lengths.to(hidden.device) - 1].float().cpu()
+    def embed_batch(batch: list[list[int]]) -> list[Tensor]:
+        return [states[-1] for states in hidden_states(model, batch)]
 
     def embed(share: list[list[int]]) -> list[Tensor]:
         with evaluating(model):

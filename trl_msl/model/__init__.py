@@ -2,7 +2,7 @@
 """The LM head as a function of hidden states, and trees of tokens in one forward."""
 
 from .evaluating import evaluating
-from .head import backbone, check_head, head_projection, unbound_forward
+from .head import backbone, check_head, head_projection, hidden_states, unbound_forward
 from .item_vectors import (
     ITEM_VECTORS_FILE,
     ItemVectors,
@@ -36,6 +36,7 @@ __all__ = [
     "embedding_names",
     "evaluating",
     "head_projection",
+    "hidden_states",
     "is_sharded",
     "prefill_prefix",
     "sliding_window",

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -40,6 +41,22 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
             "model (`AutoModelForCausalLM`)."
         )
     return found[0]
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, sequences: Sequence[list[int]]) -> list[Tensor]:
+    """
+    The backbone's last hidden states of each sequence, read by itself: `(length, hidden_size)`, fp32, on the CPU.
+    """
+    model = model.get_base_model() if is_peft_model(model) else model
+    ids = [torch.tensor(sequence, device=model.device) for sequence in sequences]
+    # Padding on the right has no effect on what is before it
+    inputs = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+    }
+    states = backbone(model)(**inputs, use_cache=False).last_hidden_state.float().cpu()
+    return [row[: len(sequence)] for row, sequence in zip(states, sequences)]
 
 
 def unbound_forward(module: nn.Module) -> Callable:

@@ -9,12 +9,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .evaluating import evaluating
-from .head import backbone
+from .head import hidden_states
 
 
 @torch.no_grad()
@@ -38,19 +37,14 @@ def embed_titles(
     Returns:
         `torch.Tensor` of shape `(num_titles, hidden_size)`, fp32, on the CPU. The embedding of an empty title is zero.
     """
-    body = backbone(model)
     vectors = torch.zeros(len(titles), model.get_input_embeddings().embedding_dim)
-    order = sorted(range(len(titles)), key=lambda row: len(titles[row]))
+    order = sorted(range(len(titles)), key=lambda row: -len(titles[row]))
     with evaluating(model):
         for start in tqdm(range(0, len(order), batch_size), desc="Embedding titles"):
             rows = order[start : start + batch_size]
-            batch = [torch.tensor(first + titles[row], device=model.device) for row in rows]
-            mask = pad_sequence([torch.ones_like(ids) for ids in batch], batch_first=True)
-            # Padding on the right has no effect on what is before it
-            inputs = {"input_ids": pad_sequence(batch, batch_first=True), "attention_mask": mask}
-            states = body(**inputs, use_cache=False).last_hidden_state.float().cpu()
-            mask = mask[:, len(first) :].unsqueeze(-1).cpu()
-            vectors[rows] = (states[:, len(first) :] * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+            for row, states in zip(rows, hidden_states(model, [first + titles[row] for row in rows])):
+                if titles[row]:
+                    vectors[row] = states[len(first) :].mean(dim=0)
     return vectors
 
 
